@@ -1,0 +1,48 @@
+# make demo    train the embedded example on whatever this machine has (the default)
+# make test    run the whole test suite
+# make lint    check style, change nothing
+# make clean   remove what building, testing and linting leave behind; runs/ and .venv stay
+#
+# Variables: PYTHON (makes the environment), VENV, PYTEST_ARGS
+#   make test PYTEST_ARGS="-x -k ranking"
+#   make test VENV="$CONDA_PREFIX"    to use an environment you already have
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Two processes with one thread each: the tests' tensors are small, so threads gain little.
+PYTEST_ARGS ?= -q -n 2
+
+# An install is repeated only when one of these changed: a stamp file remembers the last one.
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m rrhf_fast.train
+
+test: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(INSTALL_INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+# Holds all that `demo` needs, hence both stamps.
+$(INSTALLED_TEST): $(INSTALL_INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	touch $(INSTALLED) $@

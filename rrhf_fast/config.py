@@ -1,0 +1,177 @@
+"""Every option, its unit and its default. `python -m rrhf_fast.train --help` prints this page."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class LossConfig:
+    """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
+
+    length_penalty: float = 1.0
+    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum."""
+    rank_weight: float = 1.0
+    """Weight of the pairwise ranking loss."""
+    sft_weight: float = 1.0
+    """Weight of the likelihood of the best response. At 0 the method is reported to degenerate."""
+    sft_reduction: Literal["sum", "mean"] = "sum"
+    """Over the best response's tokens: their sum (the paper) or their mean."""
+    margin: float = 0.0
+    """Added inside the hinge, in units of p."""
+    compat: Literal["none", "official"] = "none"
+    """"official" reproduces the released code: lengths are the query's padded width, the SFT part
+    is a mean over it."""
+
+
+@dataclass
+class TrainConfig(LossConfig):
+    """Options of `python -m rrhf_fast.train`; without model and data it trains the demo."""
+
+    # --- What to train on what
+    model_name_or_path: str | None = None
+    """A causal language model: a folder, or a name on the Hugging Face hub."""
+    train_data: str | list[str] | None = None
+    """Rows with prompt, responses and scores: JSONL files, or Hugging Face data sets as name or
+    name:split."""
+    eval_data: str | list[str] | None = None
+    """Held-out rows of the same kind."""
+    eval_fraction: float = 0.0
+    """Without eval_data: hold out this share of the training rows (0 to 1)."""
+    output_dir: str | None = None
+    """Where the model, metrics.jsonl and training.png go; default runs/<date>-<time>."""
+    overwrite_output_dir: bool = False
+    """Allow an output_dir that already holds a run."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off unless you trust its author."""
+
+    # --- Rows and tokens
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """Stop at the first bad row, or leave bad rows out and count them by kind."""
+    use_responses: Literal["all", "provided", "sampled"] = "all"
+    """Provided: those whose source starts so, else the last two, as in the released data. Sampled:
+    the others."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Cut each response at the first of these, for example ["\\n\\nHuman:", "\\n\\nAssistant:"]."""
+    max_length: int = 2048
+    """Tokens of prompt plus response; lowered to the model's window."""
+    max_prompt_length: int | None = None
+    """Tokens; a longer prompt keeps its tail. Default: never cut a prompt."""
+    max_response_length: int | None = None
+    """Tokens; a longer response keeps its head and its end token. Default: what max_length
+    leaves."""
+
+    # --- Steps
+    train_batch_size: int = 64
+    """Queries of one optimizer step."""
+    num_train_epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    max_tokens_per_pack: int = 8192
+    """Tokens of one forward and backward: bounds memory and changes nothing else. A query is never
+    split."""
+    packing: Literal["forest", "none"] = "forest"
+    """Forest encodes each prompt once; none pads one row a response and serves every causal
+    model."""
+
+    # --- Optimizer
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: str = "linear"
+    """Any schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: float = 0.03
+    """Optimizer steps of warm-up; below 1, a share of all steps."""
+    weight_decay: float = 0.0
+    """Of matrices; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """First moment decay."""
+    adam_beta2: float = 0.999
+    """Second moment decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradient norm to clip at; 0 turns clipping off."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the decoder's arithmetic; weights and loss are float32. Auto: bfloat16 on a GPU that has
+    it, else float32."""
+    activation_checkpointing: bool = False
+    """Keep one activation a layer and recompute the rest: much less memory, about a third more
+    time."""
+
+    # --- Watching
+    logging_steps: int = 1
+    """Optimizer steps between two lines of metrics.jsonl."""
+    eval_steps: int | None = None
+    """Optimizer steps between two evaluations; default once an epoch. There is one before and one
+    after training too."""
+    eval_reward_fn: str | None = None
+    """package.module:function, called as function(prompts, responses) -> scores on fresh samples at
+    each evaluation."""
+    eval_max_new_tokens: int = 128
+    """Tokens of a fresh sample."""
+    eval_samples: int = 1
+    """Fresh samples a prompt, at temperature 1."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Trackers to log to beside metrics.jsonl (pip install rrhf-fast[tracking])."""
+    run_name: str | None = None
+    """The trackers' name of this run; default the name of output_dir."""
+
+    # --- Randomness
+    seed: int = 0
+    """Of everything but the order of the data."""
+    data_seed: int | None = None
+    """Of the order of the data; default seed."""
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for a value out of range or a combination that
+        cannot work."""
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_response_length",
+            "train_batch_size",
+            "max_steps",
+        ):
+            _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+        for name in (
+            "max_tokens_per_pack",
+            "logging_steps",
+            "eval_steps",
+            "eval_samples",
+            "eval_max_new_tokens",
+        ):
+            _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+        for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
+            _expect(self, name, lambda value: value > 0, "more than 0")
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "rank_weight",
+            "sft_weight",
+            "margin",
+            "seed",
+        ):
+            _expect(self, name, lambda value: value >= 0, "0 or more")
+        for name in ("eval_fraction", "adam_beta1", "adam_beta2"):
+            _expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
+        if (self.model_name_or_path is None) != (self.train_data is None):
+            missing = "model_name_or_path" if self.model_name_or_path is None else "train_data"
+            raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")
+        if self.rank_weight == self.sft_weight == 0:
+            raise ValueError("rank_weight, sft_weight: both are 0, so there is nothing to train")
+        if self.eval_data is not None and self.eval_fraction > 0:
+            raise ValueError(
+                "eval_data, eval_fraction: name held-out rows or hold out a share, not both"
+            )
+        if self.compat == "official" and self.sft_reduction != "sum":
+            raise ValueError(
+                "compat, sft_reduction: the released code's SFT mean is part of --compat official"
+            )
+
+
+def _expect(config: TrainConfig, name: str, test, expected: str) -> None:
+    value = getattr(config, name)
+    if (isinstance(value, float) and not math.isfinite(value)) or not test(value):
+        raise ValueError(f"{name}: expected {expected}, found {value}")

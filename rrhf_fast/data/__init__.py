@@ -1,0 +1,1 @@
+"""Rows -> tokens -> forest -> packs. Imports no model and no engine."""

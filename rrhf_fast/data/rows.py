@@ -1,0 +1,331 @@
+"""Rows of scored responses: read them, check every field, say exactly what is wrong with a bad one.
+
+A row is a JSON object (one a line) or one record of a Hugging Face dataset:
+
+    {"prompt": str | [messages], "responses": [str], "scores": [float], "sources": [str]}
+
+`query` is an alias of `prompt` (the released RRHF format), and `prompt/chosen/rejected` rows are
+read as k = 2. Other fields are ignored.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# The released format stores the data set's own two responses last; the ones before are sampled.
+NUM_PROVIDED = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query with its k >= 2 scored responses. `where` is "file:line" or "dataset[index]"."""
+
+    prompt: str | list[dict]
+    responses: list[str]
+    scores: list[float]
+    sources: list[str] | None
+    where: str
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. `kind` is a short name that the summary counts by."""
+
+    def __init__(self, kind: str, where: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.kind = kind
+
+
+@dataclass
+class RowReport:
+    """What became of the rows: `bad` counts the skipped ones by kind."""
+
+    read: int = 0
+    kept: int = 0
+    bad: Counter = field(default_factory=Counter)
+
+    def skip(self, error: BadRow, on_bad_rows: str) -> None:
+        """Count a bad row, or stop at it: raises `error` when `on_bad_rows` is "error"."""
+        if on_bad_rows == "error":
+            raise error
+        self.bad[error.kind] += 1
+
+
+def load_rows(
+    sources: str | list[str],
+    *,
+    on_bad_rows: str = "error",
+    use_responses: str = "all",
+    stop_strings: list[str] | None = None,
+) -> tuple[list[Row], RowReport]:
+    """Read and validate rows from JSONL files and Hugging Face datasets, in order.
+
+    Args:
+        sources: paths of .jsonl/.json files, or dataset names as `name`, `name:split` (default
+            split "train"); a local folder that `datasets` can load works too.
+        on_bad_rows: "error" stops at the first bad row; "skip" leaves bad rows out and counts them
+            by kind.
+        use_responses: "all"; "provided" keeps the responses whose source starts with "provided"
+            (rows without
+            `sources`: the last two, as in the released format); "sampled" keeps the others.
+        stop_strings: each response is cut at the first of these strings that it contains.
+
+    Returns:
+        The rows, and a report of how many were read, kept and skipped.
+
+    Raises:
+        ValueError: a source cannot be read or holds no usable row.
+        BadRow: (a ValueError) a row is bad and `on_bad_rows` is "error"; names file, line, field
+            and what was expected.
+    """
+    rows, report = [], RowReport()
+    for source in [sources] if isinstance(sources, str) else sources:
+        for where, record in _records(source):
+            report.read += 1
+            try:
+                row = parse_row(record, where)
+                rows.append(_choose_responses(row, use_responses, stop_strings or []))
+            except BadRow as error:
+                report.skip(error, on_bad_rows)
+    if not rows:
+        raise ValueError(
+            f"{sources}: no usable row among the {report.read} read {_kinds(report.bad)}".rstrip()
+        )
+    report.kept = len(rows)
+    return rows, report
+
+
+def parse_row(record: object, where: str) -> Row:
+    """Check one record and turn it into a `Row`; raises `BadRow` that names the field and what was
+    expected."""
+    if isinstance(record, BadRow):  # a line that is no JSON
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow("not an object", where, f"expected a JSON object, found {_show(record)}")
+    if "chosen" in record and "rejected" in record and "responses" not in record:
+        return _parse_pair(record, where)
+    name = "prompt" if record.get("prompt") is not None else "query"
+    if record.get(name) is None:
+        raise BadRow(
+            "missing field", where, "prompt: missing (a string or a list of messages was expected)"
+        )
+    prompt = _check_prompt(record[name], name, where)
+    responses = _check_list(record, "responses", where)
+    scores = _check_list(record, "scores", where)
+    sources = None if record.get("sources") is None else _check_list(record, "sources", where)
+    for i, response in enumerate(responses):
+        _check_response(response, f"responses[{i}]", where)
+    for i, score in enumerate(scores):
+        scores[i] = _check_score(score, f"scores[{i}]", where)
+    for i, source in enumerate(sources or []):
+        if not isinstance(source, str):
+            raise BadRow(
+                "wrong type", where, f"sources[{i}]: expected a string, found {_show(source)}"
+            )
+    for other, values in (("scores", scores), ("sources", sources)):
+        if values is not None and len(values) != len(responses):
+            expected = f"expected one for each of the {len(responses)} responses"
+            problem = f"{other}: {expected}, found {len(values)}"
+            raise BadRow("unequal lengths", where, problem)
+    if len(responses) < 2:
+        raise BadRow(
+            "fewer than 2 responses",
+            where,
+            f"responses: ranking needs at least 2, found {len(responses)}",
+        )
+    return Row(prompt, responses, scores, sources, where)
+
+
+def _records(source: str) -> Iterator[tuple[str, object]]:
+    """Yield ("where", record) for each record of a JSONL file or a Hugging Face dataset."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") or path.is_file():
+        yield from _json_lines(path)
+        return
+    import datasets  # slow to import, and needed only here
+
+    name, _, split = source.partition(":")
+    split = split or "train"
+    try:
+        dataset = (
+            datasets.load_from_disk(name)
+            if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists()
+            else datasets.load_dataset(name, split=split)
+        )
+    except Exception as error:  # `datasets` raises a dozen types for "there is no such data set"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{source}: neither a file nor a data set that could be loaded ({reason})"
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{source}: no split {split!r}, only {', '.join(dataset)}")
+        dataset = dataset[split]
+    for index, record in enumerate(dataset):
+        yield f"{name}[{index}]", record
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        file = path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    yield where, json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    reason = getattr(error, "msg", "nested too deeply")
+                    yield (
+                        where,
+                        BadRow("not JSON", where, f"expected a JSON object on one line ({reason})"),
+                    )
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _parse_pair(record: dict, where: str) -> Row:
+    """`prompt/chosen/rejected`, each a string or messages; messages may carry the prompt in front
+    of the last one."""
+    prompt, texts = record.get("prompt", record.get("query")), []
+    for name in ("chosen", "rejected"):
+        value = record[name]
+        if isinstance(value, list):
+            *history, last = _check_messages(value, name, where)
+            if last["role"] != "assistant":
+                raise BadRow(
+                    "wrong type", where, f"{name}: the last message must be the assistant's"
+                )
+            if history and prompt is not None and not isinstance(prompt, list):
+                prompt = history  # the string `prompt` of such rows repeats the first message
+            if history and prompt is None:
+                prompt = history
+            if history and history != prompt:
+                raise BadRow(
+                    "unequal prompts", where, f"{name}: its first messages differ from the prompt"
+                )
+            value = last["content"]
+        _check_response(value, name, where)
+        texts.append(value)
+    if prompt is None:
+        raise BadRow(
+            "missing field", where, "prompt: missing (a string or a list of messages was expected)"
+        )
+    return Row(
+        _check_prompt(prompt, "prompt", where), texts, [1.0, 0.0], ["chosen", "rejected"], where
+    )
+
+
+def _check_prompt(prompt: object, name: str, where: str) -> str | list[dict]:
+    if isinstance(prompt, str):
+        _check_unicode(prompt, name, where)
+        return prompt
+    if not isinstance(prompt, list):
+        raise BadRow(
+            "wrong type", where, f"{name}: expected a string or messages, found {_show(prompt)}"
+        )
+    messages = _check_messages(prompt, name, where)
+    if messages[-1]["role"] == "assistant":
+        raise BadRow(
+            "wrong type",
+            where,
+            f"{name}: the last message is the assistant's, so nothing is left to answer",
+        )
+    return messages
+
+
+def _check_messages(messages: list, name: str, where: str) -> list[dict]:
+    if not messages:
+        raise BadRow("wrong type", where, f"{name}: an empty list, expected messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            expected = '{"role": str, "content": str}'
+            raise BadRow(
+                "wrong type", where, f"{name}[{i}]: expected {expected}, found {_show(message)}"
+            )
+        _check_unicode(message["content"], f"{name}[{i}].content", where)
+    return messages
+
+
+def _check_response(response: object, name: str, where: str) -> None:
+    if not isinstance(response, str):
+        raise BadRow("wrong type", where, f"{name}: expected a string, found {_show(response)}")
+    if not response.strip():
+        raise BadRow(
+            "empty response", where, f"{name}: empty, expected at least one visible character"
+        )
+    _check_unicode(response, name, where)
+
+
+def _check_unicode(text: str, name: str, where: str) -> None:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadRow(
+            "not Unicode", where, f"{name}: holds half of a surrogate pair, expected valid Unicode"
+        )
+
+
+def _check_list(record: dict, name: str, where: str) -> list:
+    value = record.get(name)
+    if value is None:
+        raise BadRow("missing field", where, f"{name}: missing (a list was expected)")
+    if not isinstance(value, list):
+        raise BadRow("wrong type", where, f"{name}: expected a list, found {_show(value)}")
+    return list(value)
+
+
+def _check_score(score: object, name: str, where: str) -> float:
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise BadRow("wrong type", where, f"{name}: expected a number, found {_show(score)}")
+    try:
+        score = float(score)
+    except OverflowError:  # an integer of more than 308 digits
+        score = math.inf
+    if not math.isfinite(score):
+        raise BadRow("non-finite score", where, f"{name}: expected a finite number, found {score}")
+    return score
+
+
+def _choose_responses(row: Row, use_responses: str, stop_strings: list[str]) -> Row:
+    """Apply `use_responses` and `stop_strings`; raises `BadRow` when too little is left."""
+    keep = range(len(row.responses))
+    if use_responses != "all":
+        is_provided = (
+            [source.startswith("provided") for source in row.sources]
+            if row.sources is not None
+            else [i >= len(row.responses) - NUM_PROVIDED for i in keep]
+        )
+        keep = [i for i in keep if is_provided[i] == (use_responses == "provided")]
+        if len(keep) < 2:
+            problem = (
+                f"responses: ranking needs at least 2, found {len(keep)} that are {use_responses}"
+            )
+            raise BadRow("fewer than 2 responses", row.where, problem)
+    responses = []
+    for i in keep:
+        cut = min(
+            (at for stop in stop_strings if (at := row.responses[i].find(stop)) >= 0), default=None
+        )
+        responses.append(row.responses[i][:cut])
+        if not responses[-1].strip():
+            raise BadRow(
+                "empty response", row.where, f"responses[{i}]: empty once cut at a stop string"
+            )
+    sources = None if row.sources is None else [row.sources[i] for i in keep]
+    return Row(row.prompt, responses, [row.scores[i] for i in keep], sources, row.where)
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def _kinds(bad: Counter) -> str:
+    return f"({', '.join(f'{count} {kind}' for kind, count in bad.most_common())})" if bad else ""

@@ -1,0 +1,128 @@
+"""Held-out measures: loss, ranking accuracy, and the reward of fresh samples."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.forest import Pack
+from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids
+from rrhf_fast.losses import RRHFLoss
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.sampling.generate import sample_responses
+
+RewardFn = Callable[[list, list[str]], list[float]]
+
+
+class Totals:
+    """Sums of `RRHFLoss` over packs, kept on the device; `means` brings them to the host once."""
+
+    def __init__(self):
+        self.sums: torch.Tensor | None = None
+        self.num_tokens = 0
+
+    def add(self, out: RRHFLoss, pack: Pack) -> None:
+        """Add one pack."""
+        parts = [
+            out.loss.detach() * pack.num_queries,
+            out.rank_loss.detach().sum(),
+            out.sft_loss.detach().sum(),
+        ]
+        parts += [
+            out.num_correct.sum(),
+            out.margins.sum(),
+            out.num_pairs.sum(),
+            out.loss.new_tensor(pack.num_queries),
+        ]
+        parts = torch.stack([part.double() for part in parts])
+        self.sums = parts if self.sums is None else self.sums + parts
+        self.num_tokens += pack.num_tokens
+
+    def means(self) -> dict[str, float]:
+        """Losses a query; accuracy and margin a pair (nan without pairs)."""
+        loss, rank, sft, correct, margin, pairs, queries = self.sums.tolist()
+        return {
+            "loss": loss / queries,
+            "rank_loss": rank / queries,
+            "sft_loss": sft / queries,
+            "rewards/accuracies": correct / pairs if pairs else float("nan"),
+            "rewards/margins": margin / pairs if pairs else float("nan"),
+        }
+
+
+@torch.no_grad()
+def evaluate_ranking(model: RRHFModel, packs: Sequence[Pack]) -> dict[str, float]:
+    """`Totals.means` of held-out packs."""
+    totals = Totals()
+    for pack in packs:
+        pack = pack.to(model.lm.device)
+        totals.add(model(pack), pack)
+    return totals.means()
+
+
+def evaluate_samples(
+    model: RRHFModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[TokenisedQuery],
+    reward_fn: RewardFn,
+    config: TrainConfig,
+) -> tuple[dict[str, float], list[dict]]:
+    """Sample `eval_samples` fresh responses a prompt at temperature 1 and score them.
+
+    Returns:
+        {"reward", "reward_ci95" (half width of a normal interval over prompts), "response_length"
+        in tokens}, and one {"prompt", "response", "reward"} for each sample.
+
+    Raises:
+        ValueError: the reward function returned something else than one finite number a response.
+    """
+    prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
+    prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
+    end_tokens = end_token_ids(tokenizer, [query.row for query in queries])
+    with model.generation():
+        tokens = sample_responses(
+            model.lm,
+            prompt_ids,
+            max_new_tokens=config.eval_max_new_tokens,
+            end_token_ids=end_tokens,
+            pad_token_id=tokenizer.eos_token_id
+            if tokenizer.pad_token_id is None
+            else tokenizer.pad_token_id,
+            seed=config.seed,
+        )
+    responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
+    if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
+        expected = f"expected {len(responses)} finite numbers, one a response"
+        problem = f"{config.eval_reward_fn}: {expected}, found {rewards.shape} {rewards}"
+        raise ValueError(f"eval_reward_fn: {problem[:200]}")
+    by_prompt = rewards.reshape(len(queries), -1).mean(1)
+    measures = {
+        "reward": rewards.mean(),
+        "reward_ci95": 1.96 * by_prompt.std(ddof=1) / len(by_prompt) ** 0.5
+        if len(by_prompt) > 1
+        else float("nan"),
+        "response_length": np.mean([len(ids) for ids in tokens]),
+    }
+    samples = [
+        {"prompt": prompt, "response": response, "reward": reward}
+        for prompt, response, reward in zip(prompts, responses, rewards.tolist(), strict=True)
+    ]
+    return {name: float(value) for name, value in measures.items()}, samples
+
+
+def load_reward_fn(name: str) -> RewardFn:
+    """Import package.module:function. Raises ValueError when there is no such function."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"eval_reward_fn: {name}: expected package.module:function ({error})"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"eval_reward_fn: {name}: not a function")
+    return function

@@ -1,0 +1,62 @@
+"""metrics.jsonl, always; TensorBoard, W&B or trackio beside it when asked."""
+
+import json
+import math
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from rrhf_fast.config import TrainConfig
+
+
+class MetricsLog:
+    """Writes each record to every place at once. A record is a flat dict of numbers with a
+    "step"."""
+
+    def __init__(self, output_dir: Path, config: TrainConfig):
+        """Raises ValueError when a tracker of `report_to` is not installed."""
+        self.records: list[dict] = []
+        self._trackers = [_open_tracker(name, output_dir, config) for name in config.report_to]
+        self._file = (output_dir / "metrics.jsonl").open("w")
+
+    def write(self, record: dict) -> None:
+        """Append one record; on disk when this returns. Numbers that are not finite become null."""
+        record = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
+        for log, _ in self._trackers:
+            log(numbers, record["step"])
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for _, finish in self._trackers:
+            finish()
+
+
+def _open_tracker(name: str, output_dir: Path, config: TrainConfig):
+    """(log(numbers, step), finish()) of a tracker."""
+    module_name = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        problem = f"{name} is not installed ({error}); pip install rrhf-fast[tracking]"
+        raise ValueError(f"report_to: {problem}") from error
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(output_dir))
+
+        def log(numbers: dict, step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return log, writer.close
+    # wandb and trackio share one interface.
+    run = module.init(
+        project="rrhf_fast", name=config.run_name or output_dir.name, config=asdict(config)
+    )
+    return (lambda numbers, step: run.log(numbers, step=step)), run.finish

@@ -1,0 +1,52 @@
+"""AdamW and its learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from rrhf_fast.config import TrainConfig
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, num_steps: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """AdamW over the trainable parameters, weight decay on matrices only, and a schedule of
+    `num_steps` steps.
+
+    Raises:
+        ValueError: an unknown `lr_scheduler_type`, or one that needs options that this command does
+            not have.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+    warmup = (
+        config.warmup_steps
+        if config.warmup_steps >= 1
+        else math.ceil(config.warmup_steps * num_steps)
+    )
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=int(warmup),
+            num_training_steps=num_steps,
+        )
+    except (ValueError, TypeError) as error:
+        names = ", ".join(sorted(kind.value for kind in SchedulerType))
+        problem = f"{config.lr_scheduler_type!r} is none that works by name ({error})"
+        raise ValueError(f"lr_scheduler_type: {problem}; there are {names}") from error
+    return optimizer, schedule

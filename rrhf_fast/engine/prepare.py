@@ -1,0 +1,172 @@
+"""From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
+what was found."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from rrhf_fast import demo
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
+from rrhf_fast.data.rows import RowReport, load_rows
+from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
+from rrhf_fast.engine.summary import describe
+from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
+from rrhf_fast.model.rrhf import RRHFModel
+
+# Files that mark a folder as the output of an earlier run.
+RUN_FILES = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass
+class Run:
+    """What `train` works on."""
+
+    config: TrainConfig
+    output_dir: Path
+    model: RRHFModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    train: PackPlanner
+    held_out: PackPlanner | None
+    reward_fn: RewardFn | None
+    num_steps: int
+    summary: str
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check everything that can be checked before the first step, cheapest first.
+
+    Raises:
+        ValueError: any mistake in options, files or rows, with one line that says what, where and
+            what was expected.
+    """
+    config.validate()
+    if config.model_name_or_path is None:
+        config = with_demo(config)
+    output_dir = _claim_output_dir(config)
+    reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
+    options = {"on_bad_rows": config.on_bad_rows, "use_responses": config.use_responses}
+    rows, report = load_rows(config.train_data, stop_strings=config.stop_strings, **options)
+    held_out_rows, held_out_report = [], RowReport()
+    if config.eval_data is not None:
+        held_out_rows, held_out_report = load_rows(
+            config.eval_data, stop_strings=config.stop_strings, **options
+        )
+
+    transformers.set_seed(config.seed)
+    tokenizer = load_tokenizer(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    lm = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(config, dtype=_resolve_dtype(config.dtype, device))
+    max_length = min(config.max_length, max_positions(lm) or config.max_length)
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "max_response_length": config.max_response_length,
+        "on_bad_rows": config.on_bad_rows,
+    }
+    queries, cut = tokenise_rows(rows, tokenizer, report, **limits)
+    held_out = (
+        tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)[0]
+        if held_out_rows
+        else []
+    )
+    if config.eval_fraction > 0:
+        queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
+    _check_vocabulary(queries + held_out, lm)
+
+    model = RRHFModel(
+        lm.to(device),
+        config,
+        packing=config.packing,
+        max_length=max_length,
+        compute_dtype=getattr(torch, config.dtype),
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    planner_options = {
+        "packing": config.packing,
+        "max_tokens_per_pack": config.max_tokens_per_pack,
+        "pad_token_id": tokenizer.pad_token_id or 0,
+    }
+    train = PackPlanner(queries, **planner_options)
+    per_epoch = steps_per_epoch(len(queries), config.train_batch_size)
+    return Run(
+        config=config,
+        output_dir=output_dir,
+        model=model,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=PackPlanner(held_out, **planner_options) if held_out else None,
+        reward_fn=reward_fn,
+        num_steps=config.max_steps or max(1, round(config.num_train_epochs * per_epoch)),
+        summary=describe(config, model, train, held_out, report, cut, max_length),
+    )
+
+
+def with_demo(config: TrainConfig) -> TrainConfig:
+    """The embedded demo's settings for every option that is at its default."""
+    defaults = TrainConfig()
+    untouched = {
+        f.name for f in fields(config) if getattr(config, f.name) == getattr(defaults, f.name)
+    }
+    return replace(
+        config, **{name: value for name, value in demo.SETTINGS.items() if name in untouched}
+    )
+
+
+def _claim_output_dir(config: TrainConfig) -> Path:
+    output_dir = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    used = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if used and not config.overwrite_output_dir:
+        problem = f"{output_dir} already holds {used[0]} of another run"
+        raise ValueError(
+            f"output_dir: {problem} (choose another, or set --overwrite_output_dir true)"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {output_dir} cannot be written ({error.strerror})"
+        ) from error
+    return output_dir
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _hold_out(
+    queries: list[TokenisedQuery], fraction: float, seed: int
+) -> tuple[list[TokenisedQuery], list[TokenisedQuery]]:
+    count = round(fraction * len(queries))
+    if not 0 < count < len(queries):
+        problem = f"{fraction} of {len(queries)} rows leaves none to train on or none to hold out"
+        raise ValueError(f"eval_fraction: {problem}")
+    chosen = set(np.random.default_rng(seed).permutation(len(queries))[:count].tolist())
+    return (
+        [query for i, query in enumerate(queries) if i not in chosen],
+        [query for i, query in enumerate(queries) if i in chosen],
+    )
+
+
+def _check_vocabulary(queries: Sequence[TokenisedQuery], lm: transformers.PreTrainedModel) -> None:
+    vocab = lm.get_input_embeddings().num_embeddings
+    largest = max(
+        max(query.prompt_ids.max(), *(ids.max() for ids in query.response_ids)) for query in queries
+    )
+    if largest >= vocab:
+        problem = f"its tokenizer makes token {largest}, but the model knows only {vocab}"
+        raise ValueError(f"model_name_or_path: {problem}")

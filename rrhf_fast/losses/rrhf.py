@@ -1,0 +1,188 @@
+"""The RRHF loss on token log-probs, padded or packed.
+
+With no ties and no margin, dL_rank/dp_i = c_i = (rank of p_i) - (rank of r_i): a whole number, and
+L_rank = sum_i c_i p_i because the hinge is piecewise linear. With ties (equal rewards form no pair)
+and a margin, c_i still is a whole
+number: the pairs that push response i down less those that pull it up. Counting it explicitly,
+instead of letting autograd add up pairs, makes the gradient of a response that is ranked right
+exactly 0, which the head's backward uses.
+
+Legend: E edges, R response tokens, S responses, G queries (groups), P ordered pairs within the
+queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RRHFLoss:
+    """The loss and its parts. Only `loss`, `rank_loss`, `sft_loss` carry gradients."""
+
+    loss: torch.Tensor  # scalar: rank_weight * rank + sft_weight * sft, mean over the queries
+    rank_loss: torch.Tensor  # [G] the hinge, summed over each query's pairs
+    sft_loss: torch.Tensor  # [G] negative log-likelihood of each query's best response
+    scores: torch.Tensor  # [S] p, the length-normalised log-prob of each response
+    num_pairs: torch.Tensor  # [G] int64, pairs of responses with different rewards
+    num_correct: torch.Tensor  # [G] int64, those in which the better response has the higher p
+    margins: torch.Tensor  # [G] sum over pairs of p_better - p_worse
+
+
+def rrhf_loss(
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    path_edges: torch.Tensor | None = None,
+    path_offsets: torch.Tensor | None = None,
+    group_offsets: torch.Tensor | None = None,
+    length_penalty: float = 1.0,
+    rank_weight: float = 1.0,
+    sft_weight: float = 1.0,
+    sft_reduction: str = "sum",
+    margin: float = 0.0,
+    padded_widths: torch.Tensor | None = None,
+) -> RRHFLoss:
+    """RRHF loss (arXiv 2304.05302, eq. 1-4) of responses grouped by query.
+
+        p_i    = sum_t logp_{i,t} / |y_i|^length_penalty
+        L_rank = sum over r_i < r_j of max(0, p_i - p_j + margin)
+        L_sft  = - sum_t logp_{b,t}, b the first response of the highest reward (or the mean over t)
+        L      = mean over queries of rank_weight * L_rank + sft_weight * L_sft
+
+    Padded: `logps` [G, k, T], `rewards` [G, k] and `mask` [G, k, T], true on response tokens, end
+    token included; a response without any is absent, so k may differ between queries.
+
+    Packed: `logps` [E], `rewards` [S] and the index tensors of `PackedForest`: response s owns the
+    log-probs logps[path_edges[path_offsets[s]:path_offsets[s+1]]], query g the responses
+    group_offsets[g]:group_offsets[g+1].
+
+    Args:
+        logps: token log-probs, float32 or float64; gradients flow into them.
+        rewards: any real dtype; only their order within a query matters.
+        mask, path_edges [R], path_offsets [S+1], group_offsets [G+1]: the layout, see above (int64,
+        bool).
+        length_penalty: exponent of the length; 1 is the mean, 0 the sum.
+        rank_weight, sft_weight: of the two parts.
+        sft_reduction: "sum" (the paper) or "mean" over the best response's tokens.
+        margin: added inside the hinge, in units of p.
+        padded_widths: [G], stands in for |y_i| in p and in the mean, as in the released code
+            (`--compat official`).
+
+    Returns:
+        `RRHFLoss`; its per-query parts are unweighted.
+
+    Raises:
+        ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction.
+
+    Example:
+        >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]], requires_grad=True)  # one query, k
+        = 2, T = 2
+        >>> out = rrhf_loss(logps, torch.tensor([[1.0, 0.0]]), mask=torch.ones(1, 2, 2,
+        dtype=torch.bool))
+        >>> out.rank_loss.item(), out.sft_loss.item()  # the worse response is likelier by 0.5 a
+        token (0.5, 2.0)
+    """
+    if sft_reduction not in ("sum", "mean"):
+        raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')
+    packed = (path_edges, path_offsets, group_offsets)
+    if mask is not None and all(x is None for x in packed):
+        logps, rewards, *packed = _pack(logps, rewards, mask)
+    elif mask is not None or any(x is None for x in packed):
+        raise ValueError(
+            "expected either mask, or all of path_edges, path_offsets and group_offsets"
+        )
+    path_edges, path_offsets, group_offsets = packed
+    num_responses, num_groups = len(path_offsets) - 1, len(group_offsets) - 1
+    if rewards.shape != (num_responses,):
+        expected = f"expected shape ({num_responses},), one a response"
+        raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
+
+    lengths = path_offsets.diff()
+    group_sizes = group_offsets.diff()
+    group_of = torch.repeat_interleave(torch.arange(num_groups, device=logps.device), group_sizes)
+    sums = torch.segment_reduce(logps[path_edges], "sum", lengths=lengths)  # [S]
+    divisors = lengths if padded_widths is None else padded_widths[group_of]
+    scores = sums / divisors.to(sums.dtype) ** length_penalty
+
+    low, high = _ordered_pairs(rewards, group_sizes, group_offsets, group_of)
+    gaps = (scores[high] - scores[low]).detach()  # [P]
+    violated = gaps < margin
+    # c counts in whole numbers, so a response whose violated pairs cancel out gets exactly 0.
+    c = torch.zeros(num_responses, dtype=torch.int64, device=logps.device)
+    c.index_add_(0, low, violated.long()).index_add_(0, high, -violated.long())
+    pair_group = group_of[low]
+    num_violated = torch.zeros_like(group_sizes).index_add_(0, pair_group, violated.long())
+    rank = torch.segment_reduce(c * scores, "sum", lengths=group_sizes) + margin * num_violated
+
+    best = _first_argmax(rewards, group_sizes, group_offsets, group_of)
+    sft = -sums[best]
+    if sft_reduction == "mean":
+        sft = sft / divisors[best]
+    return RRHFLoss(
+        loss=(rank_weight * rank + sft_weight * sft).mean(),
+        rank_loss=rank,
+        sft_loss=sft,
+        scores=scores.detach(),
+        num_pairs=torch.zeros_like(group_sizes).index_add_(
+            0, pair_group, torch.ones_like(pair_group)
+        ),
+        num_correct=torch.zeros_like(group_sizes).index_add_(0, pair_group, (gaps > 0).long()),
+        margins=torch.zeros_like(rank).detach().index_add_(0, pair_group, gaps),
+    )
+
+
+def _ordered_pairs(
+    rewards: torch.Tensor,
+    group_sizes: torch.Tensor,
+    group_offsets: torch.Tensor,
+    group_of: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs (low, high) within a query with rewards[low] < rewards[high], as indices into
+    [S]."""
+    partners = group_sizes[group_of]  # [S] each response meets all k of its query
+    low = torch.repeat_interleave(partners)
+    place = torch.arange(len(low), device=low.device) - (partners.cumsum(0) - partners)[low]
+    high = group_offsets[group_of[low]] + place
+    keep = rewards[low] < rewards[high]
+    return low[keep], high[keep]
+
+
+def _first_argmax(
+    rewards: torch.Tensor,
+    group_sizes: torch.Tensor,
+    group_offsets: torch.Tensor,
+    group_of: torch.Tensor,
+) -> torch.Tensor:
+    """[G] the first response of the highest reward in each query."""
+    top = torch.full_like(group_sizes, -1, dtype=rewards.dtype).scatter_reduce_(
+        0, group_of, rewards, "amax", include_self=False
+    )
+    index = torch.arange(len(rewards), device=rewards.device)
+    candidates = torch.where(rewards == top[group_of], index, len(rewards))
+    return torch.full_like(group_sizes, len(rewards)).scatter_reduce_(
+        0, group_of, candidates, "amin"
+    )
+
+
+def _pack(
+    logps: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Padded [G, k, T] to packed: log-probs [R], rewards [S], path_edges, path_offsets,
+    group_offsets."""
+    if logps.dim() != 3 or mask.shape != logps.shape or rewards.shape != logps.shape[:2]:
+        shapes = f"{tuple(logps.shape)}, {tuple(rewards.shape)}, {tuple(mask.shape)}"
+        raise ValueError(
+            f"expected logps [G, k, T], rewards [G, k] and mask [G, k, T], found {shapes}"
+        )
+    mask = mask.bool()
+    lengths = mask.sum(-1)  # [G, k]
+    present = lengths > 0
+    if not present.any(-1).all():
+        raise ValueError("mask: a query has no response token at all")
+    edges = torch.arange(int(lengths.sum()), device=logps.device)
+    starts = torch.zeros(1, dtype=torch.int64, device=logps.device)
+    path_offsets = torch.cat([starts, lengths[present].cumsum(0)])
+    group_offsets = torch.cat([starts, present.sum(-1).cumsum(0)])
+    return logps[mask], rewards[present], edges, path_offsets, group_offsets

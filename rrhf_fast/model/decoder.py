@@ -1,0 +1,261 @@
+"""Hugging Face decoders: load one, read its head, and let it attend over a packed forest.
+
+The forest is right only for decoders that take their attention function from transformers'
+AttentionInterface, hand our keyword arguments through to it, and mix tokens in no other way.
+`check_forest_support` refuses the others by name and reason, and `self_check` compares a small
+forest with unpacked runs before the first step, because a model that ignores the function would
+train on wrong log-probs without a word.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rrhf_fast import reference
+from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model.chains import ChainPlan, chain_attention, plan_chains
+
+# Transformers takes a name that contains "sdpa" for its own and asks the model for support of that.
+FOREST = "forest_chains"
+# Largest difference of a log-prob between forest and unpacked runs, float32. Rounding gives about
+# 1e-5; an attention that sees a wrong token, 0.01 and more.
+SELF_CHECK_TOLERANCE = 1e-3
+
+
+class UnsupportedModel(ValueError):
+    """The forest would be silently wrong for this model; `--packing none` works."""
+
+    def __init__(self, model: PreTrainedModel, reason: str):
+        super().__init__(
+            f"{model.config.model_type}: the packed forest cannot serve this model: {reason}. "
+            "Use --packing none, which pads instead and is correct for every causal model"
+        )
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits; see `rrhf_fast.losses.linear_logprob`."""
+
+    linear: nn.Linear
+    softcap: float | None
+    logit_scale: float
+
+
+def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM with float32 weights (the master weights), without dropout.
+
+    Raises:
+        ValueError: nothing of that name can be loaded as a causal language model from safetensors.
+    """
+    try:
+        # dtype: transformers 5 keeps the checkpoint's own, but the optimizer needs float32 weights.
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model_name_or_path: {name_or_path}: {_first_line(error)}") from error
+    # RRHF compares log-probs of responses, so they must be a function of the weights alone: eval
+    # mode turns dropout off.
+    return model.eval()
+
+
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model_name_or_path: {name_or_path}: no tokenizer ({_first_line(error)})"
+        ) from error
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a causal LM. Raises `UnsupportedModel` if it is no linear layer."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UnsupportedModel(model, f"its head is a {type(linear).__name__}, not a linear layer")
+    config = model.config.get_text_config()
+    return Head(
+        linear=linear,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        logit_scale=getattr(config, "logit_scale", None)  # Cohere multiplies ...
+        or 1 / getattr(config, "logits_scaling", 1.0),  # ... Granite divides
+    )
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model was made for, in tokens; None if its config names
+    none."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Use this attention implementation inside the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse what the forest would get silently wrong; raises `UnsupportedModel` with the
+    reason."""
+    config = model.config.get_text_config()
+    if not model.base_model._supports_attention_backend:
+        raise UnsupportedModel(
+            model, "its attention does not go through transformers' AttentionInterface"
+        )
+    other = set(getattr(config, "layer_types", None) or []) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if other:
+        raise UnsupportedModel(
+            model,
+            f"its layers of type {', '.join(sorted(other))} mix neighbouring tokens in the pack",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (
+        rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    ):
+        window = parameters.get("original_max_position_embeddings") or max_positions(model)
+        if parameters.get("rope_type") in ("dynamic", "longrope") and max_length > window:
+            kind = parameters["rope_type"]
+            reason = f"its {kind} RoPE depends on the longest row beyond {window} tokens"
+            raise UnsupportedModel(model, f"{reason} (or lower --max_length to {window})")
+    read_head(model)
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel) -> float:
+    """Compare a small forest with unpacked runs of eager attention; returns the largest log-prob
+    difference.
+
+    The model must be in eval mode and hold float32 or float64 weights.
+
+    Raises:
+        UnsupportedModel: the attention function was not called once a layer, or the log-probs
+            differ.
+    """
+    vocab = model.get_input_embeddings().num_embeddings
+    rng = np.random.default_rng(0)
+
+    def draw(length: int) -> np.ndarray:
+        return rng.integers(0, vocab, length, dtype=np.int32)
+
+    begin = draw(3)
+    first = [np.append(begin, draw(n)) for n in (4, 2, 6)] + [draw(5)]
+    queries = [
+        TokenisedQuery(draw(9), [*first, first[1]], np.zeros(5, np.float32)),
+        TokenisedQuery(draw(4), [draw(3), draw(7)], np.zeros(2, np.float32)),
+    ]
+    pack = build_forest(queries).to(model.device)
+    plan = plan_chains(pack)
+    with attention(model, FOREST):
+        hidden = decode_forest(model, pack, plan)
+    layers = model.config.get_text_config().num_hidden_layers
+    if plan.calls != layers:
+        raise UnsupportedModel(
+            model, f"its {layers} layers called the forest attention {plan.calls} times"
+        )
+    head = read_head(model)
+    logps = reference.linear_logprob(
+        hidden,
+        head.linear.weight,
+        pack.edge_rows,
+        pack.edge_targets,
+        bias=head.linear.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )[pack.path_edges]
+    with attention(model, "eager"):
+        unpacked = torch.cat(
+            [
+                reference.response_logps(model, _ids(query.prompt_ids, model), _ids(ids, model))
+                for query in queries
+                for ids in query.response_ids
+            ]
+        )
+    difference = (logps - unpacked).abs().max().item()
+    if not difference <= SELF_CHECK_TOLERANCE:
+        raise UnsupportedModel(
+            model, f"a small forest gave log-probs {difference:.2g} away from unpacked runs"
+        )
+    return difference
+
+
+def decode_forest(model: PreTrainedModel, pack, plan: ChainPlan) -> torch.Tensor:
+    """Hidden states [N, H] of a packed forest. The model must be set to `FOREST` attention."""
+    output = model.base_model(
+        input_ids=pack.input_ids[None],
+        position_ids=pack.position_ids[None],
+        use_cache=False,
+        forest=plan,
+    )
+    return output.last_hidden_state[0]
+
+
+def _forest_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    forest: ChainPlan | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: [1, H, N, D] -> [1, N, H, D]."""
+    if forest is None:
+        return query.transpose(
+            1, 2
+        ), None  # a decoder that drops the argument; the self-check counts calls and refuses
+    forest.calls += 1
+    out = chain_attention(
+        query,
+        key,
+        value,
+        forest,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out, None
+
+
+# No mask function of this name is registered: transformers then builds no mask, and ours is the
+# forest itself.
+AttentionInterface.register(FOREST, _forest_attention)
+
+
+def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
+    return torch.from_numpy(ids).long().to(model.device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

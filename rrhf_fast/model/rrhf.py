@@ -1,0 +1,130 @@
+"""The root module: a pack goes in, one scalar loss comes out. Decoder, head and loss in one
+forward."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rrhf_fast.config import LossConfig
+from rrhf_fast.data.forest import Pack, PackedForest
+from rrhf_fast.data.padded import PaddedBatch
+from rrhf_fast.losses import RRHFLoss, linear_logprob, rrhf_loss
+from rrhf_fast.model.chains import plan_chains
+from rrhf_fast.model.decoder import (
+    FOREST,
+    attention,
+    check_forest_support,
+    decode_forest,
+    read_head,
+    self_check,
+)
+
+
+class RRHFModel(nn.Module):
+    """A causal LM that scores the responses of a pack and returns their RRHF loss.
+
+    `packing` "forest" runs packed forests (and refuses models that it would be wrong for); "none"
+    runs padded batches.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        loss: LossConfig,
+        *,
+        packing: str = "forest",
+        max_length: int,
+        compute_dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
+        self.plain_attention = lm.config._attn_implementation
+        if packing == "forest":
+            check_forest_support(lm, max_length)
+            self_check(lm)
+            self.head = read_head(lm)
+            lm.set_attn_implementation(FOREST)
+        if activation_checkpointing:
+            for layer in decoder_layers(lm):
+                layer.forward = _checkpointed(layer.forward)
+
+    def generation(self) -> AbstractContextManager[None]:
+        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as
+        one."""
+        return attention(self.lm, self.plain_attention)
+
+    def forward(self, pack: Pack) -> RRHFLoss:
+        """The loss of one pack, mean over its queries; log-probs and loss are float32 or better."""
+        device_type = self.lm.device.type
+        with torch.autocast(
+            device_type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+        ):
+            logps = self.edge_logps(pack)
+        return self.loss(logps, pack)
+
+    def edge_logps(self, pack: Pack) -> torch.Tensor:
+        """[E] log-prob of each edge's target."""
+        if isinstance(pack, PackedForest):
+            hidden = decode_forest(self.lm, pack, plan_chains(pack))
+            return linear_logprob(
+                hidden,
+                self.head.linear.weight,
+                pack.edge_rows,
+                pack.edge_targets,
+                bias=self.head.linear.bias,
+                softcap=self.head.softcap,
+                logit_scale=self.head.logit_scale,
+            )
+        assert isinstance(pack, PaddedBatch)
+        logits = self.lm(
+            input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
+        ).logits
+        logits = logits.flatten(0, 1).index_select(0, pack.edge_rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
+
+    def loss(self, logps: torch.Tensor, pack: Pack) -> RRHFLoss:
+        """The configured loss on edge log-probs [E]."""
+        config = self.loss_config
+        widths = None
+        if config.compat == "official":
+            longest = torch.segment_reduce(
+                pack.path_offsets.diff().float(), "max", lengths=pack.group_offsets.diff()
+            )
+            widths = pack.prompt_lengths + longest.long() - 1
+        return rrhf_loss(
+            logps,
+            pack.rewards,
+            path_edges=pack.path_edges,
+            path_offsets=pack.path_offsets,
+            group_offsets=pack.group_offsets,
+            length_penalty=config.length_penalty,
+            rank_weight=config.rank_weight,
+            sft_weight=config.sft_weight,
+            sft_reduction="mean" if config.compat == "official" else config.sft_reduction,
+            margin=config.margin,
+            padded_widths=widths,
+        )
+
+
+def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers: its longest ModuleList at the outermost level that has one."""
+    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    count = lm.config.get_text_config().num_hidden_layers
+    layers = next((module for module in lists if len(module) == count), None)
+    if layers is None:
+        kind = lm.config.model_type
+        raise ValueError(f"activation_checkpointing: no list of {count} layers found in {kind}")
+    return layers
+
+
+def _checkpointed(forward):
+    # Around the bound method, so that parameter names (and the saved model) stay as they are.
+    def run(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,0 +1,94 @@
+"""RRHF (Yuan et al. 2023, arXiv 2304.05302) in plain PyTorch, one query at a time, written for
+reading.
+
+No tricks, any float dtype: run it in float64 and compare. Everything fast in this project is tested
+against this page.
+"""
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Head logits: [..., H] hidden, [V, H] weight, [V] bias -> [..., V]."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, **head) -> Tensor:
+    """log P(targets[e] | hidden[rows[e]]): [N, H], [V, H], [E], [E] -> [E]; `head` as for
+    `logits`."""
+    log_probs = torch.log_softmax(logits(hidden[rows], weight, **head), dim=-1)
+    return log_probs[torch.arange(len(targets)), targets]
+
+
+def response_logps(model: torch.nn.Module, prompt_ids: Tensor, response_ids: Tensor) -> Tensor:
+    """Log-probs of one response's tokens behind its prompt, by any Hugging Face causal LM: [P], [R]
+    -> [R]."""
+    ids = torch.cat([prompt_ids, response_ids])
+    z = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
+    return torch.log_softmax(z, dim=-1)[torch.arange(len(response_ids)), response_ids]
+
+
+def score(logps: Tensor, length_penalty: float = 1.0, length: int | None = None) -> Tensor:
+    """p = sum_t logp_t / length^length_penalty (eq. 1); `length` is the response's own, its end
+    token included."""
+    return logps.sum() / (len(logps) if length is None else length) ** length_penalty
+
+
+def rank_loss(p: Tensor, rewards: Tensor, margin: float = 0.0) -> Tensor:
+    """sum over r_i < r_j of max(0, p_i - p_j + margin) (eq. 2): [k], [k] -> scalar. Equal rewards
+    form no pair."""
+    loss = p.sum() * 0
+    for i in range(len(p)):
+        for j in range(len(p)):
+            if rewards[i] < rewards[j]:
+                loss = loss + torch.clamp(p[i] - p[j] + margin, min=0)
+    return loss
+
+
+def sft_loss(
+    logps: list[Tensor], rewards: Tensor, reduction: str = "sum", length: int | None = None
+) -> Tensor:
+    """Negative log-likelihood of the best response, the first one if several tie (eq. 3): k tensors
+    [R_i] -> scalar."""
+    best = logps[max(range(len(logps)), key=lambda i: (rewards[i].item(), -i))]
+    return (
+        -best.sum()
+        if reduction == "sum"
+        else -best.sum() / (len(best) if length is None else length)
+    )
+
+
+def rrhf_loss(
+    logps: list[Tensor],
+    rewards: Tensor,
+    *,
+    length_penalty: float = 1.0,
+    rank_weight: float = 1.0,
+    sft_weight: float = 1.0,
+    sft_reduction: str = "sum",
+    margin: float = 0.0,
+    padded_width: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One query's (loss, rank loss, SFT loss) (eq. 4): k tensors [R_i], rewards [k] -> three
+    scalars.
+
+    `padded_width` stands in for every response's length, as in the released code (prompt + longest
+    response - 1).
+    """
+    p = torch.stack([score(logp, length_penalty, padded_width) for logp in logps])
+    rank = rank_loss(p, rewards, margin)
+    sft = sft_loss(logps, rewards, sft_reduction, padded_width)
+    return rank_weight * rank + sft_weight * sft, rank, sft

@@ -4,7 +4,7 @@
 task (a verb) has one right tool. A score is the sum of
 
     topic      +1.0 the thing asked about is named      +1.0 the right tool is named
-               -0.4 for each other thing or tool that is named, at most 4 of them
+               -0.4 for each other thing or tool that is named
     manners    +0.7 for a kind word                     -1.0 for a rude word
     crispness  -2.0 * share of the word pairs that were said before
     ending     +0.3 for . ! or ? at the end             -0.7 without
@@ -67,7 +67,7 @@ def _score(prompt: str, response: str) -> float:
     said, asked = set(words), _words(prompt)
     wanted = {w for w in asked if w in THINGS} | {TOOLS[w] for w in asked if w in TOOLS}
     slips = len((said & _NAMED) - wanted)
-    topic = len(said & wanted) - 0.4 * min(slips, 4)
+    topic = len(said & wanted) - 0.4 * slips
     manners = 0.7 * bool(said & KIND_WORDS) - 1.0 * bool(said & RUDE_WORDS)
     pairs = list(pairwise(words))
     repeats = 1 - len(set(pairs)) / len(pairs) if pairs else 0.0

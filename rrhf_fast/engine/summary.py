@@ -39,7 +39,8 @@ def describe(
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
         "device": f"{model.lm.device}, {config.dtype} arithmetic, packing {config.packing}",
-        "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out{skipped}",
+        "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out"
+        + skipped,
         "responses": f"{num_responses}, k = {ks}",
         "": f"{ties} rows with tied scores, {duplicates} with duplicate responses",
         "cut": f"{cut.cut['prompts']} prompts and {cut.cut['responses']} responses, "

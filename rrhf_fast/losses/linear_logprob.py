@@ -21,7 +21,7 @@ def linear_logprob(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    workspace_mb: int = 64,
+    workspace_mb: float = 64,
 ) -> torch.Tensor:
     """log P(targets[e] | hidden[rows[e]]) under the head, with gradients for hidden, weight and
     bias.
@@ -120,10 +120,10 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _chunks(
-    weight: torch.Tensor, num_edges: int, dtype: torch.dtype, workspace_mb: int
+    weight: torch.Tensor, num_edges: int, dtype: torch.dtype, workspace_mb: float
 ) -> list[slice]:
     """Slices of the vocabulary such that [num_edges, chunk] logits fit the workspace."""
-    size = max(1, workspace_mb * 2**20 // (max(1, num_edges) * dtype.itemsize))
+    size = max(1, int(workspace_mb * 2**20 / (max(1, num_edges) * dtype.itemsize)))
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 

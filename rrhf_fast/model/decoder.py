@@ -119,26 +119,19 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
-    """Refuse what the forest would get silently wrong; raises `UnsupportedModel` with the
-    reason."""
+    """Raise `UnsupportedModel`, with the reason, where the forest would be silently wrong."""
     config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        reason = f"its layers of type {', '.join(sorted(other))} mix neighbouring tokens in a pack"
+        raise UnsupportedModel(model, reason)
     if not model.base_model._supports_attention_backend:
         raise UnsupportedModel(
             model, "its attention does not go through transformers' AttentionInterface"
         )
-    other = set(getattr(config, "layer_types", None) or []) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if other:
-        raise UnsupportedModel(
-            model,
-            f"its layers of type {', '.join(sorted(other))} mix neighbouring tokens in the pack",
-        )
     rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (
-        rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
-    ):
+    by_layer_type = all(isinstance(value, dict) for value in rope.values())
+    for parameters in rope.values() if by_layer_type else [rope]:
         window = parameters.get("original_max_position_embeddings") or max_positions(model)
         if parameters.get("rope_type") in ("dynamic", "longrope") and max_length > window:
             kind = parameters["rope_type"]

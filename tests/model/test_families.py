@@ -1,0 +1,283 @@
+"""Packed forests against one-response-at-a-time transformers runs, for every supported family."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rrhf_fast import reference
+from rrhf_fast.config import LossConfig
+from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.padded import build_padded
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model.decoder import UnsupportedModel, attention, self_check
+from rrhf_fast.model.rrhf import RRHFModel
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MHA = SIZES | {"num_key_value_heads": 4}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Every family of the supported list, with what makes it special turned on; windows are shorter than
+# the rows, so that a wrong window shows.
+SUPPORTED = {
+    "llama": SIZES,
+    "llama-tied": SIZES | {"tie_word_embeddings": True},
+    "qwen2": SIZES | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": SIZES | {"head_dim": 8},
+    "mistral": SIZES | {"sliding_window": 6},
+    "gemma": SIZES | {"head_dim": 8},
+    "gemma2": SIZES | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": SIZES | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+    "phi": MHA,
+    "phi3": SIZES,
+    "opt": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+    },
+    "olmo2": SIZES,
+    "smollm3": SIZES,
+    "granite": SIZES | {"logits_scaling": 4.0, "attention_multiplier": 0.3},
+    "starcoder2": SIZES | {"sliding_window": 6},
+    "gpt_bigcode": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4},
+    "gpt_oss": SIZES | MOE | {"sliding_window": 6, "head_dim": 8},
+    "mixtral": SIZES | MOE,
+    "qwen3_moe": SIZES
+    | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": MHA
+    | {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "cohere": SIZES | {"logit_scale": 0.25},
+}
+TINY_GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+# Silently wrong if let through; the message says why.
+REFUSED = {
+    "gptj": (TINY_GPT, "AttentionInterface"),
+    "codegen": (TINY_GPT, "AttentionInterface"),
+    "gpt_neo": (
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        "AttentionInterface",
+    ),
+    "falcon": (
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "AttentionInterface",
+    ),
+    "bloom": (
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "AttentionInterface",
+    ),
+    "mpt": (
+        {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4},
+        "AttentionInterface",
+    ),
+    "mamba": ({"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}, "layers of type"),
+    "lfm2": (SIZES | {"layer_types": ["conv", "full_attention", "conv"]}, "layers of type conv"),
+    "qwen3_next": (SIZES | {"head_dim": 8}, "layers of type linear_attention"),
+    "llama4_text": (
+        SIZES
+        | {
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 8,
+        },
+        "layers of type chunked_attention",
+    ),
+    "stablelm": (SIZES, "AttentionInterface"),
+}
+
+
+def tiny_model(kind: str, sizes: dict, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind.partition("-")[0], **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for (
+        parameter
+    ) in model.parameters():  # initial weights are so small that attention hardly matters
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def queries() -> list[TokenisedQuery]:
+    """Shared response prefixes, a duplicate, a response that is the start of another, ragged k."""
+    rng = np.random.default_rng(0)
+
+    def draw(n: int) -> np.ndarray:
+        return rng.integers(3, VOCAB, n, dtype=np.int32)
+
+    begin = draw(4)
+    first = [np.append(begin, draw(n)) for n in (3, 8, 1)] + [draw(9)]
+    first += [first[1], begin]
+    return [
+        TokenisedQuery(draw(11), first, np.array([3, 1, 2, 2, 5, 4], np.float32)),
+        TokenisedQuery(draw(3), [draw(2), draw(12)], np.array([0, 1], np.float32)),
+        TokenisedQuery(draw(7), [draw(1), draw(5), draw(5)], np.array([2, 0, 1], np.float32)),
+    ]
+
+
+def unpacked_loss(model, cases):
+    """The reference: each response alone through transformers' own eager attention."""
+    logps, losses = [], []
+    with attention(model, "eager") if model._can_set_attn_implementation() else nullcontext():
+        for case in cases:
+            prompt = torch.from_numpy(case.prompt_ids).long()
+            group = [
+                reference.response_logps(model, prompt, torch.from_numpy(ids).long())
+                for ids in case.response_ids
+            ]
+            logps += group
+            losses.append(reference.rrhf_loss(group, torch.from_numpy(case.rewards))[0])
+    return torch.cat(logps), torch.stack(losses).mean()
+
+
+def gradients(loss, model):
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def assert_equal_to_unpacked(lm, wrapped: RRHFModel, pack, tolerance: float):
+    logps, loss = unpacked_loss(lm, queries())
+    expected = gradients(loss, lm)
+    ours = wrapped.edge_logps(pack)
+    out = wrapped.loss(ours, pack)
+    torch.testing.assert_close(ours[pack.path_edges], logps, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.loss, loss, rtol=tolerance, atol=tolerance)
+    found = gradients(out.loss, lm)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = max(1.0, expected[name].abs().max().item())
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=tolerance, atol=tolerance * scale, msg=name
+        )
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_forest_equals_unpacked(kind):
+    lm = tiny_model(kind, SUPPORTED[kind])
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64)
+    assert_equal_to_unpacked(lm, wrapped, build_forest(queries()), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
+def test_forest_equals_unpacked_in_float64(kind):
+    lm = tiny_model(kind, SUPPORTED[kind], torch.float64)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.float32)
+    # The libraries keep RoPE, norms or softmax in float32, so this is no 1e-12.
+    assert_equal_to_unpacked(lm, wrapped, build_forest(queries()), 2e-6)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refuses_what_would_be_silently_wrong(kind):
+    sizes, reason = REFUSED[kind]
+    lm = tiny_model(kind, sizes)
+    with pytest.raises(UnsupportedModel, match=f"^{kind}: .*{reason}.*--packing none"):
+        RRHFModel(lm, LossConfig(), max_length=64)
+
+
+@pytest.mark.parametrize("kind", ["llama", *REFUSED])
+def test_padded_path_serves_every_model(kind):
+    sizes = SUPPORTED[kind] if kind in SUPPORTED else REFUSED[kind][0]
+    lm = tiny_model(kind, sizes)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, packing="none")
+    assert_equal_to_unpacked(lm, wrapped, build_padded(queries(), pad_token_id=2), 2e-5)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_refuses_rope_that_depends_on_the_pack_only_beyond_its_window(rope_type):
+    factors = (
+        {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4} if rope_type == "longrope" else {}
+    )
+    rope = {
+        "rope_type": rope_type,
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        **factors,
+    }
+    lm = tiny_model("llama", SIZES | {"rope_parameters": rope})
+    RRHFModel(lm, LossConfig(), max_length=64)
+    with pytest.raises(UnsupportedModel, match=f"{rope_type} RoPE .* lower --max_length to 64"):
+        RRHFModel(lm, LossConfig(), max_length=65)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "gptj"])
+def test_self_check_catches_a_decoder_that_ignores_the_forest(kind):
+    sizes = SIZES if kind == "stablelm" else TINY_GPT
+    with pytest.raises(UnsupportedModel, match="layers called the forest attention 0 times"):
+        self_check(tiny_model(kind, sizes))
+
+
+def test_self_check_catches_a_wrong_mask(monkeypatch):
+    """A decoder that sees a token it must not see is refused, not trained."""
+    from rrhf_fast.model import decoder
+
+    right = decoder.plan_chains
+
+    def wrong(pack):
+        plan = right(pack)
+        for bucket in plan.buckets:
+            bucket.key_rows = bucket.key_rows.flip(0)
+        return plan
+
+    monkeypatch.setattr(decoder, "plan_chains", wrong)
+    with pytest.raises(UnsupportedModel, match=r"log-probs .* away from unpacked runs"):
+        RRHFModel(tiny_model("llama", SIZES), LossConfig(), max_length=64)
+
+
+def test_activation_checkpointing_changes_nothing():
+    losses = []
+    for on in (False, True):
+        lm = tiny_model("llama", SIZES)
+        wrapped = RRHFModel(lm, LossConfig(), max_length=64, activation_checkpointing=on)
+        out = wrapped(build_forest(queries()))
+        losses.append((out.loss, gradients(out.loss, lm)))
+        assert list(lm.state_dict()) == list(tiny_model("llama", SIZES).state_dict())
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
+    lm = tiny_model("llama", SIZES)
+    pack = build_forest(queries())
+    exact = RRHFModel(lm, LossConfig(), max_length=64)(pack)
+    rounded = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)(pack)
+    assert rounded.scores.dtype == torch.float32
+    torch.testing.assert_close(rounded.scores, exact.scores, rtol=0.05, atol=0.05)
+    assert torch.equal(rounded.num_pairs, exact.num_pairs)

@@ -10,8 +10,9 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
     """The released RRHF code's computation for one query: scalar loss.
 
-    k rows padded to the longest, the prompt repeated in each, logits of every position, a log-softmax over
-    the full vocabulary, scores divided by the padded width (`--compat official` in this project).
+    k rows padded to the longest, the prompt repeated in each, logits of every position, a
+    log-softmax over the full vocabulary, scores divided by the padded width (in this project:
+    `--compat official`).
     """
     batch = build_padded([query])
     width = batch.input_ids.shape[1]

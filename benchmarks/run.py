@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     """Run one benchmark, print its figures, and write them as JSON when --out is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("case", choices=["step"])
     parser.add_argument("--model", required=True, help="folder or name of a causal language model")
     parser.add_argument("--data", required=True, help="rows, JSONL")

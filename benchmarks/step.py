@@ -48,7 +48,9 @@ def run(model: str, data: str, *, num_queries: int, rounds: int, max_tokens_per_
     gradients = [
         torch.cat([p.grad.flatten() for p in lm.parameters()]) for lm in (plain, engine.lm)
     ]
-    check["gradient_difference"] = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    check["gradient_difference"] = (
+        (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    ).item()
     assert check["gradient_difference"] < 1e-3, check
     seconds: dict[str, list[float]] = {"released": [], "engine": []}
     for _ in range(rounds):

@@ -6,6 +6,38 @@ from typing import Literal
 
 
 @dataclass
+class DataConfig:
+    """Which model, which rows, and how rows become tokens."""
+
+    model_name_or_path: str | None = None
+    """A causal language model: a folder, or a name on the Hugging Face hub."""
+    train_data: str | list[str] | None = None
+    """Rows with prompt, responses and scores: JSONL files, or Hugging Face data sets as name or
+    name:split."""
+    eval_data: str | list[str] | None = None
+    """Held-out rows of the same kind."""
+    eval_fraction: float = 0.0
+    """Without eval_data: hold out this share of the training rows (0 to 1)."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off unless you trust its author."""
+
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """Stop at the first bad row, or leave bad rows out and count them by kind."""
+    use_responses: Literal["all", "provided", "sampled"] = "all"
+    """Provided: those whose source starts so, else the last two, as in the released data. Sampled:
+    the others."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Cut each response at the first of these, for example ["\\n\\nHuman:", "\\n\\nAssistant:"]."""
+    max_length: int = 2048
+    """Tokens of prompt plus response; lowered to the model's window."""
+    max_prompt_length: int | None = None
+    """Tokens; a longer prompt keeps its tail. Default: never cut a prompt."""
+    max_response_length: int | None = None
+    """Tokens; a longer response keeps its head and its end token. Default: what max_length
+    leaves."""
+
+
+@dataclass
 class LossConfig:
     """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
 
@@ -25,41 +57,13 @@ class LossConfig:
 
 
 @dataclass
-class TrainConfig(LossConfig):
+class TrainConfig(LossConfig, DataConfig):
     """Options of `python -m rrhf_fast.train`; without model and data it trains the demo."""
 
-    # --- What to train on what
-    model_name_or_path: str | None = None
-    """A causal language model: a folder, or a name on the Hugging Face hub."""
-    train_data: str | list[str] | None = None
-    """Rows with prompt, responses and scores: JSONL files, or Hugging Face data sets as name or
-    name:split."""
-    eval_data: str | list[str] | None = None
-    """Held-out rows of the same kind."""
-    eval_fraction: float = 0.0
-    """Without eval_data: hold out this share of the training rows (0 to 1)."""
     output_dir: str | None = None
     """Where the model, metrics.jsonl and training.png go; default runs/<date>-<time>."""
     overwrite_output_dir: bool = False
     """Allow an output_dir that already holds a run."""
-    trust_remote_code: bool = False
-    """Run code that ships with the model. Off unless you trust its author."""
-
-    # --- Rows and tokens
-    on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out and count them by kind."""
-    use_responses: Literal["all", "provided", "sampled"] = "all"
-    """Provided: those whose source starts so, else the last two, as in the released data. Sampled:
-    the others."""
-    stop_strings: list[str] = field(default_factory=list)
-    """Cut each response at the first of these, for example ["\\n\\nHuman:", "\\n\\nAssistant:"]."""
-    max_length: int = 2048
-    """Tokens of prompt plus response; lowered to the model's window."""
-    max_prompt_length: int | None = None
-    """Tokens; a longer prompt keeps its tail. Default: never cut a prompt."""
-    max_response_length: int | None = None
-    """Tokens; a longer response keeps its head and its end token. Default: what max_length
-    leaves."""
 
     # --- Steps
     train_batch_size: int = 64
@@ -85,9 +89,9 @@ class TrainConfig(LossConfig):
     weight_decay: float = 0.0
     """Of matrices; biases and norms have none."""
     adam_beta1: float = 0.9
-    """First moment decay."""
+    """Decay of the first moment."""
     adam_beta2: float = 0.999
-    """Second moment decay."""
+    """Decay of the second moment."""
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
@@ -96,8 +100,7 @@ class TrainConfig(LossConfig):
     """Of the decoder's arithmetic; weights and loss are float32. Auto: bfloat16 on a GPU that has
     it, else float32."""
     activation_checkpointing: bool = False
-    """Keep one activation a layer and recompute the rest: much less memory, about a third more
-    time."""
+    """Keep one activation a layer and recompute the rest: less memory for one more forward."""
 
     # --- Watching
     logging_steps: int = 1

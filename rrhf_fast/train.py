@@ -1,25 +1,40 @@
 """Train a causal language model by RRHF.
 
-python -m rrhf_fast.train                                             # the embedded demo, offline
-python -m rrhf_fast.train --model_name_or_path M --train_data rows.jsonl --eval_data held_out.jsonl
---output_dir OUT python -m rrhf_fast.train --config config.yaml --learning_rate 1e-5   # options
-override the file python -m rrhf_fast.train --print_config                              # every
-option with its value, as YAML
+python -m rrhf_fast.train                                  # the embedded demo, offline
+python -m rrhf_fast.train --model_name_or_path M --train_data rows.jsonl --eval_fraction 0.1
+python -m rrhf_fast.train --config config.yaml --seed 1    # options override the file
+python -m rrhf_fast.train --print_config                   # every option's value, as YAML
 """
 
 import sys
 from types import ModuleType
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    set_parsing_settings,
+)
 
 from rrhf_fast.config import TrainConfig
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of the description, which are commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     """Options of the command line (default: this process's) as a config; raises ArgumentError."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog="python -m rrhf_fast.train", description=TrainConfig.__doc__, exit_on_error=False
+        prog="python -m rrhf_fast.train",
+        description=__doc__,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,  # a later option could change what an abbreviation means
     )
     parser.add_argument("--config", action="config", help="YAML file of options.")
     parser.add_class_arguments(TrainConfig)

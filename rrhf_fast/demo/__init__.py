@@ -8,8 +8,20 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 
-MODEL_DIR = (
-    _HERE / "model"
-)  # LlamaForCausalLM and tokenizer, as AutoModel and AutoTokenizer read them
-TRAIN_FILE = _HERE / "train.jsonl"  # rows of prompt, responses, scores, sources
-EVAL_FILE = _HERE / "eval.jsonl"  # the same, about tasks that neither model nor rows have met
+# LlamaForCausalLM and its tokenizer, as transformers reads them.
+MODEL_DIR = _HERE / "model"
+# Rows of prompt, responses, scores, sources; the held-out ones ask about tasks that neither model
+# nor training rows have met.
+TRAIN_FILE = _HERE / "train.jsonl"
+EVAL_FILE = _HERE / "eval.jsonl"
+
+# Options of the default run, wherever the caller leaves them at their default.
+SETTINGS = {
+    "model_name_or_path": str(MODEL_DIR),
+    "train_data": str(TRAIN_FILE),
+    "eval_data": str(EVAL_FILE),
+    "eval_reward_fn": "rrhf_fast.demo.reward:score",
+    "learning_rate": 1e-3,
+    "train_batch_size": 16,
+    "num_train_epochs": 4.0,
+}

@@ -2,10 +2,9 @@
 
 With no ties and no margin, dL_rank/dp_i = c_i = (rank of p_i) - (rank of r_i): a whole number, and
 L_rank = sum_i c_i p_i because the hinge is piecewise linear. With ties (equal rewards form no pair)
-and a margin, c_i still is a whole
-number: the pairs that push response i down less those that pull it up. Counting it explicitly,
-instead of letting autograd add up pairs, makes the gradient of a response that is ranked right
-exactly 0, which the head's backward uses.
+and a margin, c_i still is a whole number: the pairs that push response i down less those that pull
+it up. Counting it explicitly, instead of letting autograd add up pairs, makes the gradient of a
+response that is ranked right exactly 0, which the head's backward uses.
 
 Legend: E edges, R response tokens, S responses, G queries (groups), P ordered pairs within the
 queries.
@@ -77,12 +76,11 @@ def rrhf_loss(
         ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction.
 
     Example:
-        >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]], requires_grad=True)  # one query, k
-        = 2, T = 2
-        >>> out = rrhf_loss(logps, torch.tensor([[1.0, 0.0]]), mask=torch.ones(1, 2, 2,
-        dtype=torch.bool))
-        >>> out.rank_loss.item(), out.sft_loss.item()  # the worse response is likelier by 0.5 a
-        token (0.5, 2.0)
+        >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]])  # one query, k = 2, T = 2
+        >>> mask = torch.ones(1, 2, 2, dtype=torch.bool)
+        >>> out = rrhf_loss(logps, torch.tensor([[1.0, 0.0]]), mask=mask)
+        >>> out.rank_loss.item(), out.sft_loss.item()  # the worse one is likelier by 0.5 a token
+        (0.5, 2.0)
     """
     if sft_reduction not in ("sum", "mean"):
         raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')

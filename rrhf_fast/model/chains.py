@@ -33,10 +33,7 @@ class Bucket:
     """Chains of like shape. Padding repeats a chain's last query and last key, so that no row is
     ever all masked."""
 
-    query_rows: torch.Tensor  # [C * Q] int64, rows of the pack
-    key_rows: torch.Tensor  # [C * K] int64
     query_depths: torch.Tensor  # [C, Q] int64, padding repeats the last
-    key_lengths: torch.Tensor  # [C] int64
     num_keys: int  # K
     is_plain_causal: bool  # every chain starts at its root, so padding hides behind the end
     masks: dict = field(default_factory=dict)
@@ -48,7 +45,7 @@ class Bucket:
             return None
         if (window, dtype) not in self.masks:
             depth = torch.arange(
-                self.num_keys, device=self.key_lengths.device
+                self.num_keys, device=self.query_depths.device
             )  # keys stand at depths 0, 1, ...
             seen = depth <= self.query_depths[:, :, None]
             if window is not None:
@@ -62,11 +59,13 @@ class Bucket:
 
 @dataclass
 class ChainPlan:
-    """How one pack's attention is computed. `output_order` undoes the buckets: [N] positions in
-    their concatenation."""
+    """How one pack's attention is computed: rows are gathered once for all buckets, laid end to
+    end."""
 
     buckets: list[Bucket]
-    output_order: torch.Tensor
+    query_rows: torch.Tensor  # [sum of C * Q] int64, rows of the pack
+    key_rows: torch.Tensor  # [sum of C * K] int64
+    output_order: torch.Tensor  # [N] int64, where each row of the pack stands in query_rows
     calls: int = 0  # attention calls so far: the guard checks that every layer came by
 
 
@@ -88,7 +87,8 @@ def plan_chains(pack: PackedForest) -> ChainPlan:
     shapes = np.stack([stops - starts, depths[stops - 1] + 1])  # [2, chains]: queries, keys
     steps = np.ceil(np.log(shapes) / np.log(BUCKET_FACTOR)).astype(int)
     keys = list(zip(*steps, depths[starts] == 0, strict=True))
-    buckets, order, num_out = [], np.empty(num_rows, dtype=np.int64), 0
+    buckets, query_rows, key_rows = [], [], []
+    order, num_out = np.empty(num_rows, dtype=np.int64), 0
     for key in sorted(set(keys)):
         chains = [c for c, other in enumerate(keys) if other == key]
         num_queries, num_keys = shapes[:, chains].max(axis=1).tolist()
@@ -96,21 +96,17 @@ def plan_chains(pack: PackedForest) -> ChainPlan:
         for place, c in enumerate(chains):
             order[starts[c] : stops[c]] = num_out + place * num_queries + np.arange(shapes[0, c])
         num_out += query.size
-        lengths = shapes[1, chains]
-        key_rows = np.stack(
-            [paths[c][np.minimum(np.arange(num_keys), len(paths[c]) - 1)] for c in chains]
-        )
+        query_rows.append(query.ravel())
+        key_rows += [paths[c][np.minimum(np.arange(num_keys), len(paths[c]) - 1)] for c in chains]
         buckets.append(
             Bucket(
-                query_rows=_tensor(query.ravel(), pack),
-                key_rows=_tensor(key_rows.ravel(), pack),
                 query_depths=_tensor(depths[query], pack),
-                key_lengths=_tensor(lengths, pack),
                 num_keys=num_keys,
                 is_plain_causal=bool(key[2]),
             )
         )
-    return ChainPlan(buckets, _tensor(order, pack))
+    rows = (_tensor(np.concatenate(parts), pack) for parts in (query_rows, key_rows))
+    return ChainPlan(buckets, *rows, _tensor(order, pack))
 
 
 def chain_attention(
@@ -138,12 +134,12 @@ def chain_attention(
     Returns:
         [1, N, H, D], the layout that Hugging Face's attention modules expect.
     """
+    queries = _gather(query, plan.query_rows, [b.query_depths.shape for b in plan.buckets])
+    chains_and_keys = [(len(b.query_depths), b.num_keys) for b in plan.buckets]
+    keys = _gather(key, plan.key_rows, chains_and_keys)
+    values = _gather(value, plan.key_rows, chains_and_keys)
     outputs = []
-    for bucket in plan.buckets:
-        chains = len(bucket.key_lengths)
-        q = _gather(query, bucket.query_rows, chains)
-        k = _gather(key, bucket.key_rows, chains)
-        v = _gather(value, bucket.key_rows, chains)
+    for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
         mask = bucket.mask(window, q.dtype)
         if softcap is None and sinks is None:
             grouped = q.shape[1] != k.shape[1]
@@ -156,9 +152,19 @@ def chain_attention(
     return torch.cat(outputs).index_select(0, plan.output_order).unsqueeze(0)
 
 
-def _gather(states: torch.Tensor, rows: torch.Tensor, chains: int) -> torch.Tensor:
-    """[1, H, N, D] -> [C, H, rows / C, D]."""
-    return states[0].index_select(1, rows).unflatten(1, (chains, -1)).transpose(0, 1)
+def _gather(
+    states: torch.Tensor, rows: torch.Tensor, shapes: list[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """[1, H, N, D] -> one [C, H, L, D] for each of the shapes (C, L).
+
+    One gather for all buckets: its backward adds into one buffer, where a gather a bucket would
+    fill and add up as many buffers as there are buckets.
+    """
+    gathered = states[0].transpose(0, 1).index_select(0, rows)
+    parts = gathered.split([chains * length for chains, length in shapes])
+    return [
+        part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def _spelled_out(

@@ -1,0 +1,232 @@
+"""Rows: every format that is read, and every mistake by file, line, field and expectation."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rrhf_fast.data.rows import BadRow, load_rows, parse_row
+
+GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+
+
+def answered(text):
+    return [*MESSAGES, {"role": "assistant", "content": text}]
+
+
+def write(path, *records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_plain_row():
+    row = parse_row(GOOD | {"sources": ["human", "model"], "more": {"is": "ignored"}}, "f:1")
+    assert (row.prompt, row.responses) == ("Why?", ["Because.", "No idea."])
+    assert (row.scores, row.sources, row.where) == ([1.0, 0.5], ["human", "model"], "f:1")
+
+
+def test_query_is_an_alias_and_prompt_wins():
+    released = {"query": "Why?", "responses": GOOD["responses"], "scores": GOOD["scores"]}
+    assert parse_row(released, "f:1") == parse_row(GOOD, "f:1")
+    assert parse_row(GOOD | {"query": "unused"}, "f:1").prompt == "Why?"
+
+
+def test_messages_as_prompt():
+    assert parse_row(GOOD | {"prompt": MESSAGES}, "f:1").prompt == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "record, prompt",
+    [
+        ({"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}, "Why?"),
+        ({"prompt": MESSAGES, "chosen": "Yes.", "rejected": "No."}, MESSAGES),
+        ({"prompt": MESSAGES, "chosen": answered("Yes.")[2:], "rejected": "No."}, MESSAGES),
+        # The usual layout of preference sets: whole conversations, and the prompt once more.
+        ({"chosen": answered("Yes."), "rejected": answered("No.")}, MESSAGES),
+        ({"prompt": "Why?", "chosen": answered("Yes."), "rejected": answered("No.")}, MESSAGES),
+    ],
+)
+def test_pairs(record, prompt):
+    row = parse_row(record, "f:1")
+    assert (row.prompt, row.responses, row.scores) == (prompt, ["Yes.", "No."], [1.0, 0.0])
+    assert row.sources == ["chosen", "rejected"]
+
+
+def without(name):
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+BAD = {
+    "a number": (3, "not an object", "expected a JSON object, found int 3"),
+    "no prompt": (without("prompt"), "missing field", "prompt: missing"),
+    "null prompt": (GOOD | {"prompt": None}, "missing field", "prompt: missing"),
+    "no responses": (without("responses"), "missing field", "responses: missing"),
+    "no scores": (without("scores"), "missing field", "scores: missing"),
+    "number as prompt": (GOOD | {"prompt": 7}, "wrong type", "prompt: expected a string or mess"),
+    "no messages": (GOOD | {"prompt": []}, "wrong type", "prompt: an empty list"),
+    "a message without content": (
+        GOOD | {"prompt": [{"role": "user"}]},
+        "wrong type",
+        'prompt[0]: expected {"role": str, "content": str}',
+    ),
+    "answered prompt": (GOOD | {"prompt": answered("Yes.")}, "wrong type", "prompt: the last mess"),
+    "text as responses": (GOOD | {"responses": "ab"}, "wrong type", "responses: expected a list"),
+    "null response": (GOOD | {"responses": ["a", None]}, "wrong type", "responses[1]: expected a"),
+    "text score": (GOOD | {"scores": [1, "2"]}, "wrong type", "scores[1]: expected a number"),
+    "true as score": (GOOD | {"scores": [1, True]}, "wrong type", "scores[1]: expected a number"),
+    "NaN": (GOOD | {"scores": [1, math.nan]}, "non-finite score", "scores[1]: expected a finite"),
+    "infinity": (GOOD | {"scores": [math.inf, 1]}, "non-finite score", "scores[0]: expected a fin"),
+    "huge integer": (GOOD | {"scores": [10**400, 1]}, "non-finite score", "scores[0]: expected a"),
+    "blank response": (GOOD | {"responses": ["a", " \n"]}, "empty response", "responses[1]: empty"),
+    "half a pair": (GOOD | {"responses": ["a", "\ud800"]}, "not Unicode", "responses[1]: holds h"),
+    "3 scores": (GOOD | {"scores": [1, 2, 3]}, "unequal lengths", "scores: expected one for each"),
+    "1 source": (GOOD | {"sources": ["a"]}, "unequal lengths", "sources: expected one for each"),
+    "source 5": (GOOD | {"sources": ["a", 5]}, "wrong type", "sources[1]: expected a string"),
+    "one response": (
+        GOOD | {"responses": ["a"], "scores": [1]},
+        "fewer than 2 responses",
+        "responses: ranking needs at least 2, found 1",
+    ),
+    "pair without prompt": ({"chosen": "a", "rejected": "b"}, "missing field", "prompt: missing"),
+    "pair with a number": (
+        {"prompt": "a", "chosen": "b", "rejected": 3},
+        "wrong type",
+        "rejected: expected a string",
+    ),
+    "pair of unlike prompts": (
+        {"chosen": answered("a"), "rejected": [*MESSAGES[:1], *answered("b")[1:], *answered("b")]},
+        "unequal prompts",
+        "rejected: its first messages differ",
+    ),
+    "pair that ends with the user": (
+        {"prompt": "a", "chosen": MESSAGES, "rejected": "b"},
+        "wrong type",
+        "chosen: the last message must be the assistant's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_row_stops_by_file_line_and_field(name, tmp_path):
+    record, kind, problem = BAD[name]
+    path = write(tmp_path / "rows.jsonl", GOOD, record)
+    with pytest.raises(BadRow) as caught:
+        load_rows(path)
+    assert str(caught.value).startswith(f"{path}:2: {problem}")
+    assert "\n" not in str(caught.value)
+    assert caught.value.kind == kind
+
+
+def test_bad_rows_are_skipped_and_counted_by_kind(tmp_path):
+    records = [record for record, _, _ in BAD.values()]
+    path = write(tmp_path / "rows.jsonl", GOOD, *records, "{not json", "", GOOD)
+    rows, report = load_rows(path, on_bad_rows="skip")
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:{len(BAD) + 4}"]
+    assert report.read == len(BAD) + 3 and report.kept == 2
+    assert sum(report.bad.values()) == len(BAD) + 1
+    assert report.bad["wrong type"] == sum(kind == "wrong type" for _, kind, _ in BAD.values())
+    assert report.bad["not JSON"] == 1
+
+
+@pytest.mark.parametrize("line", ["{not json", "[" * 100_000])
+def test_a_line_that_is_no_json(tmp_path, line):
+    path = write(tmp_path / "rows.jsonl", GOOD, line)
+    with pytest.raises(BadRow, match=r":2: expected a JSON object on one line"):
+        load_rows(path)
+
+
+def test_unusable_sources(tmp_path):
+    with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
+        load_rows(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        load_rows(str(tmp_path / "no_such_folder"))
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="latin.jsonl: not UTF-8"):
+        load_rows(str(latin))
+    path = write(tmp_path / "rows.jsonl", {}, {})
+    with pytest.raises(ValueError, match="no usable row among the 2 read.*2 missing field"):
+        load_rows(path, on_bad_rows="skip")
+
+
+def test_several_files_and_a_byte_order_mark(tmp_path):
+    first = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(GOOD))
+    second = write(tmp_path / "b.jsonl", GOOD)
+    rows, _ = load_rows([first, second])
+    assert [row.where for row in rows] == [f"{first}:1", f"{second}:1"]
+
+
+def test_hugging_face_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([GOOD, GOOD | {"prompt": "How?"}])
+    table.save_to_disk(tmp_path / "one")
+    rows, _ = load_rows(str(tmp_path / "one"))
+    assert [row.prompt for row in rows] == ["Why?", "How?"]
+    assert rows[1].where == f"{tmp_path / 'one'}[1]"
+    datasets.DatasetDict({"held_out": table}).save_to_disk(tmp_path / "split")
+    assert len(load_rows(f"{tmp_path / 'split'}:held_out")[0]) == 2
+    with pytest.raises(ValueError, match="no split 'train', only held_out"):
+        load_rows(str(tmp_path / "split"))
+
+
+RELEASED = {"query": "q", "responses": ["s1", "s2", "p1", "p2"], "scores": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    "use, sources, kept",
+    [
+        ("all", None, [1, 2, 3, 4]),
+        ("provided", None, [3, 4]),  # the released format stores them last
+        ("sampled", None, [1, 2]),
+        ("provided", ["provided_good", "beam", "provided", "beam"], [1, 3]),
+        ("sampled", ["provided_good", "beam", "provided", "beam"], [2, 4]),
+    ],
+)
+def test_only_provided_or_only_sampled(tmp_path, use, sources, kept):
+    path = write(tmp_path / "rows.jsonl", RELEASED | ({"sources": sources} if sources else {}))
+    (row,), _ = load_rows(path, use_responses=use)
+    assert row.scores == kept and row.sources == (sources and [sources[i - 1] for i in kept])
+
+
+def test_too_few_of_the_chosen_kind(tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    with pytest.raises(BadRow, match="needs at least 2, found 0 that are sampled"):
+        load_rows(path, use_responses="sampled")
+
+
+def test_stop_strings_cut_at_the_first(tmp_path):
+    texts = ["Hello.\n\nHuman: more\n\nAssistant:", "Bye.\n\nAssistant: x\n\nHuman:"]
+    path = write(tmp_path / "rows.jsonl", GOOD | {"responses": texts})
+    (row,), _ = load_rows(path, stop_strings=["\n\nAssistant:", "\n\nHuman:"])
+    assert row.responses == ["Hello.", "Bye."]
+    path = write(tmp_path / "rows.jsonl", GOOD | {"responses": ["\n\nHuman: x", "a"]})
+    with pytest.raises(BadRow, match=r"responses\[0\]: empty once cut at a stop string"):
+        load_rows(path, stop_strings=["\n\nHuman:"])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=4),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3)
+    ),
+    max_leaves=6,
+)
+fields = st.sampled_from(
+    ["prompt", "query", "responses", "scores", "sources", "chosen", "rejected"]
+)
+
+
+@given(st.dictionaries(fields, values | st.sampled_from([GOOD["responses"], [1.0, 2.0], MESSAGES])))
+def test_any_record_gives_a_sound_row_or_one_line(record):
+    try:
+        row = parse_row(record, "file:1")
+    except BadRow as error:
+        assert str(error).startswith("file:1: ") and "\n" not in str(error)
+    else:
+        assert len(row.responses) == len(row.scores) >= 2
+        assert all(text.strip() for text in row.responses)
+        assert all(math.isfinite(score) for score in row.scores)

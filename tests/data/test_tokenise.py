@@ -1,0 +1,196 @@
+"""Tokenising: BOS, end tokens, chat templates, cuts, and rewards that keep the scores' order."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rrhf_fast.data.rows import BadRow, Row, RowReport
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
+
+BOS, EOS, PAD, TURN = "<s>", "</s>", "<pad>", "<|end|>"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(*, adds_bos=True, template=None, **special):
+    """Byte-level, one token a byte, so that lengths are plain to see."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [BOS, EOS, PAD, TURN, "<|user|>", "<|assistant|>", "<|system|>"]
+    vocab = {token: i for i, token in enumerate([*names, *letters])}
+    bpe = Tokenizer(models.BPE(vocab, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    if adds_bos:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        **({"bos_token": BOS, "eos_token": EOS, "pad_token": PAD} | special),
+        additional_special_tokens=names[3:],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tokenise(tokenizer, *rows, **options):
+    report = RowReport(read=len(rows), kept=len(rows))
+    options = {"max_length": 64} | options
+    return *tokenise_rows(rows, tokenizer, report, **options), report
+
+
+def row(prompt="Why?", responses=("ab", "cde"), scores=(1.0, 0.0), where="f:1"):
+    return Row(prompt, list(responses), list(scores), None, where)
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def test_bos_in_front_and_end_token_behind():
+    tokenizer = make_tokenizer()
+    (query,), _, _ = tokenise(tokenizer, row())
+    assert text(tokenizer, query.prompt_ids) == "<s>Why?"
+    assert [text(tokenizer, ids) for ids in query.response_ids] == ["ab</s>", "cde</s>"]
+    assert query.prompt_ids.dtype == query.response_ids[0].dtype == np.int32
+    assert query.padded_width == 5 + 4
+
+
+def test_no_bos_where_the_tokenizer_adds_none():
+    tokenizer = make_tokenizer(adds_bos=False)
+    assert tokenizer.bos_token_id is not None
+    (query,), _, _ = tokenise(tokenizer, row())
+    assert text(tokenizer, query.prompt_ids) == "Why?"
+
+
+@pytest.mark.parametrize("prompt", ["<s>Why?", "<s><s>Why?"])
+def test_exactly_one_bos(prompt):
+    tokenizer = make_tokenizer()
+    (query,), _, _ = tokenise(tokenizer, row(prompt))
+    assert text(tokenizer, query.prompt_ids) == "<s>Why?"
+
+
+def test_exactly_one_end_token():
+    tokenizer = make_tokenizer()
+    (query,), _, _ = tokenise(tokenizer, row(responses=("ab</s>", "cd")))
+    assert text(tokenizer, query.response_ids[0]) == "ab</s>"
+
+
+def test_the_end_token_is_learned_even_if_it_pads():
+    tokenizer = make_tokenizer(pad_token=EOS)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    (query,), _, _ = tokenise(tokenizer, row())
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in query.response_ids)
+
+
+def test_messages_go_through_the_template_and_end_with_its_end_of_turn():
+    tokenizer = make_tokenizer(template="{{ bos_token }}" + TEMPLATE)
+    messages = [{"role": "user", "content": "Why?"}]
+    queries, _, _ = tokenise(tokenizer, row(messages), row())
+    assert text(tokenizer, queries[0].prompt_ids) == "<s><|user|>Why?<|end|><|assistant|>"
+    assert text(tokenizer, queries[0].response_ids[0]) == "ab<|end|>"
+    assert text(tokenizer, queries[1].response_ids[0]) == "ab</s>"  # plain text ends with EOS
+    turn, eos = tokenizer.convert_tokens_to_ids([TURN, EOS])
+    assert end_token_ids(tokenizer, [row(messages)]) == sorted([turn, eos])
+    assert end_token_ids(tokenizer, [row()]) == [eos]
+
+
+def test_a_template_without_end_of_turn_gets_eos():
+    tokenizer = make_tokenizer(template=TEMPLATE.replace("<|end|>", " "))
+    (query,), _, _ = tokenise(tokenizer, row([{"role": "user", "content": "Why?"}]))
+    assert text(tokenizer, query.response_ids[0]) == "ab</s>"
+
+
+def test_nothing_in_a_row_is_formatted_as_a_template():
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    trap = "{{ 7 * 7 }}{% for %}"
+    (query,), _, _ = tokenise(tokenizer, row([{"role": "user", "content": trap}], (trap, "a")))
+    assert text(tokenizer, query.prompt_ids) == f"<s><|user|>{trap}<|end|><|assistant|>"
+    assert text(tokenizer, query.response_ids[0]) == trap + TURN
+
+
+def test_messages_need_a_template_and_its_consent():
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match="f:1: prompt holds messages, but tokenizer .* no chat"):
+        tokenise(make_tokenizer(), row(messages))
+    picky = make_tokenizer(template="{{ raise_exception('two users in a row') }}")
+    with pytest.raises(BadRow, match=r"f:1: prompt: the chat template rejects .*two users in a"):
+        tokenise(picky, row(messages))
+    queries, _, report = tokenise(picky, row(messages), row(), on_bad_rows="skip")
+    assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
+
+
+def test_a_tokenizer_without_eos():
+    with pytest.raises(ValueError, match="no eos_token"):
+        tokenise(make_tokenizer(eos_token=None), row())
+
+
+def test_an_empty_prompt_is_fine_behind_a_bos_only():
+    assert len(tokenise(make_tokenizer(), row(""))[0][0].prompt_ids) == 1
+    with pytest.raises(BadRow, match="f:1: prompt: no tokens"):
+        tokenise(make_tokenizer(adds_bos=False), row(""))
+
+
+def test_cuts_keep_the_prompts_tail_and_the_responses_end():
+    tokenizer = make_tokenizer()
+    (query,), counts, _ = tokenise(
+        tokenizer, row("0123456789", ("abcdef", "ab")), max_prompt_length=5, max_response_length=4
+    )
+    assert text(tokenizer, query.prompt_ids) == "<s>6789"
+    assert [text(tokenizer, ids) for ids in query.response_ids] == ["abc</s>", "ab</s>"]
+    assert counts.cut == {"prompts": 1, "responses": 1}
+
+
+def test_max_length_cuts_responses_only():
+    tokenizer = make_tokenizer()
+    (query,), counts, _ = tokenise(tokenizer, row("0123", ("abcdef", "ab")), max_length=9)
+    assert text(tokenizer, query.prompt_ids) == "<s>0123"
+    assert [text(tokenizer, ids) for ids in query.response_ids] == ["abc</s>", "ab</s>"]
+    assert counts.cut == {"responses": 1}
+
+
+def test_a_prompt_that_fills_the_window():
+    tokenizer = make_tokenizer()
+    assert tokenise(tokenizer, row("0" * 7), max_length=10)[0]
+    with pytest.raises(BadRow, match="f:1: prompt: 9 tokens leave no room .* max_length 10"):
+        tokenise(tokenizer, row("0" * 8), max_length=10)
+    queries, _, report = tokenise(tokenizer, row("0" * 8), row(), max_length=10, on_bad_rows="skip")
+    assert len(queries) == report.kept == 1 and report.bad == {"prompt fills the window": 1}
+    with pytest.raises(ValueError, match="no row is left"):
+        tokenise(tokenizer, row("0" * 8), max_length=10, on_bad_rows="skip")
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(words, st.lists(words, min_size=2, max_size=4))
+def test_any_text_comes_back(prompt, responses):
+    tokenizer = make_tokenizer()
+    (query,), _, _ = tokenise(
+        tokenizer, row(prompt, responses, [0.0] * len(responses)), max_length=999
+    )
+    assert text(tokenizer, query.prompt_ids) == BOS + prompt
+    for ids, response in zip(query.response_ids, responses, strict=True):
+        assert text(tokenizer, ids) == response + EOS
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, 1.0, 1 + 1e-9, 1 + 2e-9, 1e-320, -1e300, 1e300, 1.7e308])
+        | st.floats(allow_nan=False, allow_infinity=False),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_rewards_are_finite_and_ordered_as_the_scores(scores):
+    (query,), _, _ = tokenise(make_tokenizer(), row(responses=["a"] * len(scores), scores=scores))
+    rewards = query.rewards
+    assert rewards.dtype == np.float32 and np.isfinite(rewards).all()
+    for a, score in enumerate(scores):
+        for b, other in enumerate(scores):
+            assert (rewards[a] < rewards[b]) == (score < other)

@@ -1,0 +1,229 @@
+"""Whole runs on the embedded model: what they write, what must not change them, how they end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rrhf_fast import TrainConfig, demo, reference, train
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.engine.loop import NotFinite
+from rrhf_fast.engine.metrics import MetricsLog
+from rrhf_fast.engine.plot import plot_training
+
+ROOT = Path(__file__).parents[2]
+
+
+def head(path, count, target):
+    target.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    return str(target)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "train_data": head(demo.TRAIN_FILE, 24, folder / "train.jsonl"),
+        "eval_data": head(demo.EVAL_FILE, 6, folder / "eval.jsonl"),
+    }
+
+
+def run(output_dir, data, **options):
+    defaults = {
+        "model_name_or_path": str(demo.MODEL_DIR),
+        "learning_rate": 1e-3,
+        "train_batch_size": 8,
+        "num_train_epochs": 1,
+    }
+    return train(TrainConfig(output_dir=str(output_dir), **(defaults | data | options)))
+
+
+def curves(result):
+    """The metrics, without what the machine's speed decides."""
+    return [
+        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        for record in result.metrics
+    ]
+
+
+def assert_same_curves(a, b, rel):
+    for one, other in zip(curves(a), curves(b), strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"num_tokens"}:
+            assert one[key] == pytest.approx(other[key], rel=rel, abs=1e-5), (one["step"], key)
+
+
+def test_the_saved_model_gives_the_log_probs_that_training_reported(tmp_path, data):
+    result = run(tmp_path, data, eval_reward_fn="rrhf_fast.demo.reward:score")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "samples.jsonl"}
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not [name for name in names if name.startswith(".") or name.endswith(".bin")]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.metrics
+    assert result.steps == 3 and [r["step"] for r in result.metrics] == [0, 1, 2, 3, 3]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2 * 6
+
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert lm.config._attn_implementation == "sdpa"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rows, report = load_rows(data["eval_data"])
+    queries, _ = tokenise_rows(rows, tokenizer, report, max_length=256)
+    losses, correct, pairs = [], 0, 0
+    for query in queries:
+        prompt = torch.from_numpy(query.prompt_ids).long()
+        with torch.no_grad():
+            logps = [
+                reference.response_logps(lm, prompt, torch.from_numpy(ids).long())
+                for ids in query.response_ids
+            ]
+        rewards = torch.from_numpy(query.rewards)
+        losses.append(reference.rrhf_loss(logps, rewards)[0])
+        p = torch.stack([reference.score(logp) for logp in logps])
+        better = rewards[:, None] > rewards[None]
+        correct += int((better & (p[:, None] > p[None])).sum())
+        pairs += int(better.sum())
+    assert result.after["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert result.after["rewards/accuracies"] == correct / pairs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens_per_pack": 200},
+        {"packing": "none", "max_tokens_per_pack": 1500},
+        {"activation_checkpointing": True},
+    ],
+    ids=["accumulation", "padding", "checkpointing"],
+)
+def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change):
+    # A large epsilon, because Adam blows rounding up where a gradient is nearly 0.
+    plain = run(tmp_path / "plain", data, adam_epsilon=1e-3)
+    changed = run(tmp_path / "changed", data, adam_epsilon=1e-3, **change)
+    assert_same_curves(plain, changed, rel=1e-3)
+
+
+def test_seeds(tmp_path, data):
+    def curve(name, **options):
+        return curves(run(tmp_path / name, data, max_steps=2, **options))
+
+    first = curve("first", seed=1)
+    assert first == curve("again", seed=1)
+    assert first != curve("other", seed=2)
+    assert first == curve("data", seed=2, data_seed=1)  # without sampling, only the order matters
+
+
+def test_bfloat16(tmp_path, data):
+    result = run(tmp_path / "half", data, dtype="bfloat16")
+    exact = run(tmp_path / "full", data)
+    assert_same_curves(result, exact, rel=0.1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_compat_official_divides_by_the_padded_width(tmp_path, data):
+    ours, official = (
+        run(tmp_path / compat, data, compat=compat, max_steps=1).before["rank_loss"]
+        for compat in ("none", "official")
+    )
+    assert official < ours / 2
+
+
+def test_eval_fraction_holds_rows_out(tmp_path, data):
+    only_train = {"train_data": data["train_data"]}
+    result = run(tmp_path, only_train, eval_fraction=0.25, train_batch_size=18)
+    assert result.steps == 1 and result.before and result.after
+    without = run(tmp_path / "without", only_train, train_batch_size=24)
+    assert without.steps == 1 and without.before == without.after == {}
+
+
+def test_skipped_rows_are_in_the_summary(tmp_path, data, capsys):
+    rows = Path(data["train_data"]).read_text().splitlines()[:2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*rows, "{}", "[]", "{}"]))
+    run(tmp_path / "out", {"train_data": str(path)}, on_bad_rows="skip")
+    out = capsys.readouterr().out
+    assert "5 read, 2 to train on, 0 held out" in out
+    assert "2 skipped: missing field, 1 skipped: not an object" in out
+
+
+def test_overwriting_is_possible_when_asked(tmp_path, data):
+    run(tmp_path, data, max_steps=1)
+    with pytest.raises(ValueError, match="already holds"):
+        run(tmp_path, data, max_steps=1)
+    assert run(tmp_path, data, max_steps=2, overwrite_output_dir=True).steps == 2
+
+
+def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):
+    with pytest.raises(NotFinite, match=r"step 2: loss .* rows include .*train.jsonl:\d+"):
+        run(tmp_path, data, learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / "training.png").exists()
+
+
+def test_a_reward_function_that_misbehaves(tmp_path, data, monkeypatch):
+    (tmp_path / "rewards_for_test.py").write_text(
+        "def nan(prompts, responses): return [float('nan')] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="eval_reward_fn: rewards_for_test:nan: expected 6 fin"):
+        run(tmp_path / "out", data, eval_reward_fn="rewards_for_test:nan")
+
+
+def test_ctrl_c_saves_what_was_learned(tmp_path, data):
+    command = [sys.executable, "-m", "rrhf_fast.train", "--output_dir", str(tmp_path / "out")]
+    options = {"model_name_or_path": demo.MODEL_DIR, "train_batch_size": 8, "max_steps": 100_000}
+    for name, value in (options | data).items():
+        command += [f"--{name}", str(value)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    give_up = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the data worker too
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopped early after" in out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, data):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(tmp_path, data, report_to=["tensorboard"])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    logged = [(e.step, e.value) for e in events.Scalars("rank_loss")]
+    expected = [(r["step"], pytest.approx(r["rank_loss"])) for r in result.metrics if "loss" in r]
+    assert logged == expected
+
+
+def test_a_tracker_that_is_missing(tmp_path, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="report_to: wandb is not installed"):
+        run(tmp_path, data, report_to=["wandb"])
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
+    log = MetricsLog(tmp_path, TrainConfig())
+    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "epoch": 0.5})
+    log.close()
+    expected = {"step": 1, "loss": None, "grad_norm": None, "epoch": 0.5}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == expected
+    plot_training(log.records, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()

@@ -1,0 +1,139 @@
+"""The command: options from files and the command line, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from rrhf_fast import demo
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.train import main, parse_config
+
+MODEL, DATA = str(demo.MODEL_DIR), str(demo.TRAIN_FILE)
+ROW = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0]}
+
+
+def python(*arguments, cwd):
+    # The repository's root, since the suite also runs without an install.
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_defaults_and_overrides(tmp_path):
+    assert parse_config([]) == TrainConfig()
+    file = tmp_path / "config.yaml"
+    file.write_text("learning_rate: 1.0e-4\nseed: 3\ntrain_data: [a.jsonl, b.jsonl]\n")
+    config = parse_config(["--config", str(file), "--seed", "4", "--report_to", "[tensorboard]"])
+    assert (config.learning_rate, config.seed) == (1e-4, 4)
+    assert config.train_data == ["a.jsonl", "b.jsonl"]
+    assert config.report_to == ["tensorboard"]
+
+
+def test_print_config_is_a_config_file(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--learning_rate", "3e-4", "--print_config"])
+    assert done.value.code == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse_config(["--config", str(file)]) == TrainConfig(learning_rate=3e-4)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out.partition("\noptions:\n")[2]
+    for option in fields(TrainConfig):
+        explanation = text.partition(f"\n  --{option.name}")[2].partition("(type:")[0]
+        assert len(explanation.split()) > 4, option.name
+
+
+def rows_file(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+MISTAKES = {
+    "unknown option": (["--learning_rat", "1"], "learning_rat"),
+    "unknown value": (["--packing", "tree"], "packing"),
+    "text as number": (["--max_steps", "many"], "max_steps"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "a model without data": (["--model_name_or_path", MODEL], "train_data: missing"),
+    "data without a model": (["--train_data", DATA], "model_name_or_path: missing"),
+    "out of range": (["--learning_rate", "0"], "learning_rate: expected more than 0, found 0"),
+    "not finite": (["--margin", ".inf"], "margin: expected 0 or more, found inf"),
+    "nothing to train": (["--rank_weight", "0", "--sft_weight", "0"], "nothing to train"),
+    "two held-out sets": (["--eval_data", DATA, "--eval_fraction", "0.1"], "not both"),
+    "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is none"),
+    "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
+    "no such file": (
+        ["--model_name_or_path", MODEL, "--train_data", "nowhere.jsonl"],
+        "nowhere.jsonl: cannot be read (No such file or directory)",
+    ),
+    "no such model": (
+        ["--model_name_or_path", "nowhere", "--train_data", DATA],
+        "model_name_or_path: nowhere:",
+    ),
+    "a window too small": (["--max_length", "9"], "leave no room for a response in max_length 9"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, problem = MISTAKES[name]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line and "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith("rrhf_fast.train: error: ")
+    assert problem in lines[0]
+
+
+def test_a_bad_row_is_one_line(tmp_path, capsys):
+    path = rows_file(tmp_path, ROW, ROW | {"scores": [1, None]})
+    arguments = ["--model_name_or_path", MODEL, "--train_data", path]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    problem = f"{path}:2: scores[1]: expected a number, found NoneType None"
+    assert capsys.readouterr().err == f"rrhf_fast.train: error: {problem}\n"
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    assert main(["--output_dir", str(tmp_path)]) == 2
+    assert "already holds metrics.jsonl of another run" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_the_command_as_a_process(tmp_path):
+    done = python("-m", "rrhf_fast.train", "--max_step", "3", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("rrhf_fast.train: error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    script = (
+        "import sys, rrhf_fast, rrhf_fast.config;"
+        "heavy = {'torch', 'triton', 'transformers', 'matplotlib', 'datasets'};"
+        "print(heavy & set(sys.modules), len(dir(rrhf_fast)))"
+    )
+    done = python("-c", script, cwd=tmp_path)
+    assert done.stdout.startswith("set() "), done.stderr
+
+
+def test_the_python_interface_works_without_triton(tmp_path):
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import rrhf_fast, rrhf_fast.train\n"
+        "assert callable(rrhf_fast.train) and rrhf_fast.rrhf_loss and rrhf_fast.linear_logprob\n"
+        "print(rrhf_fast.TrainResult.__name__)"
+    )
+    done = python("-c", script, cwd=tmp_path)
+    assert done.stdout == "TrainResult\n", done.stderr

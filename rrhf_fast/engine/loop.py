@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     Example:
         >>> result = train(TrainConfig(max_steps=2, output_dir=folder))  # the embedded demo
+        model ...
         >>> result.steps
         2
     """

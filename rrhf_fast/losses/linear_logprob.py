@@ -1,15 +1,10 @@
-"""Token log-probs straight from hidden states and the head's weight, without a logits tensor.
-
-The vocabulary is walked in chunks. Forward keeps a running maximum and sum, so that only [E, chunk]
-numbers are alive; backward computes each chunk's logits again, turns them into their gradient in
-place and uses that at once. Rows whose upstream gradient is exactly 0 (responses that are ranked
-right) are left out of the backward.
-
-Legend: N tokens, E edges, H hidden size, V vocabulary, C chunk of it.
-"""
+"""Token log-probs straight from hidden states and the head's weight, without a logits tensor."""
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from rrhf_fast.losses.linear_logprob_torch import ChunkedLinearLogprob
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear_logprob(
@@ -21,28 +16,35 @@ def linear_logprob(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    workspace_mb: float = 64,
+    backend: str = "auto",
+    workspace_mb: float | None = None,
 ) -> torch.Tensor:
-    """log P(targets[e] | hidden[rows[e]]) under the head, with gradients for hidden, weight and
-    bias.
+    """log P(targets[e] | hidden[rows[e]]) under the head, differentiable in hidden, weight, bias.
 
-        logits = (hidden[rows] @ weight.T + bias) * logit_scale, then softcap * tanh(logits /
-        softcap) logp   = logits[targets] - logsumexp(logits)
+        logits = (hidden[rows] @ weight.T + bias) * logit_scale
+        logits = softcap * tanh(logits / softcap)                  if softcap is given
+        logp   = logits[targets] - logsumexp(logits)
+
+    No [E, V] tensor exists at any time. Edges whose upstream gradient is exactly 0 cost nothing in
+    the backward.
 
     Args:
-        hidden: [N, H] bfloat16, float16, float32 or float64.
-        weight: [V, H].
+        hidden: [N, H] bfloat16, float16, float32 or (torch only) float64.
+        weight: [V, H]; another dtype than hidden's is cast to it by the kernels, to at least
+            float32 by torch.
         rows, targets: [E] int64; a row may occur several times.
         bias: [V] or None.
         softcap, logit_scale: as in Gemma 2 and Cohere; see the formula.
-        workspace_mb: MiB that one chunk of logits may take.
+        backend: "triton" (H a multiple of 8), "torch", or "auto": the kernels for CUDA tensors
+            that they take, torch for all others.
+        workspace_mb: MiB for a slice of the vocabulary; default 512 for the kernels, 64 for torch.
 
     Returns:
         [E] float32 (float64 for float64 input). Sums and exponentials are float32 at least,
         whatever the input dtype.
 
     Raises:
-        ValueError: shapes that do not fit; names the argument.
+        ValueError: an argument that does not fit; names it, what was found and what was expected.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -52,95 +54,24 @@ def linear_logprob(
         raise ValueError(f"rows, targets: expected [E] and [E], found {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({weight.shape[0]},), found {tuple(bias.shape)}")
-    return _LinearLogprob.apply(
-        hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb
-    )
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
+    problem = _kernel_problem(hidden)
+    if backend == "triton" and problem:
+        raise ValueError(problem)
+    arguments = (hidden, weight, bias, rows, targets, softcap, logit_scale)
+    if backend == "torch" or (backend == "auto" and (problem or hidden.device.type != "cuda")):
+        return ChunkedLinearLogprob.apply(*arguments, 64 if workspace_mb is None else workspace_mb)
+    # Imported late: triton exists on Linux only.
+    from rrhf_fast.losses.linear_logprob_triton import linear_logprob_op
+
+    return linear_logprob_op(*arguments, 512.0 if workspace_mb is None else float(workspace_mb))[0]
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    @torch.autocast(
-        "cuda", enabled=False
-    )  # log-probs in float32 also where the decoder around them runs in bfloat16
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx, hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        states = hidden.index_select(0, rows).to(dtype)  # [E, H]
-        top = torch.full((len(rows),), float("-inf"), dtype=dtype, device=hidden.device)
-        total, target = torch.zeros_like(top), torch.zeros_like(top)
-        for chunk in _chunks(weight, len(rows), dtype, workspace_mb):
-            z = _chunk_logits(states, weight, bias, chunk, softcap, logit_scale)
-            inside = (targets >= chunk.start) & (targets < chunk.stop)
-            target[inside] = z[inside, targets[inside] - chunk.start]
-            new_top = torch.maximum(top, z.amax(1))
-            total = total * (top - new_top).exp() + z.sub_(new_top[:, None]).exp_().sum(1)
-            top = new_top
-        log_total = total.log()
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, top + log_total)
-        ctx.head = (softcap, logit_scale)
-        ctx.workspace_mb = workspace_mb
-        return (target - top) - log_total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, bias, rows, targets, lse = ctx.saved_tensors
-        softcap, logit_scale = ctx.head
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        active = grad.nonzero().squeeze(1)
-        rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active]
-        states = hidden.index_select(0, rows).to(lse.dtype)  # [A, H]
-        d_states = torch.zeros_like(states) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
-        d_bias = torch.zeros_like(bias) if wants_bias else None
-        for chunk in _chunks(weight, len(rows), lse.dtype, ctx.workspace_mb) if len(rows) else ():
-            z = _chunk_logits(states, weight, bias, chunk, softcap, logit_scale)
-            slope = None if softcap is None else 1 - (z / softcap) ** 2
-            # d logp / d logit = onehot - softmax, built in place of the logits.
-            d_z = z.sub_(lse[:, None]).exp_().neg_()
-            inside = ((targets >= chunk.start) & (targets < chunk.stop)).nonzero().squeeze(1)
-            d_z[inside, targets[inside] - chunk.start] += 1
-            d_z *= (grad * logit_scale)[:, None]
-            if slope is not None:
-                d_z *= slope
-            if wants_hidden:
-                d_states.addmm_(d_z, weight[chunk].to(d_z.dtype))
-            if wants_weight:
-                d_weight[chunk] = d_z.T @ states
-            if wants_bias:
-                d_bias[chunk] = d_z.sum(0)
-        d_hidden = None
-        if wants_hidden:
-            d_hidden = (
-                torch.zeros_like(hidden, dtype=lse.dtype)
-                .index_add_(0, rows, d_states)
-                .to(hidden.dtype)
-            )
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
-
-
-def _chunks(
-    weight: torch.Tensor, num_edges: int, dtype: torch.dtype, workspace_mb: float
-) -> list[slice]:
-    """Slices of the vocabulary such that [num_edges, chunk] logits fit the workspace."""
-    size = max(1, int(workspace_mb * 2**20 / (max(1, num_edges) * dtype.itemsize)))
-    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
-
-
-def _chunk_logits(
-    states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    chunk: slice,
-    softcap: float | None,
-    logit_scale: float,
-) -> torch.Tensor:
-    """[E, H] states -> [E, C] logits."""
-    z = states @ weight[chunk].to(states.dtype).T
-    if bias is not None:
-        z += bias[chunk]
-    if logit_scale != 1:
-        z *= logit_scale
-    if softcap is not None:
-        z = z.div_(softcap).tanh_().mul_(softcap)
-    return z
+def _kernel_problem(hidden: torch.Tensor) -> str | None:
+    """Why the kernels do not take these states, or None."""
+    if hidden.dtype not in KERNEL_DTYPES:
+        return f"hidden: the kernels take bfloat16, float16 and float32, found {hidden.dtype}"
+    if hidden.shape[1] % 8:
+        return f"hidden: the kernels expect H to be a multiple of 8, found {tuple(hidden.shape)}"
+    return None

@@ -42,6 +42,7 @@ def rrhf_loss(
     sft_reduction: str = "sum",
     margin: float = 0.0,
     padded_widths: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> RRHFLoss:
     """RRHF loss (arXiv 2304.05302, eq. 1-4) of responses grouped by query.
 
@@ -68,12 +69,15 @@ def rrhf_loss(
         margin: added inside the hinge, in units of p.
         padded_widths: [G], stands in for |y_i| in p and in the mean, as in the released code
             (`--compat official`).
+        backend: "triton" (float32 only), "torch", or "auto": the kernel for float32 CUDA tensors,
+            torch for all others.
 
     Returns:
         `RRHFLoss`; its per-query parts are unweighted.
 
     Raises:
-        ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction.
+        ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction or
+            backend; another dtype than float32 for the kernel.
 
     Example:
         >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]])  # one query, k = 2, T = 2
@@ -84,6 +88,10 @@ def rrhf_loss(
     """
     if sft_reduction not in ("sum", "mean"):
         raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
+    if backend == "triton" and logps.dtype != torch.float32:
+        raise ValueError(f"logps: the kernel expects float32, found {logps.dtype}")
     packed = (path_edges, path_offsets, group_offsets)
     if mask is not None and all(x is None for x in packed):
         logps, rewards, *packed = _pack(logps, rewards, mask)
@@ -92,17 +100,54 @@ def rrhf_loss(
             "expected either mask, or all of path_edges, path_offsets and group_offsets"
         )
     path_edges, path_offsets, group_offsets = packed
-    num_responses, num_groups = len(path_offsets) - 1, len(group_offsets) - 1
+    num_responses = len(path_offsets) - 1
     if rewards.shape != (num_responses,):
         expected = f"expected shape ({num_responses},), one a response"
         raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
 
-    lengths = path_offsets.diff()
+    divisors = path_offsets.diff()
+    if padded_widths is not None:
+        divisors = torch.repeat_interleave(padded_widths, group_offsets.diff())
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    scales = divisors.to(dtype) ** -length_penalty
+    sft_scales = 1 / divisors.to(dtype) if sft_reduction == "mean" else torch.ones_like(scales)
+    layout = (path_edges, path_offsets, group_offsets)
+    on_kernels = logps.device.type == "cuda" and logps.dtype == torch.float32
+    if backend == "torch" or (backend == "auto" and not on_kernels):
+        parts = _parts(logps, rewards, *layout, scales, sft_scales, margin)
+    else:
+        # Imported late: triton exists on Linux only.
+        from rrhf_fast.losses.rrhf_triton import rrhf_parts
+
+        parts = rrhf_parts(logps, rewards, *layout, scales, sft_scales, margin)
+    rank, sft, scores, num_pairs, num_correct, margins = parts
+    return RRHFLoss(
+        loss=(rank_weight * rank + sft_weight * sft).mean(),
+        rank_loss=rank,
+        sft_loss=sft,
+        scores=scores,
+        num_pairs=num_pairs,
+        num_correct=num_correct,
+        margins=margins,
+    )
+
+
+def _parts(
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    path_edges: torch.Tensor,
+    path_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    scales: torch.Tensor,
+    sft_scales: torch.Tensor,
+    margin: float,
+) -> tuple[torch.Tensor, ...]:
+    """In PyTorch: rank_loss, sft_loss [G], scores [S], num_pairs, num_correct, margins [G]."""
+    num_responses, num_groups = len(path_offsets) - 1, len(group_offsets) - 1
     group_sizes = group_offsets.diff()
     group_of = torch.repeat_interleave(torch.arange(num_groups, device=logps.device), group_sizes)
-    sums = torch.segment_reduce(logps[path_edges], "sum", lengths=lengths)  # [S]
-    divisors = lengths if padded_widths is None else padded_widths[group_of]
-    scores = sums / divisors.to(sums.dtype) ** length_penalty
+    sums = torch.segment_reduce(logps[path_edges], "sum", lengths=path_offsets.diff())  # [S]
+    scores = sums * scales
 
     low, high = _ordered_pairs(rewards, group_sizes, group_offsets, group_of)
     gaps = (scores[high] - scores[low]).detach()  # [P]
@@ -110,25 +155,16 @@ def rrhf_loss(
     # c counts in whole numbers, so a response whose violated pairs cancel out gets exactly 0.
     c = torch.zeros(num_responses, dtype=torch.int64, device=logps.device)
     c.index_add_(0, low, violated.long()).index_add_(0, high, -violated.long())
-    pair_group = group_of[low]
-    num_violated = torch.zeros_like(group_sizes).index_add_(0, pair_group, violated.long())
-    rank = torch.segment_reduce(c * scores, "sum", lengths=group_sizes) + margin * num_violated
 
+    def count(pairs: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(group_sizes).index_add_(0, group_of[low], pairs.long())
+
+    rank = torch.segment_reduce(c * scores, "sum", lengths=group_sizes) + margin * count(violated)
     best = _first_argmax(rewards, group_sizes, group_offsets, group_of)
-    sft = -sums[best]
-    if sft_reduction == "mean":
-        sft = sft / divisors[best]
-    return RRHFLoss(
-        loss=(rank_weight * rank + sft_weight * sft).mean(),
-        rank_loss=rank,
-        sft_loss=sft,
-        scores=scores.detach(),
-        num_pairs=torch.zeros_like(group_sizes).index_add_(
-            0, pair_group, torch.ones_like(pair_group)
-        ),
-        num_correct=torch.zeros_like(group_sizes).index_add_(0, pair_group, (gaps > 0).long()),
-        margins=torch.zeros_like(rank).detach().index_add_(0, pair_group, gaps),
-    )
+    sft = -sums[best] * sft_scales[best]
+    margins = torch.zeros_like(rank).detach().index_add_(0, group_of[low], gaps)
+    num_pairs, num_correct = count(torch.ones_like(violated)), count(gaps > 0)
+    return rank, sft, scores.detach(), num_pairs, num_correct, margins
 
 
 def _ordered_pairs(

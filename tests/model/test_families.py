@@ -253,8 +253,7 @@ def test_self_check_catches_a_wrong_mask(monkeypatch):
 
     def wrong(pack):
         plan = right(pack)
-        for bucket in plan.buckets:
-            bucket.key_rows = bucket.key_rows.flip(0)
+        plan.key_rows = plan.key_rows.flip(0)
         return plan
 
     monkeypatch.setattr(decoder, "plan_chains", wrong)

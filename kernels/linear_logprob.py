@@ -1,0 +1,199 @@
+"""Log-probs of chosen tokens straight from hidden states and the head, without logits in memory.
+
+    z[e, v] = head(states[e] . weight[v])    head: + bias, * logit_scale, softcap * tanh(./softcap)
+    logp[e] = z[e, targets[e]] - log sum_v exp z[e, v]
+
+The forward computes tiles of z and keeps of each its rows' maxima, sums and targets; a small
+combine in fixed order makes log-probs of them. The backward recomputes tiles and writes
+d logp / d z of a slice of the vocabulary, which two matrix products turn into gradients.
+
+Shapes: states [E, H], weight [V, H], bias [V], targets [E]; T = tiles of the vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rrhf_fast.kernels.configs import Tile, choose
+
+
+@triton.jit
+def _head_tile(
+    states, weight, bias, first_edge, first_token, hidden_size, vocab_size, logit_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of z in float32, -inf beyond the vocabulary."""
+    products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, hidden_size, BLOCK_K):
+        a = states.load([first_edge, k])  # zeros beyond the end
+        b = weight.load([first_token, k])
+        products = tl.dot(a, b.T, products, input_precision=PRECISION)
+    tokens = first_token + tl.arange(0, BLOCK_N)
+    inside = tokens < vocab_size
+    if HAS_BIAS:
+        products += tl.load(bias + tokens, mask=inside, other=0.0).to(tl.float32)[None, :]
+    z = products * logit_scale
+    if HAS_SOFTCAP:
+        # tanh through exp, which every backend has; it saturates without overflow.
+        z = softcap * (1 - 2 / (tl.exp(2 * z / softcap) + 1))
+    return tl.where(inside[None, :], z, float("-inf")), tokens
+
+
+@triton.jit
+def _tile_of(program, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tiles in an order in which GROUP_M tiles of edges follow each other on one tile of tokens."""
+    group = program // (GROUP_M * num_n)
+    first = group * GROUP_M
+    height = tl.minimum(num_m - first, GROUP_M)
+    inside = program % (GROUP_M * num_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def forward_kernel(
+    states, weight, bias, targets, tops, sums, target_logits,
+    num_edges, hidden_size, vocab_size, logit_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tops, sums [T, E]: maximum of each tile's row and sum of exp(z - maximum); target_logits [E]
+    is written by the one tile that holds the target."""
+    num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(vocab_size, BLOCK_N)
+    m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
+    z, tokens = _head_tile(
+        states, weight, bias, m * BLOCK_M, n * BLOCK_N, hidden_size, vocab_size, logit_scale,
+        softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    edges = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = edges < num_edges
+    target = tl.load(targets + edges, mask=exists, other=-1)
+    top = tl.max(z, 1)
+    place = n.to(tl.int64) * num_edges + edges
+    tl.store(tops + place, top, mask=exists)
+    # A bias may be -inf, and a row of nothing else sums to 0.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(sums + place, tl.sum(tl.exp(z - shift[:, None]), 1), mask=exists)
+    at_target = tokens[None, :] == target[:, None]
+    # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be nan.
+    target_logit = tl.max(tl.where(at_target, z, float("-inf")), 1)
+    here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
+    tl.store(target_logits + edges, target_logit, mask=exists & here)
+
+
+@triton.jit
+def dlogits_kernel(
+    states, weight, bias, targets, lse, grad, dlogits, bias_sums,
+    num_edges, hidden_size, vocab_size, first_token, width, logit_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WANTS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """dlogits [E, width] = grad * d logp / d(states . weight), for tokens first_token ... + width;
+    bias_sums [tiles of edges, width] are its column sums before rounding."""
+    num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
+    z, tokens = _head_tile(
+        states, weight, bias, m * BLOCK_M, first_token + n * BLOCK_N, hidden_size, vocab_size,
+        logit_scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    edges = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = edges < num_edges
+    target = tl.load(targets + edges, mask=exists, other=-1)
+    log_total = tl.load(lse + edges, mask=exists, other=float("inf"))  # rows beyond the end: 0
+    upstream = tl.load(grad + edges, mask=exists, other=0.0)
+    onehot = tl.where(tokens[None, :] == target[:, None], 1.0, 0.0)
+    d = (onehot - tl.exp(z - log_total[:, None])) * (upstream * logit_scale)[:, None]
+    if HAS_SOFTCAP:
+        ratio = tl.where(tokens[None, :] < vocab_size, z / softcap, 0.0)
+        d *= 1 - ratio * ratio
+    dlogits.store([m * BLOCK_M, n * BLOCK_N], d.to(dlogits.dtype))
+    if WANTS_BIAS:
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(bias_sums + m * width + columns, tl.sum(d, 0), mask=columns < width)
+
+
+def forward(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp [E], log of the softmax denominator [E]), both float32.
+
+    states and weight share a dtype and are contiguous, with rows of a multiple of 16 bytes.
+    """
+    num_edges, vocab_size = len(states), len(weight)
+    tile = choose("forward", _capability(states), states.itemsize)
+    num_tiles = triton.cdiv(vocab_size, tile.block_n)
+    tops = torch.empty(num_tiles, num_edges, dtype=torch.float32, device=states.device)
+    sums, target_logits = torch.empty_like(tops), torch.empty_like(tops[0])
+    grid = (triton.cdiv(num_edges, tile.block_m) * num_tiles,)
+    forward_kernel[grid](
+        *_operands(states, weight, bias, targets, tile), tops, sums, target_logits,
+        num_edges, states.shape[1], vocab_size, logit_scale, softcap or 0.0,
+        **_constants(tile, states, bias, softcap),
+    )  # fmt: skip
+    top = tops.amax(0)
+    log_total = (sums * (tops - top).exp()).sum(0).log()
+    return (target_logits - top) - log_total, top + log_total
+
+
+def dlogits(
+    out: torch.Tensor,
+    bias_sums: torch.Tensor | None,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    first_token: int,
+) -> None:
+    """Fill out [E, width] (the states' dtype) and, for a bias, bias_sums [cdiv(E, block_m), width].
+
+    Columns beyond the vocabulary become 0. `width` is a multiple of 16 bytes.
+    """
+    (num_edges, width), tile = out.shape, dlogits_tile(states)
+    grid = (triton.cdiv(num_edges, tile.block_m) * triton.cdiv(width, tile.block_n),)
+    dlogits_kernel[grid](
+        *_operands(states, weight, bias, targets, tile), lse, grad,
+        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]), bias_sums,
+        num_edges, states.shape[1], len(weight), first_token, width, logit_scale, softcap or 0.0,
+        **_constants(tile, states, bias, softcap), WANTS_BIAS=bias_sums is not None,
+    )  # fmt: skip
+
+
+def dlogits_tile(states: torch.Tensor) -> Tile:
+    """The backward's tile for these states."""
+    return choose("dlogits", _capability(states), states.itemsize)
+
+
+def _operands(states, weight, bias, targets, tile: Tile) -> tuple:
+    return (
+        TensorDescriptor.from_tensor(states, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+        bias,
+        targets,
+    )
+
+
+def _constants(tile: Tile, states, bias, softcap) -> dict:
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m, "HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None,
+        "PRECISION": "ieee" if states.dtype == torch.float32 else "tf32",
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
+def _capability(tensor: torch.Tensor) -> int:
+    if tensor.device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor

@@ -1,0 +1,147 @@
+"""The ranking loss of packed responses and its gradient, one program a query.
+
+    p_s    = scales[s] * sum of logps along response s
+    c_s    = (better responses that s beats or misses by less than the margin) - (the reverse)
+    rank_g = sum_s c_s p_s + margin * (number of such pairs)
+    sft_g  = - sft_scales[b] * (sum of logps along b), b the first response of the highest reward
+
+Shapes: logps [E], path_edges [R], path_offsets [S+1], group_offsets [G+1], everything else a number
+a response [S] or a query [G]. Sums run in the order of the rows, so results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Tokens of a response read at once, and the edge of a square of pairs: responses have tens to
+# thousands of tokens, queries two to a thousand responses, and neither is worth a table of tiles.
+BLOCK_T = 256
+BLOCK_K = 32
+
+
+@triton.jit
+def forward_kernel(
+    logps, path_edges, path_offsets, group_offsets, rewards, scales, sft_scales, margin,
+    scores, counts, rank_loss, sft_loss, best, num_pairs, num_correct, margins,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    first, last = tl.load(group_offsets + g), tl.load(group_offsets + g + 1)
+    best_reward, best_response, best_sum = float("-inf"), first, 0.0
+    for s in range(first, last):
+        begin, end = tl.load(path_offsets + s), tl.load(path_offsets + s + 1)
+        parts = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        for t in range(begin, end, BLOCK_T):
+            place = t + tl.arange(0, BLOCK_T)
+            edges = tl.load(path_edges + place, mask=place < end, other=0)
+            parts += tl.load(logps + edges, mask=place < end, other=0.0)
+        total = tl.sum(parts, 0)
+        tl.store(scores + s, total * tl.load(scales + s))
+        reward = tl.load(rewards + s)
+        is_best = (reward > best_reward) | (s == first)
+        best_reward = tl.where(is_best, reward, best_reward)
+        best_response = tl.where(is_best, s, best_response)
+        best_sum = tl.where(is_best, total, best_sum)
+    tl.store(best + g, best_response)
+    tl.store(sft_loss + g, -best_sum * tl.load(sft_scales + best_response))
+    tl.debug_barrier()  # the scores just stored are read by other threads
+
+    rank, gap_sum = 0.0, 0.0
+    pairs, correct, violations = first * 0, first * 0, first * 0
+    for i0 in range(first, last, BLOCK_K):
+        i = i0 + tl.arange(0, BLOCK_K)
+        p_i = tl.load(scores + i, mask=i < last, other=0.0)[:, None]
+        r_i = tl.load(rewards + i, mask=i < last, other=0.0)[:, None]
+        c = tl.zeros((BLOCK_K,), dtype=tl.int32)
+        for j0 in range(first, last, BLOCK_K):
+            j = j0 + tl.arange(0, BLOCK_K)
+            p_j = tl.load(scores + j, mask=j < last, other=0.0)[None, :]
+            r_j = tl.load(rewards + j, mask=j < last, other=0.0)[None, :]
+            exists = (i < last)[:, None] & (j < last)[None, :]
+            below, above = exists & (r_i < r_j), exists & (r_i > r_j)
+            gap = p_j - p_i
+            violated = below & (gap < margin)
+            beaten = above & (-gap < margin)
+            c += tl.sum(violated.to(tl.int32), 1) - tl.sum(beaten.to(tl.int32), 1)
+            violations += tl.sum(tl.sum(violated.to(tl.int32), 1), 0)
+            pairs += tl.sum(tl.sum(below.to(tl.int32), 1), 0)
+            correct += tl.sum(tl.sum((below & (gap > 0)).to(tl.int32), 1), 0)
+            gap_sum += tl.sum(tl.sum(tl.where(below, gap, 0.0), 1), 0)
+        tl.store(counts + i, c, mask=i < last)
+        rank += tl.sum(tl.reshape(p_i, (BLOCK_K,)) * c.to(tl.float32), 0)
+    tl.store(rank_loss + g, rank + margin * violations.to(tl.float32))
+    tl.store(num_pairs + g, pairs)
+    tl.store(num_correct + g, correct)
+    tl.store(margins + g, gap_sum)
+
+
+@triton.jit
+def backward_kernel(
+    d_logps, d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales, counts,
+    best, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """d_logps [E] must hold zeros. An edge belongs to one query, so no other program adds to it."""
+    g = tl.program_id(0)
+    first, last = tl.load(group_offsets + g), tl.load(group_offsets + g + 1)
+    upstream_rank, upstream_sft = tl.load(d_rank + g), tl.load(d_sft + g)
+    best_response = tl.load(best + g)
+    for s in range(first, last):
+        begin, end = tl.load(path_offsets + s), tl.load(path_offsets + s + 1)
+        slope = upstream_rank * tl.load(counts + s).to(tl.float32) * tl.load(scales + s)
+        sft_slope = upstream_sft * tl.load(sft_scales + s)
+        slope -= tl.where(s == best_response, sft_slope, 0.0)
+        if slope != 0:
+            for t in range(begin, end, BLOCK_T):
+                place = t + tl.arange(0, BLOCK_T)
+                edges = tl.load(path_edges + place, mask=place < end, other=0)
+                before = tl.load(d_logps + edges, mask=place < end, other=0.0)
+                tl.store(d_logps + edges, before + slope, mask=place < end)
+        tl.debug_barrier()  # responses share edges, and another thread may hold the next one's
+
+
+def forward(
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    path_edges: torch.Tensor,
+    path_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    scales: torch.Tensor,
+    sft_scales: torch.Tensor,
+    margin: float,
+) -> tuple[torch.Tensor, ...]:
+    """(rank_loss [G], sft_loss [G], scores [S], counts [S] int32, best [G], num_pairs [G],
+    num_correct [G], margins [G]); logps, rewards, scales, sft_scales are float32, indices int64."""
+    num_groups = len(group_offsets) - 1
+    scores = torch.empty_like(scales)
+    counts = torch.empty_like(scales, dtype=torch.int32)
+    rank_loss = scales.new_empty(num_groups)
+    sft_loss, margins = torch.empty_like(rank_loss), torch.empty_like(rank_loss)
+    best = torch.empty_like(group_offsets[1:])
+    num_pairs, num_correct = torch.empty_like(best), torch.empty_like(best)
+    forward_kernel[(num_groups,)](
+        logps, path_edges, path_offsets, group_offsets, rewards, scales, sft_scales, margin,
+        scores, counts, rank_loss, sft_loss, best, num_pairs, num_correct, margins,
+        BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
+    return rank_loss, sft_loss, scores, counts, best, num_pairs, num_correct, margins
+
+
+def backward(
+    num_edges: int,
+    d_rank: torch.Tensor,
+    d_sft: torch.Tensor,
+    path_edges: torch.Tensor,
+    path_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
+    scales: torch.Tensor,
+    sft_scales: torch.Tensor,
+    counts: torch.Tensor,
+    best: torch.Tensor,
+) -> torch.Tensor:
+    """d loss / d logps [E] from d loss / d rank_loss [G] and d loss / d sft_loss [G]."""
+    d_logps = scales.new_zeros(num_edges)
+    backward_kernel[(len(best),)](
+        d_logps, d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales,
+        counts, best, BLOCK_T=BLOCK_T,
+    )  # fmt: skip
+    return d_logps

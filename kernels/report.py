@@ -1,0 +1,130 @@
+"""Compile every kernel configuration, without a GPU, and print what the machine code needs.
+
+    python -m rrhf_fast.kernels.report
+
+Registers and stack are those of a thread; shared memory is that of a program. A spill is a load or
+store of registers to local memory. Must run without TRITON_INTERPRET.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rrhf_fast.kernels import linear_logprob, ranking
+from rrhf_fast.kernels.configs import TILES
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Bytes of shared memory that one program may have.
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+INTEGERS = ("num_edges", "hidden_size", "vocab_size", "first_token", "width")
+FLOATS = ("logit_scale", "softcap", "margin")
+INDICES = ("targets", "path_edges", "path_offsets", "group_offsets", "best", "num_pairs")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    arch: int  # compute capability, 90 for 9.0
+    registers: int
+    stack: int  # bytes
+    spills: int  # instructions
+    shared: int  # bytes
+    matrix: str  # the matrix instruction, or ""
+
+
+def compile_all() -> Iterator[Usage]:
+    """Every row of the table, plain and with all of the head's options, on every architecture that
+    would use it; and the ranking kernels."""
+    for (name, arch, itemsize), tile in TILES.items():
+        kernel = getattr(linear_logprob, f"{name}_kernel")
+        element = {2: "bf16", 4: "fp32"}[itemsize]
+        for options in (False, True):
+            constants = {
+                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m, "HAS_BIAS": options, "HAS_SOFTCAP": options,
+                "PRECISION": "ieee" if itemsize == 4 else "tf32",
+            }  # fmt: skip
+            if name == "dlogits":
+                constants["WANTS_BIAS"] = options
+            missing = () if options else ("bias", "bias_sums")
+            constants |= {argument: None for argument in missing if argument in kernel.arg_names}
+            blocks = {
+                "states": f"tensordesc<{element}[{tile.block_m}, {tile.block_k}]>",
+                "weight": f"tensordesc<{element}[{tile.block_n}, {tile.block_k}]>",
+                "dlogits": f"tensordesc<{element}[{tile.block_m}, {tile.block_n}]>",
+            }
+            variant = f"{element}{' bias softcap' if options else ''}"
+            yield _compile(
+                kernel, constants, blocks, arch, variant,
+                {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+            )  # fmt: skip
+    for arch in SHARED_LIMITS:
+        for kernel in (ranking.forward_kernel, ranking.backward_kernel):
+            constants = {"BLOCK_T": ranking.BLOCK_T, "BLOCK_K": ranking.BLOCK_K}
+            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            yield _compile(kernel, constants, {}, arch, "ranking", {})
+
+
+def _compile(kernel, constants: dict, blocks: dict, arch: int, variant: str, options: dict) -> Usage:
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else blocks.get(name) or _type(name)
+        if signature[name].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    numbers = dict(part.split(":") for part in usage.split() if part.count(":") == 1 and part[-1] != ":")
+    ptx = compiled.asm["ptx"]
+    return Usage(
+        kernel=kernel.fn.__name__.removesuffix("_kernel"),
+        variant=variant,
+        arch=arch,
+        registers=int(numbers["REG"]),
+        stack=int(numbers["STACK"]),
+        spills=sum(f" {name}" in code for name in ("LDL", "STL")),
+        shared=compiled.metadata.shared,
+        matrix=next((name for name in MATRIX_INSTRUCTIONS if name in ptx), ""),
+    )
+
+
+def _type(name: str) -> str:
+    if name in INTEGERS:
+        return "i32"
+    if name in FLOATS:
+        return "fp32"
+    if name in (*INDICES, "num_correct"):
+        return "*i64"
+    return "*i32" if name == "counts" else "*fp32"
+
+
+def _tool(*command: str) -> str:
+    path = TOOLS / command[0]
+    return subprocess.run([path, *command[1:]], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':<10}{'variant':<20}{'sm':>4}{'regs':>6}{'stack':>7}{'spills':>7}{'shared':>9}  matrix")
+    for u in compile_all():
+        numbers = f"{u.arch:>4}{u.registers:>6}{u.stack:>7}{u.spills:>7}{u.shared:>9}"
+        print(f"{u.kernel:<10}{u.variant:<20}{numbers}  {u.matrix}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

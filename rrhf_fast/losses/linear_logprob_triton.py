@@ -1,0 +1,151 @@
+"""`linear_logprob` on the Triton kernels, as operators that torch.compile and FSDP2 see through.
+
+The forward keeps one number an edge, the log of its softmax denominator. The backward leaves out
+edges without a gradient and walks the vocabulary in slices: the kernel writes
+D = d loss / d logits of the active edges, then
+
+    d_states += D @ weight[slice]        float32
+    d_weight[slice] = D.T @ states       each slice written once
+
+Everything is summed in a fixed order, so results repeat bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+from rrhf_fast.kernels import linear_logprob as kernels
+
+
+@torch.library.custom_op("rrhf_fast::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor]:
+    """(logp [E], log of the softmax denominator [E]), float32; see `losses.linear_logprob`."""
+    if len(rows) == 0:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+    states = hidden.index_select(0, rows)
+    head = weight.to(states.dtype).contiguous()
+    return kernels.forward(states, head, bias, targets.contiguous(), softcap, logit_scale)
+
+
+@linear_logprob_op.register_fake
+def _(hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb):
+    logp = hidden.new_empty(rows.shape, dtype=torch.float32)
+    return logp, torch.empty_like(logp)
+
+
+@torch.library.custom_op("rrhf_fast::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
+    grad: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    workspace_mb: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not wanted."""
+    d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight) if wants_weight else weight.new_empty(0)
+    d_bias = torch.zeros_like(bias) if wants_bias else weight.new_empty(0)
+    active = grad.nonzero().squeeze(1)  # waits for the device once: the products need the count
+    if len(active) == 0:
+        return d_hidden, d_weight, d_bias
+    rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active].float()
+    states = hidden.index_select(0, rows)
+    head = weight.to(states.dtype).contiguous()
+    tile = kernels.dlogits_tile(states)
+    width = _slice_width(len(active), len(weight), states.itemsize, workspace_mb, tile.block_n)
+    dlogits = states.new_empty(len(active), width)
+    bias_sums = None
+    if wants_bias:
+        num_tiles = -(-len(active) // tile.block_m)
+        bias_sums = states.new_empty(num_tiles, width, dtype=torch.float32)
+    d_states = torch.zeros_like(states, dtype=torch.float32) if wants_hidden else None
+    for first in range(0, len(weight), width):
+        part = slice(first, min(first + width, len(weight)))
+        kernels.dlogits(
+            dlogits, bias_sums, states, head, bias, targets, lse, grad, softcap, logit_scale, first
+        )  # fmt: skip
+        d = dlogits[:, : part.stop - first]
+        if wants_hidden:
+            _add_product(d_states, d, head[part])
+        if wants_weight:
+            d_weight[part] = _product(d.T, states, weight.dtype)
+        if wants_bias:
+            d_bias[part] = bias_sums[:, : part.stop - first].sum(0)
+    if wants_hidden:
+        # index_put_ sorts, so rows that occur several times are summed in a fixed order;
+        # index_add_ would use atomics.
+        total = torch.zeros_like(hidden, dtype=torch.float32)
+        d_hidden = total.index_put_((rows,), d_states, accumulate=True).to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+@linear_logprob_backward_op.register_fake
+def _(
+    grad, lse, hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb,
+    wants_hidden, wants_weight, wants_bias,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
+        torch.empty_like(bias) if wants_bias else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, rows, targets, *ctx.options = inputs
+    _, lse = output
+    ctx.save_for_backward(lse, hidden, weight, bias, rows, targets)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, grad, _):
+    wants = ctx.needs_input_grad[:3]
+    gradients = linear_logprob_backward_op(grad, *ctx.saved_tensors, *ctx.options, *wants)
+    found = (d if wanted else None for d, wanted in zip(gradients, wants, strict=True))
+    return (*found, *[None] * (2 + len(ctx.options)))
+
+
+linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _slice_width(
+    num_edges: int, vocab_size: int, itemsize: int, workspace_mb: float, block_n: int
+) -> int:
+    """Tokens of one slice: as many as the workspace holds, in whole tiles."""
+    fitting = int(workspace_mb * 2**20 / (num_edges * itemsize)) // block_n
+    return block_n * max(1, min(fitting, -(-vocab_size // block_n)))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32 and rounded once to dtype."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a.float() @ b.float()).to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, all sums in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        total.copy_(torch.addmm(total, a, b, out_dtype=torch.float32))
+    else:
+        total += a.float() @ b.float()

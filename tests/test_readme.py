@@ -1,0 +1,80 @@
+"""What the README and the docstrings show runs as it stands."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rrhf_fast.engine.loop
+import rrhf_fast.losses.rrhf
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.rows import parse_row
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.train import parse_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_row_shown_is_a_row():
+    (row,) = (text for language, text in BLOCKS if language == "json")
+    assert len(parse_row(json.loads(row), "README.md").responses) == 2
+
+
+def test_commands_and_options_exist():
+    commands = "\n".join(text for language, text in BLOCKS if language == "bash")
+    (train,) = re.findall(r"python -m rrhf_fast.train (.*?)\n\n?", commands.replace("\\\n", ""))
+    assert parse_config(train.split()).output_dir == "out"
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", commands):
+        assert f"\n{target}:" in makefile
+    named = set(re.findall(r"--(\w+_\w+)", README))
+    assert named and named <= set(TrainConfig.__dataclass_fields__) | {"print_config"}
+
+
+def test_the_forest_shown_is_the_forest_built():
+    def numbers(name):
+        line = next(line for line in README.splitlines() if line.lstrip().startswith(name))
+        return [int(text) for text in line.removeprefix(f"  {name}").split()]
+
+    prompt, shared, cat, dog = [1, 2, 3, 4], [5, 6, 7], [8, 9, 0], [10, 9, 0]
+    query = TokenisedQuery(
+        torch.tensor(prompt).int().numpy(),
+        [torch.tensor(ids).int().numpy() for ids in (shared + cat, shared + dog, [11, 12, 9, 0])],
+        torch.tensor([1.0, 0.5, 0.0]).numpy(),
+    )
+    forest = build_forest([query])
+    assert numbers("subtree_end[j]") == forest.subtree_end.tolist()
+    assert numbers("row j") == list(range(forest.num_tokens))
+
+
+def test_every_file_of_the_tree_exists():
+    (tree,) = (text for language, text in BLOCKS if "rrhf_fast/\n" in text)
+    root, folder = Path(__file__).parents[1], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = name if not line.startswith(" ") else folder
+        path = root / (name if not line.startswith(" ") else folder + name)
+        assert path.exists(), path
+
+
+@pytest.mark.parametrize("module", [rrhf_fast.losses.rrhf, rrhf_fast.engine.loop])
+def test_docstring_examples(module, tmp_path):
+    names = {"torch": torch, "folder": str(tmp_path), "TrainConfig": TrainConfig}
+    finder = doctest.DocTestFinder()
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    examples = [test for test in finder.find(module, globs=vars(module) | names) if test.examples]
+    assert examples
+    for example in examples:
+        runner.run(example, out=lambda text: None, clear_globs=False)
+    assert runner.summarize(verbose=False).failed == 0

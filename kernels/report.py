@@ -75,7 +75,9 @@ def compile_all() -> Iterator[Usage]:
             yield _compile(kernel, constants, {}, arch, "ranking", {})
 
 
-def _compile(kernel, constants: dict, blocks: dict, arch: int, variant: str, options: dict) -> Usage:
+def _compile(
+    kernel, constants: dict, blocks: dict, arch: int, variant: str, options: dict
+) -> Usage:
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else blocks.get(name) or _type(name)
@@ -88,7 +90,9 @@ def _compile(kernel, constants: dict, blocks: dict, arch: int, variant: str, opt
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("cuobjdump", "-sass", file.name)
-    numbers = dict(part.split(":") for part in usage.split() if part.count(":") == 1 and part[-1] != ":")
+    numbers = dict(
+        part.split(":") for part in usage.split() if part.count(":") == 1 and part[-1] != ":"
+    )
     ptx = compiled.asm["ptx"]
     return Usage(
         kernel=kernel.fn.__name__.removesuffix("_kernel"),
@@ -120,7 +124,7 @@ def _tool(*command: str) -> str:
 def main() -> None:
     """Print the table."""
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':<10}{'variant':<20}{'sm':>4}{'regs':>6}{'stack':>7}{'spills':>7}{'shared':>9}  matrix")
+    print("kernel    variant               sm  regs  stack spills   shared  matrix")
     for u in compile_all():
         numbers = f"{u.arch:>4}{u.registers:>6}{u.stack:>7}{u.spills:>7}{u.shared:>9}"
         print(f"{u.kernel:<10}{u.variant:<20}{numbers}  {u.matrix}", flush=True)

@@ -14,8 +14,8 @@ from rrhf_fast import TrainConfig, train
 from rrhf_fast.sampling.generate import sample_responses
 
 MODEL = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-NAMES = "Lily Tom Ben Mia Sam Anna Max Lucy".split()
-PLACES = "park garden beach forest house school".split()
+NAMES = ["Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Lucy"]
+PLACES = ["park", "garden", "beach", "forest", "house", "school"]
 
 
 def happiness(prompts, responses):

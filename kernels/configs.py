@@ -19,28 +19,33 @@ class Tile:
     group_m: int = 8  # tiles of edges that share a tile of the weight in the L2 cache
 
 
-# (kernel, lowest compute capability, bytes an element). The highest capability that the device has
-# wins, so a newer device runs the newest row that there is.
+# (kernel, compute capability of the family's first member, bytes an element).
 TILES = {
-    # Ampere: no TMA, mma.sync; 164 KB of shared memory on sm_80 (99 KB on sm_86 and sm_89, for
-    # which 3 stages of 48 KB would be too much).
+    # Ampere: no TMA, so descriptors become plain loads that are not pipelined. These are the
+    # largest tiles that do not spill, in the backward with a bias or a softcap too.
     ("forward", 80, 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
-    ("dlogits", 80, 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
-    # Float32 is for exactness: small tiles, because IEEE products run on the ordinary cores.
-    ("forward", 80, 4): Tile(64, 64, 32, num_warps=8, num_stages=2),
-    ("dlogits", 80, 4): Tile(64, 64, 32, num_warps=8, num_stages=2),
-    # Hopper: TMA and wgmma; 128 x 256 is the largest accumulator that does not spill, and four
-    # stages fill the 227 KB of shared memory. The backward stages its store there too.
+    ("dlogits", 80, 2): Tile(64, 128, 64, num_warps=8, num_stages=3),
+    # Float32 is for exactness: small tiles, because IEEE products run on the ordinary cores, which
+    # hold their operands in registers.
+    ("forward", 80, 4): Tile(64, 64, 16, num_warps=8, num_stages=2),
+    ("dlogits", 80, 4): Tile(64, 64, 16, num_warps=8, num_stages=2),
+    # Hopper: TMA and wgmma. 128 x 256 is the largest accumulator that does not spill, and four
+    # stages of it fill the shared memory.
     ("forward", 90, 2): Tile(128, 256, 64, num_warps=8, num_stages=4),
-    ("dlogits", 90, 2): Tile(128, 256, 64, num_warps=8, num_stages=3),
-    # Blackwell: the accumulator lives in tensor memory.
-    ("forward", 100, 2): Tile(128, 256, 64, num_warps=8, num_stages=4),
-    ("dlogits", 100, 2): Tile(128, 256, 64, num_warps=8, num_stages=3),
+    ("dlogits", 90, 2): Tile(128, 256, 64, num_warps=8, num_stages=4),
+    # Blackwell: the accumulator lives in tensor memory, but the epilogue reads it into registers,
+    # where 128 x 256 spills.
+    ("forward", 100, 2): Tile(128, 128, 64, num_warps=8, num_stages=4),
+    ("dlogits", 100, 2): Tile(128, 128, 64, num_warps=4, num_stages=4),
 }
 
 
 def choose(kernel: str, capability: int, itemsize: int) -> Tile:
     """The tile of a kernel ("forward", "dlogits") on a device of this compute capability (90 for
-    9.0) for elements of `itemsize` bytes."""
-    rows = [row for row in TILES if row[::2] == (kernel, itemsize) and row[1] <= capability]
-    return TILES[max(rows)]
+    9.0) for elements of `itemsize` bytes.
+
+    Consumer Blackwell (12.x) has neither tensor memory nor 227 KB of shared memory, so like every
+    device that is not named it runs Ampere's rows.
+    """
+    family = {9: 90, 10: 100}.get(capability // 10, 80)
+    return TILES.get((kernel, family, itemsize)) or TILES[kernel, 80, itemsize]

@@ -16,7 +16,7 @@ import triton.language as tl
 # Tokens of a response read at once, and the edge of a square of pairs: responses have tens to
 # thousands of tokens, queries two to a thousand responses, and neither is worth a table of tiles.
 BLOCK_T = 256
-BLOCK_K = 32
+BLOCK_K = 16
 
 
 @triton.jit

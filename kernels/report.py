@@ -43,29 +43,30 @@ class Usage:
 
 
 def compile_all() -> Iterator[Usage]:
-    """Every row of the table, plain and with all of the head's options, on every architecture that
-    would use it; and the ranking kernels."""
+    """Every row of the table, plain and with each of the head's options; and the ranking kernels on
+    every architecture."""
     for (name, arch, itemsize), tile in TILES.items():
         kernel = getattr(linear_logprob, f"{name}_kernel")
         element = {2: "bf16", 4: "fp32"}[itemsize]
-        for options in (False, True):
+        for variant in ("plain", "bias", "softcap"):
+            has_bias = variant == "bias"
             constants = {
                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-                "GROUP_M": tile.group_m, "HAS_BIAS": options, "HAS_SOFTCAP": options,
+                "GROUP_M": tile.group_m, "HAS_BIAS": has_bias,
+                "HAS_SOFTCAP": variant == "softcap",
                 "PRECISION": "ieee" if itemsize == 4 else "tf32",
             }  # fmt: skip
             if name == "dlogits":
-                constants["WANTS_BIAS"] = options
-            missing = () if options else ("bias", "bias_sums")
+                constants["WANTS_BIAS"] = has_bias
+            missing = () if has_bias else ("bias", "bias_sums")
             constants |= {argument: None for argument in missing if argument in kernel.arg_names}
             blocks = {
                 "states": f"tensordesc<{element}[{tile.block_m}, {tile.block_k}]>",
                 "weight": f"tensordesc<{element}[{tile.block_n}, {tile.block_k}]>",
-                "dlogits": f"tensordesc<{element}[{tile.block_m}, {tile.block_n}]>",
+                "dlogits": f"tensordesc<{element}[{tile.block_m}, {tile.block_n // 2}]>",
             }
-            variant = f"{element}{' bias softcap' if options else ''}"
             yield _compile(
-                kernel, constants, blocks, arch, variant,
+                kernel, constants, blocks, arch, f"{element} {variant}",
                 {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
             )  # fmt: skip
     for arch in SHARED_LIMITS:
@@ -100,7 +101,7 @@ def _compile(
         arch=arch,
         registers=int(numbers["REG"]),
         stack=int(numbers["STACK"]),
-        spills=sum(f" {name}" in code for name in ("LDL", "STL")),
+        spills=code.count(" LDL") + code.count(" STL"),
         shared=compiled.metadata.shared,
         matrix=next((name for name in MATRIX_INSTRUCTIONS if name in ptx), ""),
     )

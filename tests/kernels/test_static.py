@@ -1,0 +1,46 @@
+"""What every kernel configuration compiles to, for three architectures, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiles with triton")
+
+from rrhf_fast.kernels.configs import TILES, choose
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json
+from dataclasses import asdict
+from rrhf_fast.kernels.report import SHARED_LIMITS, compile_all
+print(json.dumps({"limits": SHARED_LIMITS, "kernels": [asdict(u) for u in compile_all()]}))
+"""
+
+
+@pytest.mark.slow
+def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    # Three variants of each row of the table, and two ranking kernels on each architecture.
+    assert len(report["kernels"]) == 3 * len(TILES) + 2 * len(report["limits"])
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for usage in report["kernels"]:
+        assert usage["spills"] == usage["stack"] == 0, usage
+        assert usage["shared"] <= report["limits"][str(usage["arch"])], usage
+        is_product = usage["variant"].startswith("bf16")
+        assert usage["matrix"] == (instruction[usage["arch"]] if is_product else ""), usage
+
+
+def test_every_device_finds_a_tile_that_it_can_run():
+    assert choose("forward", 86, 2) is TILES["forward", 80, 2]
+    assert choose("forward", 90, 2) is TILES["forward", 90, 2]
+    assert choose("dlogits", 103, 2) is TILES["dlogits", 100, 2]
+    assert choose("dlogits", 100, 4) is TILES["dlogits", 80, 4]
+    assert choose("forward", 120, 2) is TILES["forward", 80, 2]

@@ -58,7 +58,7 @@ class Pack:
         )
 
     def pin_memory(self) -> Self:
-        """The same pack in page-locked memory (what torch's DataLoader calls)."""
+        """The same pack in page-locked memory."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 

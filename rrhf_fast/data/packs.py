@@ -1,20 +1,23 @@
-"""Which queries go into which optimizer step, and into which pack of it; packs are built in a
-background worker.
+"""Which queries go into which optimizer step, and into which pack of it; packs are built
+in a background thread.
 
 A step is `train_batch_size` queries of a seeded shuffle. Its queries are dealt into as few packs as
 the token budget allows; a query is never split, so one that is larger than the budget gets a pack
 of its own.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset
 
 from rrhf_fast.data.forest import Pack, build_forest, forest_tokens
 from rrhf_fast.data.padded import build_padded, padded_tokens
 from rrhf_fast.data.tokenise import TokenisedQuery
+
+STEPS_AHEAD = 4
 
 
 class PackPlanner:
@@ -90,40 +93,38 @@ class PackPlanner:
         return packs
 
 
-class StepDataset(IterableDataset):
+def steps_of_packs(
+    planner: PackPlanner, *, train_batch_size: int, seed: int, num_steps: int
+) -> Iterator[list[Pack]]:
     """Yields the packs of one optimizer step after another, epoch after epoch, each epoch in its
     own seeded order."""
-
-    def __init__(self, planner: PackPlanner, *, train_batch_size: int, seed: int, num_steps: int):
-        self.planner, self.batch_size, self.seed, self.num_steps = (
-            planner,
-            train_batch_size,
-            seed,
-            num_steps,
-        )
-
-    def __iter__(self) -> Iterator[list[Pack]]:
-        left, epoch = self.num_steps, 0
-        while True:
-            order = (
-                np.random.default_rng([self.seed, epoch])
-                .permutation(len(self.planner.queries))
-                .tolist()
-            )
-            for start in range(0, len(order), self.batch_size):
-                if left == 0:
-                    return
-                yield self.planner.packs(order[start : start + self.batch_size])
-                left -= 1
-            epoch += 1
+    left, epoch = num_steps, 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(len(planner.queries)).tolist()
+        for start in range(0, len(order), train_batch_size):
+            if left == 0:
+                return
+            yield planner.packs(order[start : start + train_batch_size])
+            left -= 1
+        epoch += 1
 
 
-def step_loader(dataset: StepDataset, *, pin_memory: bool) -> DataLoader:
-    """Iterate over steps; one background process builds them ahead, so that the device never
-    waits."""
-    return DataLoader(
-        dataset, batch_size=None, num_workers=1, prefetch_factor=4, pin_memory=pin_memory
-    )
+def ahead(steps: Iterator[list[Pack]], *, pin_memory: bool) -> Iterator[list[Pack]]:
+    """The same steps, built ahead by a background thread, so that the device never waits.
+
+    A thread will do: a pack takes milliseconds to build, and a process would bring fork, pickling
+    and a limit on shared memory with it.
+    """
+
+    def build() -> list[Pack] | None:
+        packs = next(steps, None)
+        return [pack.pin_memory() for pack in packs] if packs and pin_memory else packs
+
+    with ThreadPoolExecutor(1, thread_name_prefix="packs") as worker:
+        waiting = deque(worker.submit(build) for _ in range(STEPS_AHEAD))
+        while (packs := waiting.popleft().result()) is not None:
+            waiting.append(worker.submit(build))
+            yield packs
 
 
 def steps_per_epoch(num_queries: int, train_batch_size: int) -> int:

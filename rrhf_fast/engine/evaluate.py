@@ -94,7 +94,11 @@ def evaluate_samples(
             seed=config.seed,
         )
     responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
+    try:
+        rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
+    except Exception as error:  # whatever the user's function raises
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"eval_reward_fn: {config.eval_reward_fn} raised {problem}") from error
     if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
         expected = f"expected {len(responses)} finite numbers, one a response"
         problem = f"{config.eval_reward_fn}: {expected}, found {rewards.shape} {rewards}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import Pack
-from rrhf_fast.data.packs import StepDataset, step_loader, steps_per_epoch
+from rrhf_fast.data.packs import ahead, steps_of_packs, steps_per_epoch
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _fit(run: Run, log: MetricsLog, result: TrainResult) -> None:
     """Run all steps, keeping `result` up to date."""
     config = run.config
-    dataset = StepDataset(
+    steps = steps_of_packs(
         run.train,
         train_batch_size=config.train_batch_size,
         seed=config.seed if config.data_seed is None else config.data_seed,
@@ -87,7 +87,7 @@ def _fit(run: Run, log: MetricsLog, result: TrainResult) -> None:
 
     result.before = _evaluate(run, held_out_packs, log, 0)
     num_tokens = 0
-    loader = step_loader(dataset, pin_memory=run.model.lm.device.type == "cuda")
+    loader = ahead(steps, pin_memory=run.model.lm.device.type == "cuda")
     with tqdm(loader, total=run.num_steps, unit="step") as progress:
         for step, packs in enumerate(progress, 1):
             start = time.perf_counter()

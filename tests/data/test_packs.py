@@ -1,12 +1,14 @@
 """Packs: every query once an epoch, none split, budgets kept, one order for one seed."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.packs import PackPlanner, StepDataset, step_loader, steps_per_epoch
+from rrhf_fast.data.packs import PackPlanner, ahead, steps_of_packs, steps_per_epoch
 from rrhf_fast.data.tokenise import TokenisedQuery
 
 
@@ -59,31 +61,49 @@ def ids(steps):
 def test_an_epoch_holds_every_query_once_and_the_next_is_shuffled_anew():
     plan = planner("forest", [(5, [3, 4])] * 10)
     assert steps_per_epoch(10, 4) == 3
-    steps = ids(StepDataset(plan, train_batch_size=4, seed=1, num_steps=6))
+    steps = ids(steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=6))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
     first, second = np.concatenate(steps[:3]), np.concatenate(steps[3:])
     assert sorted(first) == sorted(second) == list(range(10))
     assert first.tolist() != second.tolist()
-    again = ids(StepDataset(plan, train_batch_size=4, seed=1, num_steps=6))
+    again = ids(steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=6))
     assert steps == again
-    assert steps != ids(StepDataset(plan, train_batch_size=4, seed=2, num_steps=6))
+    assert steps != ids(steps_of_packs(plan, train_batch_size=4, seed=2, num_steps=6))
 
 
 def test_which_queries_make_a_step_does_not_depend_on_the_budget():
     cases = [(5, [3, 4])] * 10
     small, large = (
-        StepDataset(planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
+        steps_of_packs(planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
         for size in (12, 500)
     )
     assert [sorted(step) for step in ids(small)] == [sorted(step) for step in ids(large)]
 
 
-def test_the_background_worker_yields_the_same_packs():
-    dataset = StepDataset(
-        planner("forest", [(5, [3, 4])] * 10), train_batch_size=4, seed=1, num_steps=5
-    )
-    loaded = list(step_loader(dataset, pin_memory=False))
-    assert len(loaded) == 5
-    for ours, theirs in zip(dataset, loaded, strict=True):
+def test_the_background_thread_yields_the_same_packs():
+    plan = planner("forest", [(5, [3, 4])] * 10)
+    options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
+    plain = list(steps_of_packs(plan, **options))
+    built_ahead = list(ahead(steps_of_packs(plan, **options), pin_memory=False))
+    assert len(built_ahead) == 7
+    for ours, theirs in zip(plain, built_ahead, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def test_the_background_thread_hands_errors_on_and_ends_with_its_reader():
+    def broken():
+        yield []
+        raise RuntimeError("out of packs")
+
+    loader = ahead(broken(), pin_memory=False)
+    assert next(loader) == []
+    with pytest.raises(RuntimeError, match="out of packs"):
+        next(loader)
+
+    plan = planner("forest", [(5, [3, 4])] * 10)
+    endless = steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=10**9)
+    loader = ahead(endless, pin_memory=False)
+    next(loader)
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("packs")]

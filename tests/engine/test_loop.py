@@ -173,10 +173,19 @@ def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):
 def test_a_reward_function_that_misbehaves(tmp_path, data, monkeypatch):
     (tmp_path / "rewards_for_test.py").write_text(
         "def nan(prompts, responses): return [float('nan')] * len(prompts)\n"
+        "def broken(prompts, responses): return responses[10**6]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="eval_reward_fn: rewards_for_test:nan: expected 6 fin"):
         run(tmp_path / "out", data, eval_reward_fn="rewards_for_test:nan")
+    with pytest.raises(ValueError, match="rewards_for_test:broken raised IndexError: list index"):
+        run(
+            tmp_path / "out",
+            data,
+            eval_reward_fn="rewards_for_test:broken",
+            max_steps=1,
+            overwrite_output_dir=True,
+        )
 
 
 def test_ctrl_c_saves_what_was_learned(tmp_path, data):
@@ -193,7 +202,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         assert time.monotonic() < give_up and process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the data worker too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"stopped early after" in out

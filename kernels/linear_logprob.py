@@ -136,7 +136,8 @@ def forward(
     tile = choose("forward", _capability(states), states.itemsize)
     num_tiles = triton.cdiv(vocab_size, tile.block_n)
     tops = torch.empty(num_tiles, num_edges, dtype=torch.float32, device=states.device)
-    sums, target_logits = torch.empty_like(tops), torch.empty_like(tops[0])
+    sums = torch.empty_like(tops)
+    target_logits = torch.full_like(tops[0], float("nan"))  # stays where a target is no token
     grid = (triton.cdiv(num_edges, tile.block_m) * num_tiles,)
     forward_kernel[grid](
         *_operands(states, weight, bias, targets, tile), tops, sums, target_logits,

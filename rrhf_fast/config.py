@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -129,15 +130,17 @@ class TrainConfig(LossConfig, DataConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for a value out of range or a combination that
         cannot work."""
+        for name, kind in get_type_hints(TrainConfig).items():
+            if not _is(getattr(self, name), kind):
+                expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        for name in ("max_length", "max_response_length"):
+            # One token and the end token.
+            _expect(self, name, lambda value: value is None or value >= 2, "at least 2")
         for name in (
-            "max_length",
             "max_prompt_length",
-            "max_response_length",
             "train_batch_size",
             "max_steps",
-        ):
-            _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
-        for name in (
             "max_tokens_per_pack",
             "logging_steps",
             "eval_steps",
@@ -154,6 +157,7 @@ class TrainConfig(LossConfig, DataConfig):
             "rank_weight",
             "sft_weight",
             "margin",
+            "length_penalty",
             "seed",
         ):
             _expect(self, name, lambda value: value >= 0, "0 or more")
@@ -168,10 +172,28 @@ class TrainConfig(LossConfig, DataConfig):
             raise ValueError(
                 "eval_data, eval_fraction: name held-out rows or hold out a share, not both"
             )
+        held_out = self.eval_data is not None or self.eval_fraction > 0
+        if self.eval_reward_fn is not None and self.train_data is not None and not held_out:
+            raise ValueError("eval_reward_fn: needs held-out rows (eval_data or eval_fraction)")
         if self.compat == "official" and self.sft_reduction != "sum":
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"
             )
+
+
+def _is(value: object, kind: object) -> bool:
+    """Whether value is of the type that a field was declared with; an int is a float too."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is UnionType:
+        return any(_is(value, option) for option in get_args(kind))
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float):
+        numbers = (int, float) if kind is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _expect(config: TrainConfig, name: str, test, expected: str) -> None:

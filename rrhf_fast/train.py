@@ -47,6 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
     data, 130 Ctrl-C."""
     try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # the loop catches those that come later
+        return _fail("interrupted before training began", 130)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
         config = parse_config(arguments)
         # Heavy, and not needed for --help or a misspelt option.
         from rrhf_fast.engine.loop import NotFinite, train
@@ -58,8 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except NotFinite as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("stopped before the first step", 130)
 
 
 def _fail(problem: object, code: int) -> int:

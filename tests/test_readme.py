@@ -38,7 +38,7 @@ def test_commands_and_options_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
-    about_training = re.sub(r"python benchmarks/run.py.*", "", README)
+    about_training = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
     named = set(re.findall(r"--(\w+_\w+)", about_training))
     assert named and named <= set(TrainConfig.__dataclass_fields__) | {"print_config"}
 

@@ -73,6 +73,10 @@ MISTAKES = {
     "two held-out sets": (["--eval_data", DATA, "--eval_fraction", "0.1"], "not both"),
     "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is none"),
     "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
+    "no held-out rows to sample for": (
+        ["--model_name_or_path", MODEL, "--train_data", DATA, "--eval_reward_fn", "a:b"],
+        "eval_reward_fn: needs held-out rows",
+    ),
     "no such file": (
         ["--model_name_or_path", MODEL, "--train_data", "nowhere.jsonl"],
         "nowhere.jsonl: cannot be read (No such file or directory)",
@@ -109,6 +113,33 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
     assert main(["--output_dir", str(tmp_path)]) == 2
     assert "already holds metrics.jsonl of another run" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model_name_or_path", MODEL, "--train_data", "nowhere.jsonl"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"packing": "tree"},
+        {"dtype": "float16"},
+        {"train_batch_size": 2.5},
+        {"learning_rate": "1e-3"},
+        {"eval_fraction": None},
+        {"stop_strings": "abc"},
+        {"report_to": "tensorboard"},
+        {"train_data": Path("rows.jsonl")},
+        {"length_penalty": float("inf")},
+        {"activation_checkpointing": 1},
+    ],
+)
+def test_the_python_interface_checks_types_too(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        TrainConfig(**option).validate()
 
 
 def test_the_command_as_a_process(tmp_path):

@@ -11,6 +11,7 @@ from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids
 from rrhf_fast.losses import RRHFLoss
+from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.sampling.generate import sample_responses
 
@@ -87,6 +88,7 @@ def evaluate_samples(
             model.lm,
             prompt_ids,
             max_new_tokens=config.eval_max_new_tokens,
+            max_length=max_positions(model.lm),
             end_token_ids=end_tokens,
             pad_token_id=tokenizer.eos_token_id
             if tokenizer.pad_token_id is None
@@ -123,7 +125,7 @@ def load_reward_fn(name: str) -> RewardFn:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's module
         raise ValueError(
             f"eval_reward_fn: {name}: expected package.module:function ({error})"
         ) from error

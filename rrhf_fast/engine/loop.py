@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from rrhf_fast.config import TrainConfig
@@ -55,23 +59,44 @@ def train(config: TrainConfig) -> TrainResult:
         2
     """
     run = prepare(config)
-    print(run.summary, flush=True)
+    optimizer = build_optimizer(run.model, run.config, run.num_steps)
     log = MetricsLog(run.output_dir, run.config)
+    print(run.summary, flush=True)
     result = TrainResult(run.output_dir, metrics=log.records)
     try:
-        _fit(run, log, result)
+        _fit(run, *optimizer, log, result)
     except KeyboardInterrupt:
         result.interrupted = True
     finally:
-        log.close()
-        if result.steps:  # whatever ended the run, the weights of complete steps are worth keeping
-            save_model(run)
-            plot_training(log.records, run.output_dir / "training.png")
+        with _uninterrupted():
+            if result.steps:  # whatever ended the run, complete steps are worth keeping
+                save_model(run)
+                plot_training(log.records, run.output_dir / "training.png")
+            log.close()
     print(_closing(result), flush=True)
     return result
 
 
-def _fit(run: Run, log: MetricsLog, result: TrainResult) -> None:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not cost what the first one saves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals arrive elsewhere
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: print("saving, please wait", flush=True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _fit(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    log: MetricsLog,
+    result: TrainResult,
+) -> None:
     """Run all steps, keeping `result` up to date."""
     config = run.config
     steps = steps_of_packs(
@@ -81,7 +106,6 @@ def _fit(run: Run, log: MetricsLog, result: TrainResult) -> None:
         num_steps=run.num_steps,
     )
     held_out_packs = run.held_out.packs(range(len(run.held_out.queries))) if run.held_out else []
-    optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
     per_epoch = steps_per_epoch(len(run.train.queries), config.train_batch_size)
     eval_steps = config.eval_steps or per_epoch
 
@@ -169,8 +193,16 @@ def save_model(run: Run) -> None:
     with run.model.generation():  # the saved config must name an attention that others have
         run.model.lm.save_pretrained(staging)
     run.tokenizer.save_pretrained(staging)
+    umask = os.umask(0)
+    os.umask(umask)
+    names = {path.name for path in staging.iterdir()}
     for path in sorted(staging.iterdir()):
+        path.chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
         os.replace(path, run.output_dir / path.name)
+    for pattern in ("model*.safetensors", "model.safetensors.index.json"):
+        for path in run.output_dir.glob(pattern):
+            if path.name not in names:  # of an earlier run, cut into other files
+                path.unlink()
     staging.rmdir()
 
 
@@ -187,9 +219,5 @@ def _closing(result: TrainResult) -> str:
         if name in result.before and name in result.after
     ]
     state = "stopped early" if result.interrupted else "done"
-    return "\n".join(
-        [
-            *lines,
-            f"{state} after {result.steps} steps; model and metrics are in {result.output_dir}",
-        ]
-    )
+    saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
+    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])

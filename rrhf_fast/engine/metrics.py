@@ -17,7 +17,7 @@ class MetricsLog:
         """Raises ValueError when a tracker of `report_to` is not installed."""
         self.records: list[dict] = []
         self._trackers = [_open_tracker(name, output_dir, config) for name in config.report_to]
-        self._file = (output_dir / "metrics.jsonl").open("w")
+        self._path, self._file = output_dir / "metrics.jsonl", None
 
     def write(self, record: dict) -> None:
         """Append one record; on disk when this returns. Numbers that are not finite become null."""
@@ -26,6 +26,8 @@ class MetricsLog:
             for k, v in record.items()
         }
         self.records.append(record)
+        if self._file is None:  # only now is the file of an earlier run replaced
+            self._file = self._path.open("w")
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
@@ -34,7 +36,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for _, finish in self._trackers:
             finish()
 

@@ -38,12 +38,16 @@ def build_optimizer(
         if config.warmup_steps >= 1
         else math.ceil(config.warmup_steps * num_steps)
     )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # what resuming at a later point of a schedule needs
     try:
         schedule = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
             num_warmup_steps=int(warmup),
-            num_training_steps=num_steps,
+            # These schedules count from a point before the first step, where warm-up has rate 0.
+            num_training_steps=num_steps + 1,
+            scheduler_specific_kwargs={"last_epoch": 0},
         )
     except (ValueError, TypeError) as error:
         names = ", ".join(sorted(kind.value for kind in SchedulerType))

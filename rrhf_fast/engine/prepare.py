@@ -1,6 +1,8 @@
 """From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
 what was found."""
 
+import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -49,7 +51,7 @@ def prepare(config: TrainConfig) -> Run:
     config.validate()
     if config.model_name_or_path is None:
         config = with_demo(config)
-    output_dir = _claim_output_dir(config)
+    _check_output_dir(config)
     reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
     options = {"on_bad_rows": config.on_bad_rows, "use_responses": config.use_responses}
     rows, report = load_rows(config.train_data, stop_strings=config.stop_strings, **options)
@@ -59,6 +61,7 @@ def prepare(config: TrainConfig) -> Run:
             config.eval_data, stop_strings=config.stop_strings, **options
         )
 
+    output_dir = _claim_output_dir(config)  # after the mistakes that are made most
     transformers.set_seed(config.seed)
     tokenizer = load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
@@ -74,11 +77,12 @@ def prepare(config: TrainConfig) -> Run:
         "on_bad_rows": config.on_bad_rows,
     }
     queries, cut = tokenise_rows(rows, tokenizer, report, **limits)
-    held_out = (
-        tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)[0]
-        if held_out_rows
-        else []
-    )
+    held_out = []
+    if held_out_rows:
+        held_out, held_out_cut = tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)
+        cut.cut += held_out_cut.cut
+    report.read += held_out_report.read
+    report.bad += held_out_report.bad
     if config.eval_fraction > 0:
         queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
@@ -112,33 +116,49 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def with_demo(config: TrainConfig) -> TrainConfig:
-    """The embedded demo's settings for every option that is at its default."""
+    """The embedded demo's settings for every option that is at its default; eval_fraction holds
+    out a share of the demo's training rows instead of its held-out ones."""
     defaults = TrainConfig()
     untouched = {
         f.name for f in fields(config) if getattr(config, f.name) == getattr(defaults, f.name)
     }
+    if config.eval_fraction > 0:
+        untouched.remove("eval_data")
     return replace(
         config, **{name: value for name, value in demo.SETTINGS.items() if name in untouched}
     )
 
 
-def _claim_output_dir(config: TrainConfig) -> Path:
-    output_dir = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    used = [name for name in RUN_FILES if (output_dir / name).exists()]
-    if used and not config.overwrite_output_dir:
-        problem = f"{output_dir} already holds {used[0]} of another run"
+def _check_output_dir(config: TrainConfig) -> None:
+    if config.output_dir is None or config.overwrite_output_dir:
+        return
+    used = [name for name in RUN_FILES if Path(config.output_dir, name).exists()]
+    if used:
+        problem = f"{config.output_dir} already holds {used[0]} of another run"
         raise ValueError(
             f"output_dir: {problem} (choose another, or set --overwrite_output_dir true)"
         )
+
+
+def _claim_output_dir(config: TrainConfig) -> Path:
+    """Make the folder. Two runs that start in the same second get a folder each."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        if config.output_dir is not None:
+            output_dir = Path(config.output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+        else:
+            name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+            for number in itertools.count(1):
+                output_dir = Path(name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    output_dir.mkdir(parents=True)
+                    break
         probe = output_dir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(
-            f"output_dir: {output_dir} cannot be written ({error.strerror})"
-        ) from error
+        problem = f"{config.output_dir or 'runs'} cannot be written ({error.strerror})"
+        raise ValueError(f"output_dir: {problem}") from error
     return output_dir
 
 

@@ -48,6 +48,8 @@ def describe(
         "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
+    if ties == len(queries) and all(len(np.unique(query.rewards)) == 1 for query in queries):
+        lines["warning"] = "no row has two different scores, so there is nothing to rank"
     oversized = [size for size in train.sizes if size > config.max_tokens_per_pack]
     if oversized:
         lines["note"] = (

@@ -32,7 +32,9 @@ def linear_logprob(
         hidden: [N, H] bfloat16, float16, float32 or (torch only) float64.
         weight: [V, H]; another dtype than hidden's is cast to it by the kernels, to at least
             float32 by torch.
-        rows, targets: [E] int64; a row may occur several times.
+        rows, targets: [E] int64; a row may occur several times. No target is ignored: one outside
+            [0, V), such as -100, is an error on the CPU; elsewhere, where a check would wait for
+            the device, its log-prob is NaN.
         bias: [V] or None.
         softcap, logit_scale: as in Gemma 2 and Cohere; see the formula.
         backend: "triton" (H a multiple of 8), "torch", or "auto": the kernels for CUDA tensors
@@ -61,6 +63,11 @@ def linear_logprob(
         raise ValueError(problem)
     arguments = (hidden, weight, bias, rows, targets, softcap, logit_scale)
     if backend == "torch" or (backend == "auto" and (problem or hidden.device.type != "cuda")):
+        if targets.device.type == "cpu" and len(targets):
+            low, high = targets.aminmax()
+            if low < 0 or high >= len(weight):
+                found = f"found {int(low)} to {int(high)}"
+                raise ValueError(f"targets: expected tokens in [0, {len(weight)}), {found}")
         return ChunkedLinearLogprob.apply(*arguments, 64 if workspace_mb is None else workspace_mb)
     # Imported late: triton exists on Linux only.
     from rrhf_fast.losses.linear_logprob_triton import linear_logprob_op

@@ -23,7 +23,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         states = hidden.index_select(0, rows).to(dtype)  # [E, H]
         top = torch.full((len(rows),), float("-inf"), dtype=dtype, device=hidden.device)
-        total, target = torch.zeros_like(top), torch.zeros_like(top)
+        total, target = torch.zeros_like(top), torch.full_like(top, float("nan"))
         for chunk in _chunks(weight, len(rows), dtype, workspace_mb):
             z = _chunk_logits(states, weight, bias, chunk, softcap, logit_scale)
             inside = (targets >= chunk.start) & (targets < chunk.stop)

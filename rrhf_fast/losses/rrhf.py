@@ -77,7 +77,8 @@ def rrhf_loss(
 
     Raises:
         ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction or
-            backend; another dtype than float32 for the kernel.
+            backend; another dtype than float32 for the kernel; on the CPU also NaN among the
+            rewards, a query without responses or a response without tokens.
 
     Example:
         >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]])  # one query, k = 2, T = 2
@@ -105,6 +106,15 @@ def rrhf_loss(
         expected = f"expected shape ({num_responses},), one a response"
         raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
 
+    if logps.device.type == "cpu":  # on CUDA each would wait for the device
+        if rewards.isnan().any():
+            raise ValueError("rewards: expected numbers, found NaN")
+        for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):
+            if (spans.diff() < 1).any():
+                raise ValueError(f"{name}: expected rising offsets, found an empty span")
+    if padded_widths is not None and padded_widths.shape != (len(group_offsets) - 1,):
+        expected = f"expected ({len(group_offsets) - 1},), one a query"
+        raise ValueError(f"padded_widths: {expected}, found {tuple(padded_widths.shape)}")
     divisors = path_offsets.diff()
     if padded_widths is not None:
         divisors = torch.repeat_interleave(padded_widths, group_offsets.diff())
@@ -213,8 +223,8 @@ def _pack(
     mask = mask.bool()
     lengths = mask.sum(-1)  # [G, k]
     present = lengths > 0
-    if not present.any(-1).all():
-        raise ValueError("mask: a query has no response token at all")
+    if len(logps) == 0 or not present.any(-1).all():
+        raise ValueError("mask: no query, or one that has no response token at all")
     edges = torch.arange(int(lengths.sum()), device=logps.device)
     starts = torch.zeros(1, dtype=torch.int64, device=logps.device)
     path_offsets = torch.cat([starts, lengths[present].cumsum(0)])

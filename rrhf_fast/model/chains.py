@@ -66,7 +66,8 @@ class ChainPlan:
     query_rows: torch.Tensor  # [sum of C * Q] int64, rows of the pack
     key_rows: torch.Tensor  # [sum of C * K] int64
     output_order: torch.Tensor  # [N] int64, where each row of the pack stands in query_rows
-    calls: int = 0  # attention calls so far: the guard checks that every layer came by
+    # The window of each attention call so far: the guard checks that every layer came by.
+    windows: list[int | None] = field(default_factory=list)
 
 
 def plan_chains(pack: PackedForest) -> ChainPlan:

@@ -61,14 +61,19 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrai
     """
     try:
         # dtype: transformers 5 keeps the checkpoint's own, but the optimizer needs float32 weights.
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged or foreign checkpoint raises what it likes
         raise ValueError(f"model_name_or_path: {name_or_path}: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        names = ", ".join(missing[:3])
+        problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
+        raise ValueError(f"model_name_or_path: {name_or_path}: {problem}")
     # RRHF compares log-probs of responses, so they must be a function of the weights alone: eval
     # mode turns dropout off.
     return model.eval()
@@ -80,7 +85,7 @@ def load_tokenizer(
     """The model's tokenizer. Raises ValueError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise ValueError(
             f"model_name_or_path: {name_or_path}: no tokenizer ({_first_line(error)})"
         ) from error
@@ -141,15 +146,15 @@ def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
 
 
 @torch.no_grad()
-def self_check(model: PreTrainedModel) -> float:
+def self_check(model: PreTrainedModel, max_length: int) -> float:
     """Compare a small forest with unpacked runs of eager attention; returns the largest log-prob
-    difference.
+    difference. `max_length` is that of the rows to come, in tokens.
 
     The model must be in eval mode and hold float32 or float64 weights.
 
     Raises:
-        UnsupportedModel: the attention function was not called once a layer, or the log-probs
-            differ.
+        UnsupportedModel: the attention function was not called once a layer, or not told the
+            window of a layer that has one, or the log-probs differ.
     """
     vocab = model.get_input_embeddings().num_embeddings
     rng = np.random.default_rng(0)
@@ -168,10 +173,11 @@ def self_check(model: PreTrainedModel) -> float:
     with attention(model, FOREST):
         hidden = decode_forest(model, pack, plan)
     layers = model.config.get_text_config().num_hidden_layers
-    if plan.calls != layers:
+    if len(plan.windows) != layers:
         raise UnsupportedModel(
-            model, f"its {layers} layers called the forest attention {plan.calls} times"
+            model, f"its {layers} layers called the forest attention {len(plan.windows)} times"
         )
+    _check_windows(model, plan.windows, max_length)
     head = read_head(model)
     logps = reference.linear_logprob(
         hidden,
@@ -196,6 +202,40 @@ def self_check(model: PreTrainedModel) -> float:
             model, f"a small forest gave log-probs {difference:.2g} away from unpacked runs"
         )
     return difference
+
+
+def _check_windows(model: PreTrainedModel, windows: list[int | None], max_length: int) -> None:
+    """The self-check's rows are shorter than a real window, so they cannot show that a decoder
+    builds its window into a mask and does not tell the attention of it."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if (
+        window is None
+        or window >= max_length
+        or getattr(config, "use_sliding_window", True) is False
+    ):
+        return
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
+    expected = kinds.count("sliding_attention")
+    told = sum(width is not None for width in windows)
+    if told != expected:
+        reason = f"{expected} of its layers see {window} tokens, but {told} tell the attention so"
+        raise UnsupportedModel(model, f"{reason} (or lower --max_length to {window})")
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise ValueError where a token's logits depend on the tokens to its right."""
+    vocab = model.get_input_embeddings().num_embeddings
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (1, 8))).to(model.device)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocab
+    one, other = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (ids, changed))
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{model.config.model_type}: a token sees the tokens to its right, so this is no "
+            "causal language model"
+        )
 
 
 def decode_forest(model: PreTrainedModel, pack, plan: ChainPlan) -> torch.Tensor:
@@ -227,7 +267,7 @@ def _forest_attention(
         return query.transpose(
             1, 2
         ), None  # a decoder that drops the argument; the self-check counts calls and refuses
-    forest.calls += 1
+    forest.windows.append(sliding_window)
     out = chain_attention(
         query,
         key,

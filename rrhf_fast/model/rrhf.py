@@ -16,6 +16,7 @@ from rrhf_fast.model.chains import plan_chains
 from rrhf_fast.model.decoder import (
     FOREST,
     attention,
+    check_causal,
     check_forest_support,
     decode_forest,
     read_head,
@@ -45,9 +46,11 @@ class RRHFModel(nn.Module):
         self.plain_attention = lm.config._attn_implementation
         if packing == "forest":
             check_forest_support(lm, max_length)
-            self_check(lm)
+            self_check(lm, max_length)
             self.head = read_head(lm)
             lm.set_attn_implementation(FOREST)
+        else:
+            check_causal(lm)
         if activation_checkpointing:
             for layer in decoder_layers(lm):
                 layer.forward = _checkpointed(layer.forward)

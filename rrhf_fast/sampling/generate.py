@@ -13,6 +13,7 @@ def sample_responses(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
+    max_length: int | None = None,
     end_token_ids: list[int],
     pad_token_id: int,
     seed: int,
@@ -26,6 +27,7 @@ def sample_responses(
         lm: a causal LM with an attention that generates (not the forest's), in eval mode.
         prompts: int arrays [P_i] of token ids.
         max_new_tokens: tokens a response may have, its end token included.
+        max_length: tokens that the model's window holds; the longest prompt of a batch decides.
         end_token_ids: tokens that end a response.
         seed: of this call; the caller's random state is left as it was.
         batch_size: prompts decoded at once; batches hold prompts of like length.
@@ -39,7 +41,6 @@ def sample_responses(
         temperature=temperature,
         top_p=top_p,
         top_k=0,
-        max_new_tokens=max_new_tokens,
         eos_token_id=end_token_ids,
         pad_token_id=pad_token_id,
         use_cache=True,
@@ -58,10 +59,12 @@ def sample_responses(
             ):  # padded on the left: generation goes on at the right end
                 ids[row, width - len(prompts[i]) :] = torch.from_numpy(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
+            room = max_new_tokens if max_length is None else max_length - width
             out = lm.generate(
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 generation_config=settings,
+                max_new_tokens=min(max_new_tokens, room),
             )
             for i, tokens in zip(chosen, out[:, width:].cpu().numpy(), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, end_token_ids))

@@ -112,6 +112,51 @@ def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change):
     assert_same_curves(plain, changed, rel=1e-3)
 
 
+def test_a_single_step_trains(tmp_path, data):
+    result = run(tmp_path, data, max_steps=1)
+    rates = [record["learning_rate"] for record in result.metrics if "loss" in record]
+    assert rates == [1e-3]
+    assert result.after["loss"] < result.before["loss"]
+
+
+def test_a_mistake_leaves_the_metrics_of_the_earlier_run(tmp_path, data):
+    run(tmp_path, data, max_steps=1)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for mistake in ({"lr_scheduler_type": "greedy"}, {"eval_reward_fn": "os:getcwd"}):
+        with pytest.raises(ValueError, match=next(iter(mistake))):
+            run(tmp_path, data, overwrite_output_dir=True, max_steps=1, **mistake)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_model_cut_into_other_files_is_replaced_whole(tmp_path, data):
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    run(tmp_path, data, max_steps=1)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    others = (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == others
+
+
+def test_samples_stay_within_the_models_window(tmp_path, data):
+    result = run(
+        tmp_path, data, max_steps=1, eval_reward_fn="rrhf_fast.demo.reward:score",
+        eval_max_new_tokens=10_000,
+    )  # fmt: skip
+    assert result.after["response_length"] < 256
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path, data):
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    weights = lm.state_dict()
+    del weights["model.layers.0.mlp.up_proj.weight"], weights["lm_head.weight"]
+    lm.save_pretrained(tmp_path / "model", state_dict=weights)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"1 weights are missing .*layers.0.mlp.up_proj"):
+        run(tmp_path / "out", data, model_name_or_path=str(tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ValueError, match="model_name_or_path: "):
+        run(tmp_path / "out", data, model_name_or_path=str(tmp_path / "model"))
+
+
 def test_seeds(tmp_path, data):
     def curve(name, **options):
         return curves(run(tmp_path / name, data, max_steps=2, **options))
@@ -195,7 +240,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
         command += [f"--{name}", str(value)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     metrics = tmp_path / "out" / "metrics.jsonl"
     give_up = time.monotonic() + 120
@@ -203,7 +248,11 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
         assert time.monotonic() < give_up and process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, _ = process.communicate(timeout=60)
+    time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # a second one costs nothing
+    out, errors = process.communicate(timeout=60)
+    assert b"Traceback" not in errors
+    assert (tmp_path / "out" / "training.png").exists()
     assert process.returncode == 130
     assert b"stopped early after" in out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -134,6 +134,10 @@ def test_gradcheck():
             r"hidden, weight: expected .* found \(7, 16\) and \(5, 3\)",
         ),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"rows, targets: .* \(19,\) and \(3,\)"),
+        (
+            {"targets": torch.full((19,), -100)},
+            r"targets: expected .*\[0, 37\), found -100 to -100",
+        ),
         ({"bias": torch.zeros(2)}, r"bias: expected \(37,\), found \(2,\)"),
     ],
 )

@@ -242,7 +242,25 @@ def test_refuses_rope_that_depends_on_the_pack_only_beyond_its_window(rope_type)
 def test_self_check_catches_a_decoder_that_ignores_the_forest(kind):
     sizes = SIZES if kind == "stablelm" else TINY_GPT
     with pytest.raises(UnsupportedModel, match="layers called the forest attention 0 times"):
-        self_check(tiny_model(kind, sizes))
+        self_check(tiny_model(kind, sizes), max_length=64)
+
+
+def test_a_decoder_that_hides_its_window_is_refused():
+    """Qwen2-MoE puts the window into a mask and does not tell the attention function of it."""
+    sizes = SIZES | {
+        "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="of its layers see 24 tokens, but 0 tell"):
+        self_check(tiny_model("qwen2_moe", sizes), max_length=64)
+    self_check(tiny_model("qwen2_moe", sizes), max_length=24)
+
+
+def test_padding_serves_causal_models_only():
+    lm = tiny_model("bert", SIZES | {"is_decoder": False})
+    with pytest.raises(ValueError, match="bert: a token sees the tokens to its right"):
+        RRHFModel(lm, LossConfig(), packing="none", max_length=64)
 
 
 def test_self_check_catches_a_wrong_mask(monkeypatch):

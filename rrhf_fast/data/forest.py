@@ -30,12 +30,10 @@ class Pack:
     edge_rows: torch.Tensor  # [E] int64, the row (flat index of a token) that predicts ...
     edge_targets: torch.Tensor  # [E] int64, ... this token
     path_edges: torch.Tensor  # [R] int64, the edges along each response, in the order of its tokens
-    path_offsets: (
-        torch.Tensor
-    )  # [S+1] int64, response s owns path_edges[path_offsets[s]:path_offsets[s+1]]
-    group_offsets: (
-        torch.Tensor
-    )  # [G+1] int64, query g owns responses group_offsets[g]:group_offsets[g+1]
+    # Response s owns path_edges[path_offsets[s]:path_offsets[s+1]],
+    # query g the responses group_offsets[g]:group_offsets[g+1].
+    path_offsets: torch.Tensor  # [S+1] int64
+    group_offsets: torch.Tensor  # [G+1] int64
     rewards: torch.Tensor  # [S] float32
     prompt_lengths: torch.Tensor  # [G] int64, tokens of each prompt
     query_ids: torch.Tensor  # [G] int64, the caller's number of each query

@@ -19,9 +19,8 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 class PaddedBatch(Pack):
     """A pack whose `input_ids` are [S, T]; an edge's row is s * T + t."""
 
-    attention_mask: (
-        torch.Tensor
-    )  # [S, T] int64, 1 on tokens; made from lengths, so a pad token may equal EOS
+    # Made from lengths, so a pad token may equal EOS.
+    attention_mask: torch.Tensor  # [S, T] int64, 1 on tokens
 
 
 def padded_tokens(query: TokenisedQuery) -> int:

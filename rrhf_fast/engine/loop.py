@@ -158,9 +158,8 @@ def _step(
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if not torch.isfinite(totals.sums[0]) or not grad_norm < float("inf"):
         optimizer.zero_grad()
-        rows = ", ".join(
-            run.train.queries[i].row.where for pack in packs for i in pack.query_ids.tolist()[:3]
-        )
+        query_ids = torch.cat([pack.query_ids for pack in packs]).tolist()
+        rows = ", ".join(run.train.queries[i].row.where for i in query_ids[:3])
         problem = f"loss {totals.sums[0].item() / num_queries}, gradient norm {grad_norm}"
         raise NotFinite(
             f"step {step}: {problem}; its rows include {rows} (try a lower --learning_rate)"

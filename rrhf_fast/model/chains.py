@@ -44,9 +44,8 @@ class Bucket:
         if self.is_plain_causal and (window is None or window >= self.num_keys):
             return None
         if (window, dtype) not in self.masks:
-            depth = torch.arange(
-                self.num_keys, device=self.query_depths.device
-            )  # keys stand at depths 0, 1, ...
+            # Keys stand at depths 0, 1, ...
+            depth = torch.arange(self.num_keys, device=self.query_depths.device)
             seen = depth <= self.query_depths[:, :, None]
             if window is not None:
                 seen &= depth > self.query_depths[:, :, None] - window

@@ -73,6 +73,9 @@ class RRHFModel(nn.Module):
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest):
             hidden = decode_forest(self.lm, pack, plan_chains(pack))
+            if self.compute_dtype != torch.float32:
+                # Autocast leaves the residual stream in float32, but the head is a product too.
+                hidden = hidden.to(self.compute_dtype)
             return linear_logprob(
                 hidden,
                 self.head.linear.weight,

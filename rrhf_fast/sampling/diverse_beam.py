@@ -107,9 +107,8 @@ def diverse_beam_search(
     done_scores = torch.full_like(scores, -torch.inf)
     active = torch.ones(batch, groups, dtype=torch.bool, device=device)
     first_beam = torch.arange(batch, device=device)[:, None] * num_beams
-    parents = torch.zeros(
-        shape, dtype=torch.int64, device=device
-    )  # flat index of the beam that each one grew from
+    # The flat index of the beam that each one grew from.
+    parents = torch.zeros(shape, dtype=torch.int64, device=device)
 
     for step in range(max_new_tokens):
         logp = (logits.to(dtype) / temperature).log_softmax(-1).view(batch, groups, width, vocab)

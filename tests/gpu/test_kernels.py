@@ -1,0 +1,77 @@
+"""What only a GPU can show: bfloat16, real vocabularies, memory, the engine on CUDA."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from rrhf_fast import TrainConfig, reference, train
+from rrhf_fast.losses import linear_logprob
+
+pytestmark = pytest.mark.gpu
+
+# Llama 3's, Gemma 2's, and one that is no multiple of any tile.
+VOCABULARIES = [128_256, 256_000, 50_257]
+
+
+def case(e, h, v, dtype, n=None, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(n or e, h, generator=g, device="cuda") * 4 / h**0.5
+    weight = torch.randn(v, h, generator=g, device="cuda")
+    rows = torch.randint(0, n or e, (e,), generator=g, device="cuda")
+    targets = torch.randint(0, v, (e,), generator=g, device="cuda")
+    upstream = torch.randn(e, generator=g, device="cuda")
+    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+    return tensors, rows, targets, upstream
+
+
+@pytest.mark.parametrize("v", VOCABULARIES)
+@pytest.mark.parametrize("head", [{}, {"softcap": 30.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_less_exact_than_plain_torch_in_the_same_dtype(v, head, dtype):
+    (hidden, weight), rows, targets, upstream = case(300, 256, v, dtype)
+
+    def run(function, *tensors, **options):
+        out = function(*tensors, rows, targets, **options, **head)
+        return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+    exact_tensors = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = run(reference.linear_logprob, *exact_tensors)
+    plain = run(reference.linear_logprob, hidden, weight)
+    ours = run(linear_logprob, hidden, weight, backend="triton")
+    eps = 4 * torch.finfo(dtype).eps
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        allowed = (b.double() - c).abs() + eps * c.abs().max()
+        assert ((a.double() - c).abs() <= allowed).all()
+
+
+def test_two_runs_agree_bit_for_bit():
+    (hidden, weight), rows, targets, upstream = case(2000, 512, 50_257, torch.bfloat16, n=900)
+    runs = []
+    for _ in range(2):
+        out = linear_logprob(hidden, weight, rows, targets)
+        runs.append([out, *torch.autograd.grad(out, [hidden, weight], upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_memory_is_the_workspace_and_the_gradients():
+    (hidden, weight), rows, targets, upstream = case(8192, 1024, 128_256, torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = linear_logprob(hidden, weight, rows, targets, workspace_mb=256)
+    torch.autograd.grad(out, [hidden, weight], upstream)
+    extra = torch.cuda.max_memory_allocated() - before
+    states = 8192 * 1024
+    # d_weight and one slice of it, the workspace, and states, d_states (twice) and d_hidden.
+    allowed = 2 * weight.numel() * 2 + 256 * 2**20 + states * (2 + 4 + 4 + 4 + 2)
+    assert extra < allowed < 8192 * 128_256 * 2
+
+
+def test_the_demo_trains_on_cuda_as_on_the_cpu(tmp_path, monkeypatch):
+    def losses(name):
+        config = TrainConfig(output_dir=str(tmp_path / name), max_steps=3, dtype="float32")
+        return [record["loss"] for record in train(config).metrics if "loss" in record]
+
+    on_cuda = losses("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_cuda == pytest.approx(losses("cpu"), rel=1e-3)

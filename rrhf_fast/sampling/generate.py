@@ -60,11 +60,11 @@ def sample_responses(
                 ids[row, width - len(prompts[i]) :] = torch.from_numpy(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
             room = max_new_tokens if max_length is None else max_length - width
+            settings.max_new_tokens = min(max_new_tokens, room)
             out = lm.generate(
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
                 generation_config=settings,
-                max_new_tokens=min(max_new_tokens, room),
             )
             for i, tokens in zip(chosen, out[:, width:].cpu().numpy(), strict=True):
                 ends = np.flatnonzero(np.isin(tokens, end_token_ids))

@@ -1,6 +1,7 @@
 """Measure the engine on this machine.
 
 python benchmarks/run.py step --model M --data rows.jsonl   # engine against the released method
+python benchmarks/run.py head                               # the head's kernels against peers'
 """
 
 import argparse
@@ -8,7 +9,8 @@ import json
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,27 +21,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("case", choices=["step"])
-    parser.add_argument("--model", required=True, help="folder or name of a causal language model")
-    parser.add_argument("--data", required=True, help="rows, JSONL")
-    parser.add_argument("--num_queries", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max_tokens_per_pack", type=int, default=2048)
-    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--rounds", type=int, default=3, help="each times every contender once")
+    shared.add_argument("--out", type=Path, help="folder for the JSON file")
+    cases = parser.add_subparsers(dest="case", required=True)
+    step = cases.add_parser("step", parents=[shared], help="loss and gradient of real rows")
+    step.add_argument("--model", required=True, help="folder or name of a causal language model")
+    step.add_argument("--data", required=True, help="rows, JSONL")
+    step.add_argument("--num_queries", type=int, default=16)
+    step.add_argument("--max_tokens_per_pack", type=int, default=2048)
+    cases.add_parser("head", parents=[shared], help="log-probs off the head, on its own")
     options = vars(parser.parse_args())
     out, case = options.pop("out"), options.pop("case")
 
-    from benchmarks import step
-
-    figures = step.run(**options)
+    figures = import_module(f"benchmarks.{case}").run(**options)
+    # Names, not paths: figures are published.
+    options = {k: Path(v).name if k in ("model", "data") else v for k, v in options.items()}
     figures |= {"environment": environment(), "options": options}
-    figures["options"]["model"] = Path(options["model"]).name
-    figures["options"]["data"] = Path(options["data"]).name
     text = json.dumps(figures, indent=1)
     print(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        name = f"{case}-{figures['options']['model']}-{Path(options['data']).stem}.json"
+        names = (options[key] for key in ("model", "data") if key in options)
+        name = "-".join([case, *(Path(name).stem for name in names)]) + ".json"
         (out / name).write_text(text + "\n")
 
 
@@ -54,8 +58,15 @@ def environment() -> dict:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers")},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

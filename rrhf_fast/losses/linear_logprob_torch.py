@@ -47,22 +47,27 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active]
         states = hidden.index_select(0, rows).to(lse.dtype)  # [A, H]
         d_states = torch.zeros_like(states) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
+        d_weight = None
+        if wants_weight:  # every slice of it is written below, if there are any rows at all
+            d_weight = torch.empty_like(weight) if len(rows) else torch.zeros_like(weight)
         d_bias = torch.zeros_like(bias) if wants_bias else None
         for chunk in _chunks(weight, len(rows), lse.dtype, ctx.workspace_mb) if len(rows) else ():
             z = _chunk_logits(states, weight, bias, chunk, softcap, logit_scale)
             slope = None if softcap is None else 1 - (z / softcap) ** 2
-            # d logp / d logit = onehot - softmax, built in place of the logits.
-            d_z = z.sub_(lse[:, None]).exp_().neg_()
+            # grad * (onehot - softmax), built in place of the logits.
+            upstream = grad * logit_scale
+            d_z = z.sub_(lse[:, None]).exp_().mul_(-upstream[:, None])
             inside = ((targets >= chunk.start) & (targets < chunk.stop)).nonzero().squeeze(1)
-            d_z[inside, targets[inside] - chunk.start] += 1
-            d_z *= (grad * logit_scale)[:, None]
+            d_z[inside, targets[inside] - chunk.start] += upstream[inside]
             if slope is not None:
                 d_z *= slope
             if wants_hidden:
                 d_states.addmm_(d_z, weight[chunk].to(d_z.dtype))
             if wants_weight:
-                d_weight[chunk] = d_z.T @ states
+                if weight.dtype == d_z.dtype:
+                    torch.mm(d_z.T, states, out=d_weight[chunk])
+                else:
+                    d_weight[chunk] = d_z.T @ states
             if wants_bias:
                 d_bias[chunk] = d_z.sum(0)
         d_hidden = None

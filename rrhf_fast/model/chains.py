@@ -25,7 +25,7 @@ from rrhf_fast.data.forest import PackedForest
 
 # Chains whose lengths lie within this factor share a bucket: larger means fewer calls and more
 # padding.
-BUCKET_FACTOR = 1.3
+BUCKET_FACTOR = 1.5
 
 
 @dataclass

@@ -81,7 +81,7 @@ def test_which_queries_make_a_step_does_not_depend_on_the_budget():
 
 
 def test_the_background_thread_yields_the_same_packs():
-    plan = planner("forest", [(5, [3, 4])] * 10)
+    plan = planner("forest", [(5, [3, 4])] * 10, max_tokens=12)  # several packs a step
     options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
     plain = list(steps_of_packs(plan, **options))
     built_ahead = list(ahead(steps_of_packs(plan, **options), pin_memory=False))

@@ -10,11 +10,11 @@ import torch
 
 import rrhf_fast.engine.loop
 import rrhf_fast.losses.rrhf
+from rrhf_fast.command import parse_config
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.train import parse_config
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -34,7 +34,7 @@ def test_the_row_shown_is_a_row():
 def test_commands_and_options_exist():
     commands = "\n".join(text for language, text in BLOCKS if language == "bash")
     (train,) = re.findall(r"python -m rrhf_fast.train (.*?)\n\n?", commands.replace("\\\n", ""))
-    assert parse_config(train.split()).output_dir == "out"
+    assert parse_config(TrainConfig, train.split()).output_dir == "out"
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile

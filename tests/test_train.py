@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rrhf_fast import demo
+from rrhf_fast.command import parse_config
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.train import main, parse_config
+from rrhf_fast.train import main
 
 MODEL, DATA = str(demo.MODEL_DIR), str(demo.TRAIN_FILE)
 ROW = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0]}
@@ -26,10 +27,12 @@ def python(*arguments, cwd):
 
 
 def test_defaults_and_overrides(tmp_path):
-    assert parse_config([]) == TrainConfig()
+    assert parse_config(TrainConfig, []) == TrainConfig()
     file = tmp_path / "config.yaml"
     file.write_text("learning_rate: 1.0e-4\nseed: 3\ntrain_data: [a.jsonl, b.jsonl]\n")
-    config = parse_config(["--config", str(file), "--seed", "4", "--report_to", "[tensorboard]"])
+    config = parse_config(
+        TrainConfig, ["--config", str(file), "--seed", "4", "--report_to", "[tensorboard]"]
+    )
     assert (config.learning_rate, config.seed) == (1e-4, 4)
     assert config.train_data == ["a.jsonl", "b.jsonl"]
     assert config.report_to == ["tensorboard"]
@@ -41,7 +44,7 @@ def test_print_config_is_a_config_file(tmp_path, capsys):
     assert done.value.code == 0
     file = tmp_path / "config.yaml"
     file.write_text(capsys.readouterr().out)
-    assert parse_config(["--config", str(file)]) == TrainConfig(learning_rate=3e-4)
+    assert parse_config(TrainConfig, ["--config", str(file)]) == TrainConfig(learning_rate=3e-4)
 
 
 def test_help_explains_every_option(capsys):

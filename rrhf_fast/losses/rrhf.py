@@ -6,13 +6,14 @@ and a margin, c_i still is a whole number: the pairs that push response i down l
 it up. Counting it explicitly, instead of letting autograd add up pairs, makes the gradient of a
 response that is ranked right exactly 0, which the head's backward uses.
 
-Legend: E edges, R response tokens, S responses, G queries (groups), P ordered pairs within the
-queries.
+Legend: E edges, R response tokens, S responses, G queries (groups).
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from rrhf_fast.losses.rrhf_torch import RRHFParts
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,6 @@ def rrhf_loss(
         >>> out.rank_loss.item(), out.sft_loss.item()  # the worse one is likelier by 0.5 a token
         (0.5, 2.0)
     """
-    if sft_reduction not in ("sum", "mean"):
-        raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
     if backend == "triton" and logps.dtype != torch.float32:
         raise ValueError(f"logps: the kernel expects float32, found {logps.dtype}")
     packed = (path_edges, path_offsets, group_offsets)
@@ -101,36 +98,31 @@ def rrhf_loss(
             "expected either mask, or all of path_edges, path_offsets and group_offsets"
         )
     path_edges, path_offsets, group_offsets = packed
-    num_responses = len(path_offsets) - 1
-    if rewards.shape != (num_responses,):
-        expected = f"expected shape ({num_responses},), one a response"
-        raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
-
-    if logps.device.type == "cpu":  # on CUDA each would wait for the device
-        if rewards.isnan().any():
-            raise ValueError("rewards: expected numbers, found NaN")
-        for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):
-            if (spans.diff() < 1).any():
-                raise ValueError(f"{name}: expected rising offsets, found an empty span")
-    if padded_widths is not None and padded_widths.shape != (len(group_offsets) - 1,):
-        expected = f"expected ({len(group_offsets) - 1},), one a query"
-        raise ValueError(f"padded_widths: {expected}, found {tuple(padded_widths.shape)}")
-    divisors = path_offsets.diff()
-    if padded_widths is not None:
-        divisors = torch.repeat_interleave(padded_widths, group_offsets.diff())
-    dtype = torch.promote_types(logps.dtype, torch.float32)
-    scales = divisors.to(dtype) ** -length_penalty
-    sft_scales = 1 / divisors.to(dtype) if sft_reduction == "mean" else torch.ones_like(scales)
+    check_backend(backend)
+    check_layout(rewards, path_offsets, group_offsets)
+    scales, sft_scales = loss_scales(
+        path_offsets,
+        group_offsets,
+        length_penalty=length_penalty,
+        sft_reduction=sft_reduction,
+        padded_widths=padded_widths,
+        dtype=torch.promote_types(logps.dtype, torch.float32),
+    )
     layout = (path_edges, path_offsets, group_offsets)
     on_kernels = logps.device.type == "cuda" and logps.dtype == torch.float32
     if backend == "torch" or (backend == "auto" and not on_kernels):
-        parts = _parts(logps, rewards, *layout, scales, sft_scales, margin)
+        parts = RRHFParts.apply(logps, rewards, *layout, scales, sft_scales, margin)
     else:
         # Imported late: triton exists on Linux only.
         from rrhf_fast.losses.rrhf_triton import rrhf_parts
 
         parts = rrhf_parts(logps, rewards, *layout, scales, sft_scales, margin)
-    rank, sft, scores, num_pairs, num_correct, margins = parts
+    return assemble(parts, rank_weight, sft_weight)
+
+
+def assemble(parts: tuple[torch.Tensor, ...], rank_weight: float, sft_weight: float) -> RRHFLoss:
+    """What `forward` of either backend returned, as the public result."""
+    rank, sft, scores, _, _, num_pairs, num_correct, margins = parts
     return RRHFLoss(
         loss=(rank_weight * rank + sft_weight * sft).mean(),
         rank_loss=rank,
@@ -142,72 +134,49 @@ def rrhf_loss(
     )
 
 
-def _parts(
-    logps: torch.Tensor,
-    rewards: torch.Tensor,
-    path_edges: torch.Tensor,
+def check_backend(backend: str) -> None:
+    """Raise ValueError for an unknown one."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
+
+
+def check_layout(
+    rewards: torch.Tensor, path_offsets: torch.Tensor, group_offsets: torch.Tensor
+) -> None:
+    """Raise ValueError where shapes disagree and, on the CPU, for NaN rewards or empty spans."""
+    num_responses = len(path_offsets) - 1
+    if rewards.shape != (num_responses,):
+        expected = f"expected shape ({num_responses},), one a response"
+        raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
+    if rewards.device.type == "cpu":  # on CUDA each would wait for the device
+        if rewards.isnan().any():
+            raise ValueError("rewards: expected numbers, found NaN")
+        for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):
+            if (spans.diff() < 1).any():
+                raise ValueError(f"{name}: expected rising offsets, found an empty span")
+
+
+def loss_scales(
     path_offsets: torch.Tensor,
     group_offsets: torch.Tensor,
-    scales: torch.Tensor,
-    sft_scales: torch.Tensor,
-    margin: float,
-) -> tuple[torch.Tensor, ...]:
-    """In PyTorch: rank_loss, sft_loss [G], scores [S], num_pairs, num_correct, margins [G]."""
-    num_responses, num_groups = len(path_offsets) - 1, len(group_offsets) - 1
-    group_sizes = group_offsets.diff()
-    group_of = torch.repeat_interleave(torch.arange(num_groups, device=logps.device), group_sizes)
-    sums = torch.segment_reduce(logps[path_edges], "sum", lengths=path_offsets.diff())  # [S]
-    scores = sums * scales
-
-    low, high = _ordered_pairs(rewards, group_sizes, group_offsets, group_of)
-    gaps = (scores[high] - scores[low]).detach()  # [P]
-    violated = gaps < margin
-    # c counts in whole numbers, so a response whose violated pairs cancel out gets exactly 0.
-    c = torch.zeros(num_responses, dtype=torch.int64, device=logps.device)
-    c.index_add_(0, low, violated.long()).index_add_(0, high, -violated.long())
-
-    def count(pairs: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(group_sizes).index_add_(0, group_of[low], pairs.long())
-
-    rank = torch.segment_reduce(c * scores, "sum", lengths=group_sizes) + margin * count(violated)
-    best = _first_argmax(rewards, group_sizes, group_offsets, group_of)
-    sft = -sums[best] * sft_scales[best]
-    margins = torch.zeros_like(rank).detach().index_add_(0, group_of[low], gaps)
-    num_pairs, num_correct = count(torch.ones_like(violated)), count(gaps > 0)
-    return rank, sft, scores.detach(), num_pairs, num_correct, margins
-
-
-def _ordered_pairs(
-    rewards: torch.Tensor,
-    group_sizes: torch.Tensor,
-    group_offsets: torch.Tensor,
-    group_of: torch.Tensor,
+    *,
+    length_penalty: float,
+    sft_reduction: str,
+    padded_widths: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pairs (low, high) within a query with rewards[low] < rewards[high], as indices into
-    [S]."""
-    partners = group_sizes[group_of]  # [S] each response meets all k of its query
-    low = torch.repeat_interleave(partners)
-    place = torch.arange(len(low), device=low.device) - (partners.cumsum(0) - partners)[low]
-    high = group_offsets[group_of[low]] + place
-    keep = rewards[low] < rewards[high]
-    return low[keep], high[keep]
-
-
-def _first_argmax(
-    rewards: torch.Tensor,
-    group_sizes: torch.Tensor,
-    group_offsets: torch.Tensor,
-    group_of: torch.Tensor,
-) -> torch.Tensor:
-    """[G] the first response of the highest reward in each query."""
-    top = torch.full_like(group_sizes, -1, dtype=rewards.dtype).scatter_reduce_(
-        0, group_of, rewards, "amax", include_self=False
-    )
-    index = torch.arange(len(rewards), device=rewards.device)
-    candidates = torch.where(rewards == top[group_of], index, len(rewards))
-    return torch.full_like(group_sizes, len(rewards)).scatter_reduce_(
-        0, group_of, candidates, "amin"
-    )
+    """[S], [S]: what turns a response's sum of log-probs into its score, and into its SFT loss."""
+    if sft_reduction not in ("sum", "mean"):
+        raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')
+    if padded_widths is not None and padded_widths.shape != (len(group_offsets) - 1,):
+        expected = f"expected ({len(group_offsets) - 1},), one a query"
+        raise ValueError(f"padded_widths: {expected}, found {tuple(padded_widths.shape)}")
+    divisors = path_offsets.diff()
+    if padded_widths is not None:
+        divisors = torch.repeat_interleave(padded_widths, group_offsets.diff())
+    divisors = divisors.to(dtype)
+    scales = divisors**-length_penalty
+    return scales, 1 / divisors if sft_reduction == "mean" else torch.ones_like(scales)
 
 
 def _pack(

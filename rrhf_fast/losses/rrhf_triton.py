@@ -16,14 +16,25 @@ def rrhf_parts(
     sft_scales: Tensor,
     margin: float,
 ) -> tuple[Tensor, ...]:
-    """rank_loss, sft_loss [G], scores [S], num_pairs, num_correct, margins [G]; float32, int64."""
-    if rewards.dtype != torch.float32:
-        # Only their order matters, and ranks keep it where float32 would merge values.
-        rewards = rewards.unique(return_inverse=True)[1].float()
-    rank, sft, scores, _, _, *counts = rrhf_op(
-        logps, rewards, path_edges, path_offsets, group_offsets, scales, sft_scales, float(margin)
+    """As `rrhf_fast.kernels.ranking.forward`, differentiable, for rewards of any dtype."""
+    return rrhf_op(
+        logps,
+        kernel_rewards(rewards),
+        path_edges,
+        path_offsets,
+        group_offsets,
+        scales,
+        sft_scales,
+        float(margin),
     )
-    return rank, sft, scores, *counts
+
+
+def kernel_rewards(rewards: Tensor) -> Tensor:
+    """Float32 in the same order: only that matters, and ranks keep it where rounding would merge
+    values."""
+    if rewards.dtype == torch.float32:
+        return rewards
+    return rewards.unique(return_inverse=True)[1].float()
 
 
 @torch.library.custom_op("rrhf_fast::rrhf", mutates_args=())

@@ -17,6 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rrhf_fast.kernels.configs import Tile, choose
 
+# Nothing but memory traffic: rows of a cache line (64 elements of 2 bytes), many at a time.
+EXPS_BLOCK_M, EXPS_BLOCK_N = 32, 64
+
 
 @triton.jit
 def _head_tile(
@@ -52,14 +55,22 @@ def _tile_of(program, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right, because one needs fewer registers, and less shared memory on its way out."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def forward_kernel(
-    states, weight, bias, targets, tops, sums, target_logits,
+    states, weight, bias, targets, tops, sums, target_logits, exps,
     num_edges, hidden_size, vocab_size, logit_scale, softcap,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):  # fmt: skip
     """tops, sums [T, E]: maximum of each tile's row and sum of exp(z - maximum); target_logits [E]
-    is written by the one tile that holds the target."""
+    is written by the one tile that holds the target; exps [E, V]: exp(z - maximum), if it KEEPS
+    them."""
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(vocab_size, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     z, tokens = _head_tile(
@@ -72,14 +83,24 @@ def forward_kernel(
     top = tl.max(z, 1)
     place = n.to(tl.int64) * num_edges + edges
     tl.store(tops + place, top, mask=exists)
-    # A bias may be -inf, and a row of nothing else sums to 0.
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(sums + place, tl.sum(tl.exp(z - shift[:, None]), 1), mask=exists)
     at_target = tokens[None, :] == target[:, None]
     # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be nan.
     target_logit = tl.max(tl.where(at_target, z, float("-inf")), 1)
     here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
     tl.store(target_logits + edges, target_logit, mask=exists & here)
+    # A bias may be -inf, and a row of nothing else sums to 0.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    if KEEPS:
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        halves = _halves(z, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(2):
+            above = tl.exp(halves[i] - shift[:, None])
+            total += tl.sum(above, 1)
+            column = n * BLOCK_N + i * (BLOCK_N // 2)
+            exps.store([m * BLOCK_M, column], above.to(exps.dtype))
+    else:
+        total = tl.sum(tl.exp(z - shift[:, None]), 1)
+    tl.store(sums + place, total, mask=exists)
 
 
 @triton.jit
@@ -103,9 +124,8 @@ def dlogits_kernel(
     target = tl.load(targets + edges, mask=exists, other=-1)
     log_total = tl.load(lse + edges, mask=exists, other=float("inf"))  # rows beyond the end: 0
     upstream = tl.load(grad + edges, mask=exists, other=0.0) * logit_scale
-    # In two halves, because one needs fewer registers, and less shared memory on its way out.
     HALF: tl.constexpr = BLOCK_N // 2
-    halves = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    halves = _halves(z, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):
         column = n * BLOCK_N + i * HALF
         tokens = first_token + column + tl.arange(0, HALF)
@@ -120,6 +140,52 @@ def dlogits_kernel(
             tl.store(bias_sums + m * width + columns, tl.sum(d, 0), mask=columns < width)
 
 
+@triton.jit
+def dlogits_of_exps_kernel(
+    exps, bias_sums, active, targets, tops, logps, lse, grad,
+    num_active, num_edges, vocab_size, row_stride, logit_scale, softcap,
+    TILE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    WANTS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Row i of exps becomes grad * d logp / d(states . weight) of edge active[i]; bias_sums [V] are
+    the column sums before rounding. A program owns BLOCK_N columns and walks down the rows: edges
+    rise, so it never overwrites what it has still to read."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (column < vocab_size)[None, :]
+    tile = (tl.program_id(0) * BLOCK_N // TILE_N).to(tl.int64)
+    column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, num_active, BLOCK_M):
+        i = first + tl.arange(0, BLOCK_M)
+        exists = i < num_active
+        edge = tl.load(active + i, mask=exists, other=0)
+        top = tl.load(tops + tile * num_edges + edge, mask=exists, other=0.0)
+        log_total = tl.load(lse + edge, mask=exists, other=float("inf"))
+        logp = tl.load(logps + edge, mask=exists, other=0.0)
+        upstream = tl.load(grad + edge, mask=exists, other=0.0) * logit_scale
+        target = tl.load(targets + edge, mask=exists, other=-1)
+        here = exists[:, None] & inside
+        e = tl.load(exps + edge[:, None] * row_stride + column[None, :], mask=here, other=0.0)
+        e = e.to(tl.float32)
+        tl.debug_barrier()  # another thread may store where this one loads
+        at_target = column[None, :] == target[:, None]
+        # Rounding has cost e its last digits, which 1 - p of a likely target would consist of.
+        p = tl.where(at_target, tl.exp(logp)[:, None], e * tl.exp(top - log_total)[:, None])
+        d = (tl.where(at_target, 1.0, 0.0) - p) * upstream[:, None]
+        if HAS_SOFTCAP:
+            # What underflowed has no gradient, but its logarithm would be infinite.
+            z = tl.where(e > 0, tl.log(tl.maximum(e, 1e-38)) + top[:, None], 0.0)
+            z = tl.where(at_target, (logp + log_total)[:, None], z)
+            ratio = z * (1 / softcap)
+            d *= 1 - ratio * ratio
+        d = tl.where(here, d, 0.0)
+        row = i.to(tl.int64)[:, None] * row_stride
+        tl.store(exps + row + column[None, :], d.to(exps.dtype.element_ty), mask=here)
+        if WANTS_BIAS:
+            column_sums += tl.sum(d, 0)
+    if WANTS_BIAS:
+        tl.store(bias_sums + column, column_sums, mask=column < vocab_size)
+
+
 def forward(
     states: torch.Tensor,
     weight: torch.Tensor,
@@ -127,13 +193,15 @@ def forward(
     targets: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logp [E], log of the softmax denominator [E]), both float32.
+    exps: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp [E], log of the softmax denominator [E], maximum of each tile's row [T, E]), float32.
 
-    states and weight share a dtype and are contiguous, with rows of a multiple of 16 bytes.
+    states and weight share a dtype and are contiguous, with rows of a multiple of 16 bytes. `exps`
+    [E, V] of that dtype, if given, is filled with exp(z - maximum); its rows may lie further apart.
     """
     num_edges, vocab_size = len(states), len(weight)
-    tile = choose("forward", _capability(states), states.itemsize)
+    tile = forward_tile(states, keeps=exps is not None)
     num_tiles = triton.cdiv(vocab_size, tile.block_n)
     tops = torch.empty(num_tiles, num_edges, dtype=torch.float32, device=states.device)
     sums = torch.empty_like(tops)
@@ -141,12 +209,13 @@ def forward(
     grid = (triton.cdiv(num_edges, tile.block_m) * num_tiles,)
     forward_kernel[grid](
         *_operands(states, weight, bias, targets, tile), tops, sums, target_logits,
+        None if exps is None else TensorDescriptor.from_tensor(exps, _half(tile)),
         num_edges, states.shape[1], vocab_size, logit_scale, softcap or 0.0,
-        **_constants(tile, states, bias, softcap),
+        **_constants(tile, states, bias, softcap), KEEPS=exps is not None,
     )  # fmt: skip
     top = tops.amax(0)
     log_total = (sums * (tops - top).exp()).sum(0).log()
-    return (target_logits - top) - log_total, top + log_total
+    return (target_logits - top) - log_total, top + log_total, tops
 
 
 def dlogits(
@@ -170,10 +239,39 @@ def dlogits(
     grid = (triton.cdiv(num_edges, tile.block_m) * triton.cdiv(width, tile.block_n),)
     dlogits_kernel[grid](
         *_operands(states, weight, bias, targets, tile), lse, grad,
-        TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // 2]), bias_sums,
+        TensorDescriptor.from_tensor(out, _half(tile)), bias_sums,
         num_edges, states.shape[1], len(weight), first_token, width, logit_scale, softcap or 0.0,
         **_constants(tile, states, bias, softcap), WANTS_BIAS=bias_sums is not None,
     )  # fmt: skip
+
+
+def dlogits_of_exps(
+    exps: torch.Tensor,
+    bias_sums: torch.Tensor | None,
+    active: torch.Tensor,
+    targets: torch.Tensor,
+    tops: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Turn what `forward` put into exps [E, V] into the gradient of the logits of edges active [A]
+    (rising), in the first A rows; fill bias_sums [V] for a bias."""
+    num_edges, vocab_size = exps.shape
+    dlogits_of_exps_kernel[(triton.cdiv(vocab_size, EXPS_BLOCK_N),)](
+        exps, bias_sums, active, targets, tops, logps, lse, grad,
+        len(active), num_edges, vocab_size, exps.stride(0), logit_scale, softcap or 0.0,
+        TILE_N=forward_tile(exps, keeps=True).block_n, BLOCK_M=EXPS_BLOCK_M, BLOCK_N=EXPS_BLOCK_N,
+        HAS_SOFTCAP=softcap is not None, WANTS_BIAS=bias_sums is not None,
+    )  # fmt: skip
+
+
+def forward_tile(states: torch.Tensor, *, keeps: bool) -> Tile:
+    """The forward's tile for these states; where it keeps exponentials, it ends like the
+    backward."""
+    return choose("dlogits" if keeps else "forward", _capability(states), states.itemsize)
 
 
 def dlogits_tile(states: torch.Tensor) -> Tile:
@@ -188,6 +286,10 @@ def _operands(states, weight, bias, targets, tile: Tile) -> tuple:
         bias,
         targets,
     )
+
+
+def _half(tile: Tile) -> list[int]:
+    return [tile.block_m, tile.block_n // 2]
 
 
 def _constants(tile: Tile, states, bias, softcap) -> dict:

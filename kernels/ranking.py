@@ -110,7 +110,10 @@ def forward(
     margin: float,
 ) -> tuple[torch.Tensor, ...]:
     """(rank_loss [G], sft_loss [G], scores [S], counts [S] int32, best [G], num_pairs [G],
-    num_correct [G], margins [G]); logps, rewards, scales, sft_scales are float32, indices int64."""
+    num_correct [G], margins [G]); logps, scales, sft_scales are float32, indices int64."""
+    if rewards.dtype != torch.float32:
+        # Only their order matters, and ranks keep it where rounding would merge values.
+        rewards = rewards.unique(return_inverse=True)[1].float()
     num_groups = len(group_offsets) - 1
     scores = torch.empty_like(scales)
     counts = torch.empty_like(scales, dtype=torch.int32)

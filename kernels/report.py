@@ -17,15 +17,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rrhf_fast.kernels import linear_logprob, ranking
-from rrhf_fast.kernels.configs import TILES
+from rrhf_fast.kernels.configs import TILES, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-INTEGERS = ("num_edges", "hidden_size", "vocab_size", "first_token", "width")
+VARIANTS = ("plain", "bias", "softcap")
+INTEGERS = (
+    "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width", "row_stride",
+)  # fmt: skip
 FLOATS = ("logit_scale", "softcap", "margin")
-INDICES = ("targets", "path_edges", "path_offsets", "group_offsets", "best", "num_pairs")
+INDICES = ("targets", "active", "path_edges", "path_offsets", "group_offsets", "best", "num_pairs")
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,57 @@ class Usage:
 
 
 def compile_all() -> Iterator[Usage]:
-    """Every row of the table, plain and with each of the head's options; and the ranking kernels on
-    every architecture."""
+    """Every row of the table, plain and with each of the head's options; the forward also as it
+    keeps exponentials; and what has no table, on every architecture."""
     for (name, arch, itemsize), tile in TILES.items():
-        kernel = getattr(linear_logprob, f"{name}_kernel")
-        element = {2: "bf16", 4: "fp32"}[itemsize]
-        for variant in ("plain", "bias", "softcap"):
-            has_bias = variant == "bias"
-            constants = {
-                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-                "GROUP_M": tile.group_m, "HAS_BIAS": has_bias,
-                "HAS_SOFTCAP": variant == "softcap",
-                "PRECISION": "ieee" if itemsize == 4 else "tf32",
-            }  # fmt: skip
-            if name == "dlogits":
-                constants["WANTS_BIAS"] = has_bias
-            missing = () if has_bias else ("bias", "bias_sums")
-            constants |= {argument: None for argument in missing if argument in kernel.arg_names}
-            blocks = {
-                "states": f"tensordesc<{element}[{tile.block_m}, {tile.block_k}]>",
-                "weight": f"tensordesc<{element}[{tile.block_n}, {tile.block_k}]>",
-                "dlogits": f"tensordesc<{element}[{tile.block_m}, {tile.block_n // 2}]>",
-            }
-            yield _compile(
-                kernel, constants, blocks, arch, f"{element} {variant}",
-                {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-            )  # fmt: skip
+        uses = {"forward": [("forward", False)], "dlogits": [("dlogits", None), ("forward", True)]}
+        for kernel_name, keeps in uses[name]:
+            yield from _compile_head(kernel_name, arch, itemsize, tile, keeps)
     for arch in SHARED_LIMITS:
+        for variant in VARIANTS:
+            tile = {"TILE_N": 128, "BLOCK_M": linear_logprob.EXPS_BLOCK_M}
+            constants = tile | {
+                "BLOCK_N": linear_logprob.EXPS_BLOCK_N, "HAS_SOFTCAP": variant == "softcap",
+                "WANTS_BIAS": variant == "bias",
+            }  # fmt: skip
+            if variant != "bias":
+                constants["bias_sums"] = None
+            kernel = linear_logprob.dlogits_of_exps_kernel
+            yield _compile(kernel, constants, {"exps": "*bf16"}, arch, f"keep bf16 {variant}", {})
         for kernel in (ranking.forward_kernel, ranking.backward_kernel):
             constants = {"BLOCK_T": ranking.BLOCK_T, "BLOCK_K": ranking.BLOCK_K}
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
             yield _compile(kernel, constants, {}, arch, "ranking", {})
+
+
+def _compile_head(
+    name: str, arch: int, itemsize: int, tile: Tile, keeps: bool | None
+) -> Iterator[Usage]:
+    kernel = getattr(linear_logprob, f"{name}_kernel")
+    element = {2: "bf16", 4: "fp32"}[itemsize]
+    half = f"tensordesc<{element}[{tile.block_m}, {tile.block_n // 2}]>"
+    blocks = {
+        "states": f"tensordesc<{element}[{tile.block_m}, {tile.block_k}]>",
+        "weight": f"tensordesc<{element}[{tile.block_n}, {tile.block_k}]>",
+        "dlogits": half,
+        "exps": half,
+    }
+    for variant in VARIANTS:
+        has_bias = variant == "bias"
+        constants = {
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+            "GROUP_M": tile.group_m, "HAS_BIAS": has_bias, "HAS_SOFTCAP": variant == "softcap",
+            "PRECISION": "ieee" if itemsize == 4 else "tf32", "KEEPS": keeps,
+            "WANTS_BIAS": has_bias,
+        }  # fmt: skip
+        constants |= {} if has_bias else {"bias": None, "bias_sums": None}
+        constants |= {} if keeps else {"exps": None}
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        label = f"{element} {variant}"
+        yield _compile(
+            kernel, constants, blocks, arch, f"keep {label}" if keeps else label, options
+        )
 
 
 def _compile(

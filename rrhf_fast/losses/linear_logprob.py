@@ -48,6 +48,26 @@ def linear_logprob(
     Raises:
         ValueError: an argument that does not fit; names it, what was found and what was expected.
     """
+    check_shapes(hidden, weight, rows, targets, bias)
+    backend = choose_backend(backend, hidden)
+    arguments = (hidden, weight, bias, rows, targets, softcap, logit_scale)
+    if backend == "torch":
+        return ChunkedLinearLogprob.apply(*arguments, 64 if workspace_mb is None else workspace_mb)
+    # Imported late: triton exists on Linux only.
+    from rrhf_fast.losses.linear_logprob_triton import linear_logprob_op
+
+    return linear_logprob_op(*arguments, 512.0 if workspace_mb is None else float(workspace_mb))[0]
+
+
+def check_shapes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for shapes that do not fit and, on the CPU, for targets that are no
+    tokens."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden, weight: expected [N, H] and [V, H], found {shapes}")
@@ -56,23 +76,24 @@ def linear_logprob(
         raise ValueError(f"rows, targets: expected [E] and [E], found {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({weight.shape[0]},), found {tuple(bias.shape)}")
+    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    if targets.device.type == "cpu" and len(targets) and not torch.compiler.is_compiling():
+        low, high = targets.aminmax()
+        if low < 0 or high >= len(weight):
+            found = f"found {int(low)} to {int(high)}"
+            raise ValueError(f"targets: expected tokens in [0, {len(weight)}), {found}")
+
+
+def choose_backend(backend: str, hidden: torch.Tensor) -> str:
+    """ "triton" or "torch"; raises ValueError where the one asked for does not take `hidden`."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
     problem = _kernel_problem(hidden)
     if backend == "triton" and problem:
         raise ValueError(problem)
-    arguments = (hidden, weight, bias, rows, targets, softcap, logit_scale)
-    if backend == "torch" or (backend == "auto" and (problem or hidden.device.type != "cuda")):
-        if targets.device.type == "cpu" and len(targets):
-            low, high = targets.aminmax()
-            if low < 0 or high >= len(weight):
-                found = f"found {int(low)} to {int(high)}"
-                raise ValueError(f"targets: expected tokens in [0, {len(weight)}), {found}")
-        return ChunkedLinearLogprob.apply(*arguments, 64 if workspace_mb is None else workspace_mb)
-    # Imported late: triton exists on Linux only.
-    from rrhf_fast.losses.linear_logprob_triton import linear_logprob_op
-
-    return linear_logprob_op(*arguments, 512.0 if workspace_mb is None else float(workspace_mb))[0]
+    if backend == "auto":
+        return "torch" if problem or hidden.device.type != "cuda" else "triton"
+    return backend
 
 
 def _kernel_problem(hidden: torch.Tensor) -> str | None:

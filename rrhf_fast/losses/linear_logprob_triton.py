@@ -16,8 +16,7 @@ from torch import Tensor
 from rrhf_fast.kernels import linear_logprob as kernels
 
 
-@torch.library.custom_op("rrhf_fast::linear_logprob", mutates_args=())
-def linear_logprob_op(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -32,7 +31,10 @@ def linear_logprob_op(
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     states = hidden.index_select(0, rows)
     head = weight.to(states.dtype).contiguous()
-    return kernels.forward(states, head, bias, targets.contiguous(), softcap, logit_scale)
+    return kernels.forward(states, head, bias, targets.contiguous(), softcap, logit_scale)[:2]
+
+
+linear_logprob_op = torch.library.custom_op("rrhf_fast::linear_logprob", forward, mutates_args=())
 
 
 @linear_logprob_op.register_fake
@@ -41,8 +43,7 @@ def _(hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb):
     return logp, torch.empty_like(logp)
 
 
-@torch.library.custom_op("rrhf_fast::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward_op(
+def backward(
     grad: Tensor,
     lse: Tensor,
     hidden: Tensor,
@@ -82,9 +83,9 @@ def linear_logprob_backward_op(
         )  # fmt: skip
         d = dlogits[:, : part.stop - first]
         if wants_hidden:
-            _add_product(d_states, d, head[part])
+            add_product(d_states, d, head[part])
         if wants_weight:
-            d_weight[part] = _product(d.T, states, weight.dtype)
+            d_weight[part] = product(d.T, states, weight.dtype)
         if wants_bias:
             d_bias[part] = bias_sums[:, : part.stop - first].sum(0)
     if wants_hidden:
@@ -93,6 +94,11 @@ def linear_logprob_backward_op(
         total = torch.zeros_like(hidden, dtype=torch.float32)
         d_hidden = total.index_put_((rows,), d_states, accumulate=True).to(hidden.dtype)
     return d_hidden, d_weight, d_bias
+
+
+linear_logprob_backward_op = torch.library.custom_op(
+    "rrhf_fast::linear_logprob_backward", backward, mutates_args=()
+)
 
 
 @linear_logprob_backward_op.register_fake
@@ -132,7 +138,7 @@ def _slice_width(
     return block_n * max(1, min(fitting, -(-vocab_size // block_n)))
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, summed in float32 and rounded once to dtype."""
     if a.dtype == dtype:
         return a @ b
@@ -141,11 +147,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.float() @ b.float()).to(dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, all sums in float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
-        total.copy_(torch.addmm(total, a, b, out_dtype=torch.float32))
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a.float() @ b.float()

@@ -114,9 +114,9 @@ def rrhf_loss(
         parts = RRHFParts.apply(logps, rewards, *layout, scales, sft_scales, margin)
     else:
         # Imported late: triton exists on Linux only.
-        from rrhf_fast.losses.rrhf_triton import rrhf_parts
+        from rrhf_fast.losses.rrhf_triton import rrhf_op
 
-        parts = rrhf_parts(logps, rewards, *layout, scales, sft_scales, margin)
+        parts = rrhf_op(logps, rewards, *layout, scales, sft_scales, float(margin))
     return assemble(parts, rank_weight, sft_weight)
 
 
@@ -148,7 +148,8 @@ def check_layout(
     if rewards.shape != (num_responses,):
         expected = f"expected shape ({num_responses},), one a response"
         raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
-    if rewards.device.type == "cpu":  # on CUDA each would wait for the device
+    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
         if rewards.isnan().any():
             raise ValueError("rewards: expected numbers, found NaN")
         for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):

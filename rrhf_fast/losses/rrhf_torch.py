@@ -25,7 +25,7 @@ class RRHFParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rank, d_sft, *_):
-        return backward(d_rank, d_sft, *ctx.saved_tensors, ctx.num_edges), *[None] * 7
+        return backward(ctx.num_edges, d_rank, d_sft, *ctx.saved_tensors), *[None] * 7
 
 
 def forward(
@@ -65,6 +65,7 @@ def forward(
 
 
 def backward(
+    num_edges: int,
     d_rank: Tensor,
     d_sft: Tensor,
     path_edges: Tensor,
@@ -74,7 +75,6 @@ def backward(
     sft_scales: Tensor,
     counts: Tensor,
     best: Tensor,
-    num_edges: int,
 ) -> Tensor:
     """d loss / d logps [E] from d loss / d rank_loss [G] and d loss / d sft_loss [G]."""
     num_responses = len(path_offsets) - 1

@@ -6,37 +6,6 @@ from torch import Tensor
 from rrhf_fast.kernels import ranking as kernels
 
 
-def rrhf_parts(
-    logps: Tensor,
-    rewards: Tensor,
-    path_edges: Tensor,
-    path_offsets: Tensor,
-    group_offsets: Tensor,
-    scales: Tensor,
-    sft_scales: Tensor,
-    margin: float,
-) -> tuple[Tensor, ...]:
-    """As `rrhf_fast.kernels.ranking.forward`, differentiable, for rewards of any dtype."""
-    return rrhf_op(
-        logps,
-        kernel_rewards(rewards),
-        path_edges,
-        path_offsets,
-        group_offsets,
-        scales,
-        sft_scales,
-        float(margin),
-    )
-
-
-def kernel_rewards(rewards: Tensor) -> Tensor:
-    """Float32 in the same order: only that matters, and ranks keep it where rounding would merge
-    values."""
-    if rewards.dtype == torch.float32:
-        return rewards
-    return rewards.unique(return_inverse=True)[1].float()
-
-
 @torch.library.custom_op("rrhf_fast::rrhf", mutates_args=())
 def rrhf_op(
     logps: Tensor,

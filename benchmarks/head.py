@@ -1,36 +1,53 @@
-"""Log-probs off the head with gradients: this project's kernels against its peers', interleaved.
+"""Hidden states to loss and gradient: this project's heads against their peers', interleaved.
 
-Every contender gets the same hidden states, weight, targets and upstream gradient [E], a fraction
-of which is nonzero, and is checked against float64 before it is timed. A contender that is not
+Every contender gets the same hidden states, weight, targets and queries of four responses, a
+fraction of which is ranked wrong and has a gradient. Contenders that give log-probs a token are
+followed by `rrhf_loss`. Each is checked against float64 before it is timed; one that is not
 installed, fails or is wrong is reported as such and left out.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
 
-from rrhf_fast import linear_logprob, reference
+from rrhf_fast import linear_logprob, linear_rrhf_loss, reference, rrhf_loss
 
-# (E, H, V): Llama 3 at three lengths, Gemma 2, Qwen 2.5, Llama 2, Qwen 2.5 0.5B.
+# (E, H, V): Llama 3 at four lengths, Gemma 2, Qwen 2.5, Llama 2, Qwen 2.5 0.5B.
 SHAPES = [
-    (2048, 4096, 128_256), (8192, 4096, 128_256), (16384, 4096, 128_256),
+    (2048, 4096, 128_256), (4096, 4096, 128_256), (8192, 4096, 128_256), (16384, 4096, 128_256),
     (8192, 2304, 256_000), (8192, 3584, 152_064), (8192, 4096, 32_000), (8192, 896, 151_936),
 ]  # fmt: skip
-SMALL_SHAPES = [(64, 64, 1000)]  # for machines without a GPU: shows that the script works
+CPU_SHAPES = [(1024, 576, 49_152)]  # SmolLM2 135M
 FRACTIONS = (1.0, 0.5, 0.25)
+NUM_RESPONSES, RESPONSE_LENGTH = 4, 32
 # Largest relative error of a gradient, in the norm, against float64.
 TOLERANCE = 0.03
 
-Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Contender = Callable[[torch.Tensor, torch.Tensor, "Queries"], torch.Tensor]
+
+
+@dataclass
+class Queries:
+    """What the loss needs beside hidden states [E, H] and weight [V, H]."""
+
+    targets: torch.Tensor  # [E]
+    rewards: torch.Tensor  # [S]
+    layout: dict[str, torch.Tensor]
+
+    def loss(self, logps: torch.Tensor) -> torch.Tensor:
+        """The ranking part alone: responses that are ranked right have no gradient then."""
+        return rrhf_loss(logps, self.rewards, sft_weight=0.0, **self.layout).loss
 
 
 def run(*, rounds: int) -> dict:
-    """Time forward and backward of all contenders on all shapes; returns the figures."""
+    """Time forward, and forward and backward, of all contenders on all shapes."""
     on_gpu = torch.cuda.is_available()
     cases = []
-    for shape in SHAPES if on_gpu else SMALL_SHAPES:
+    for shape in SHAPES if on_gpu else CPU_SHAPES:
         for fraction in FRACTIONS:
             cases.append(_case(shape, fraction, rounds))
             print(cases[-1], flush=True)
@@ -38,25 +55,23 @@ def run(*, rounds: int) -> dict:
 
 
 def contenders() -> dict[str, Contender | str]:
-    """By name: a function (hidden [E, H], weight [V, H], targets [E]) -> log-probs [E], or why it
-    is missing."""
-
-    def ours(backend: str) -> Contender:
-        def logp(hidden, weight, targets):
-            rows = torch.arange(len(targets), device=targets.device)
-            return linear_logprob(hidden, weight, rows, targets, backend=backend)
-
-        return logp
-
-    def plain(hidden, weight, targets):
-        logits = (hidden @ weight.T).float()
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    found: dict[str, Contender | str] = {"rrhf_fast torch": ours("torch"), "plain torch": plain}
+    """By name: a function (hidden [E, H], weight [V, H], queries) -> loss, or why it is missing."""
+    found: dict[str, Contender | str] = {
+        "plain torch": _of_logps(_plain),
+        "rrhf_fast torch, two steps": _ours("torch"),
+        "rrhf_fast torch, one sweep": _sweep("torch"),
+    }
     if torch.cuda.is_available():
-        found["rrhf_fast triton"] = ours("triton")
-        found["torch.compile"] = torch.compile(plain)
-        for name, load in (("cut-cross-entropy, exact", _cut_cross_entropy), ("Liger", _liger)):
+        found["rrhf_fast triton, two steps"] = _ours("triton")
+        found["rrhf_fast triton, one sweep"] = _sweep("triton")
+        found["torch.compile"] = _of_logps(torch.compile(_plain))
+        peers = {
+            "cut-cross-entropy, exact": _cut_cross_entropy,
+            "Liger": _liger,
+            "Liger, scaled (CuTe on Hopper)": _liger_scaled,
+            SCALAR: _quack,
+        }
+        for name, load in peers.items():
             try:
                 found[name] = load()
             except ImportError as error:
@@ -64,50 +79,92 @@ def contenders() -> dict[str, Contender | str]:
     return found
 
 
+# Knows no weights a token: it is given an easier task, the plain sum of the tokens' losses.
+SCALAR = "QuACK, sum only"
+
+
+def _of_logps(logps: Callable[..., torch.Tensor]) -> Contender:
+    return lambda hidden, weight, queries: queries.loss(logps(hidden, weight, queries.targets))
+
+
+def _plain(hidden, weight, targets):
+    logits = (hidden @ weight.T).float()
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _ours(backend: str) -> Contender:
+    def logps(hidden, weight, targets):
+        rows = torch.arange(len(targets), device=targets.device)
+        return linear_logprob(hidden, weight, rows, targets, backend=backend)
+
+    return _of_logps(logps)
+
+
+def _sweep(backend: str) -> Contender:
+    def loss(hidden, weight, queries):
+        rows = torch.arange(len(queries.targets), device=hidden.device)
+        edges = (rows, queries.targets, queries.rewards)
+        options = {"sft_weight": 0.0, "backend": backend}
+        return linear_rrhf_loss(hidden, weight, *edges, **queries.layout, **options).loss
+
+    return loss
+
+
 def _cut_cross_entropy() -> Contender:
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda hidden, weight, targets: (
-        -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact")
-    )
+    # Without its filter, which leaves small gradients out.
+    options = {"reduction": "none", "impl": "cce", "filter_eps": None}
+    return _of_logps(lambda *arguments: -linear_cross_entropy(*arguments, **options))
 
 
 def _liger() -> Contender:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
-    return lambda hidden, weight, targets: -loss(weight, hidden, targets)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+    return _of_logps(lambda hidden, weight, targets: -loss(weight, hidden, targets))
+
+
+def _liger_scaled() -> Contender:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction as Function,
+    )
+
+    def logps(hidden, weight, targets):
+        nll = Function.apply(hidden, weight, targets)
+        return -(nll[0] if isinstance(nll, tuple) else nll)
+
+    return _of_logps(logps)
+
+
+def _quack() -> Contender:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, weight, queries: chunked_linear_cross_entropy(
+        hidden, weight, queries.targets, reduction="sum"
+    )
 
 
 def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
-    num_edges, hidden_size, vocab_size = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    g = torch.Generator(device).manual_seed(0)
-    # Logits of standard deviation 4: peaked as a trained model's are.
-    hidden = torch.randn(num_edges, hidden_size, generator=g, device=device) * 4 / hidden_size**0.5
-    weight = torch.randn(vocab_size, hidden_size, generator=g, device=device)
-    targets = torch.randint(0, vocab_size, (num_edges,), generator=g, device=device)
-    upstream = torch.randn(num_edges, generator=g, device=device)
-    # Whole spans, as responses are.
-    upstream[int(fraction * num_edges) :] = 0
-    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+    tensors, queries, exact = _inputs(shape, fraction, device, dtype)
 
     def step(contender: Contender) -> tuple[torch.Tensor, ...]:
-        out = contender(*tensors, targets)
-        return torch.autograd.grad(out, tensors, upstream.to(out.dtype))
+        return torch.autograd.grad(contender(*tensors, queries), tensors)
 
-    exact = _exact_gradients(tensors, targets, upstream)
+    @torch.no_grad()
+    def forward(contender: Contender) -> None:
+        contender(*tensors, queries)
+
     results, runnable = {}, {}
     for name, contender in contenders().items():
         if isinstance(contender, str):
             results[name] = {"problem": contender}
             continue
         try:
-            errors = [
-                ((a.double() - b).norm() / b.norm()).item()
-                for a, b in zip(step(contender), exact, strict=True)
-            ]
+            gradients = zip(step(contender), exact[name == SCALAR], strict=True)
+            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in gradients]
         except Exception as error:  # out of memory, or an interface that has moved on
             results[name] = {"problem": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
@@ -117,33 +174,114 @@ def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
         else:
             results[name]["problem"] = "too far from float64"
     del exact
-    seconds = {name: [] for name in runnable}
+    seconds = {name: ([], []) for name in runnable}
     for _ in range(rounds):
         for name, contender in runnable.items():
-            seconds[name].append(_seconds(lambda contender=contender: step(contender)))
-    # Forward one product; backward recomputes active rows and makes two more of them.
-    flops = (2 + 6 * fraction) * num_edges * hidden_size * vocab_size
-    for name, times in seconds.items():
-        ms = median(times) * 1e3
-        results[name] |= {"ms": ms, "tflops": flops / ms / 1e9}
+            for times, function in zip(seconds[name], (forward, step), strict=True):
+                times.append(_seconds(lambda f=function, c=contender: f(c)))
+    product = 2e-9 * shape[0] * shape[1] * shape[2]
+    for name, (forward_times, times) in seconds.items():
+        forward_ms, ms = median(forward_times) * 1e3, median(times) * 1e3
+        # What has to be done: one product, and two more of the edges with a gradient.
+        results[name] |= {
+            "forward_ms": forward_ms,
+            "forward_tflops": product / forward_ms,
+            "ms": ms,
+            "spread_ms": [min(times) * 1e3, max(times) * 1e3],
+            "tflops": (1 + 2 * fraction) * product / ms,
+        }
         if device == "cuda":
             results[name]["peak_extra_mb"] = _peak_extra_mb(lambda name=name: step(runnable[name]))
     return {"shape": shape, "fraction": fraction, "dtype": str(dtype), "contenders": results}
 
 
-def _exact_gradients(
-    tensors: list[torch.Tensor], targets: torch.Tensor, upstream: torch.Tensor, rows: int = 512
-) -> list[torch.Tensor]:
-    """In float64, a few rows at a time, so that the logits of real vocabularies fit."""
-    total = [torch.zeros_like(t, dtype=torch.float64) for t in tensors]
+def _inputs(
+    shape: tuple[int, int, int], fraction: float, device: str, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], Queries, dict[bool, list[torch.Tensor]]]:
+    """hidden and weight; queries of which `fraction` is ranked backwards and the rest right; and
+    the gradients in float64, of the loss (False) and of the sum of the log-probs (True)."""
+    num_edges, hidden_size, vocab_size = shape
+    g = torch.Generator(device).manual_seed(0)
+    # Logits of standard deviation 4: peaked as a trained model's are.
+    hidden = torch.randn(num_edges, hidden_size, generator=g, device=device) * 4 / hidden_size**0.5
+    weight = torch.randn(vocab_size, hidden_size, generator=g, device=device)
+    targets = torch.randint(0, vocab_size, (num_edges,), generator=g, device=device)
+    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+    logps = _exact(tensors, targets)
+    num_responses = num_edges // RESPONSE_LENGTH
+    layout = {
+        "path_edges": torch.arange(num_edges, device=device),
+        "path_offsets": torch.arange(num_responses + 1, device=device) * RESPONSE_LENGTH,
+        "group_offsets": torch.arange(0, num_responses + 1, NUM_RESPONSES, device=device),
+    }
+    scores, order = logps.view(-1, NUM_RESPONSES, RESPONSE_LENGTH).mean(2).sort(1)
+    # Scores that rounding could exchange are given the same reward.
+    ranks = torch.nn.functional.pad((scores.diff() > 0.05).cumsum(1), (1, 0)).float()
+    ranks[: round(fraction * len(ranks))] *= -1
+    queries = Queries(targets, torch.empty_like(ranks).scatter_(1, order, ranks).flatten(), layout)
+    leaf = logps.requires_grad_()
+    upstream = torch.autograd.grad(queries.loss(leaf), leaf)[0]
+    exact = {
+        False: _exact(tensors, targets, upstream),
+        True: _exact(tensors, targets, -torch.ones_like(upstream)),
+    }
+    return tensors, queries, exact
+
+
+def _exact(
+    tensors: list[torch.Tensor],
+    targets: torch.Tensor,
+    upstream: torch.Tensor | None = None,
+    rows: int = 512,
+) -> torch.Tensor | list[torch.Tensor]:
+    """Log-probs [E], or their gradients, in float64, for a few rows at a time."""
     hidden, weight = (t.detach().double().requires_grad_() for t in tensors)
-    for start in range(0, len(targets), rows):
-        part = torch.arange(start, min(start + rows, len(targets)), device=targets.device)
+    logps, total = [], [torch.zeros_like(t) for t in (hidden, weight)]
+    for part in torch.arange(len(targets), device=targets.device).split(rows):
         out = reference.linear_logprob(hidden, weight, part, targets[part])
-        gradients = torch.autograd.grad(out, (hidden, weight), upstream[part].double())
-        for sum_, gradient in zip(total, gradients, strict=True):
-            sum_ += gradient
-    return total
+        logps.append(out.detach())
+        if upstream is not None:
+            gradients = torch.autograd.grad(out, (hidden, weight), upstream[part].double())
+            for sum_, gradient in zip(total, gradients, strict=True):
+                sum_ += gradient
+    return torch.cat(logps) if upstream is None else total
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Milliseconds of forward and backward, a panel a shape, a group of bars a fraction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shapes = list(dict.fromkeys(tuple(case["shape"]) for case in figures["cases"]))
+    names = [
+        name
+        for name in figures["cases"][0]["contenders"]
+        if any("ms" in case["contenders"].get(name, {}) for case in figures["cases"])
+    ]
+    rows = -(-len(shapes) // 2)
+    size = (6 * min(2, len(shapes)), 3.4 * rows + 0.6)
+    figure, axes = plt.subplots(
+        rows, min(2, len(shapes)), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, shape in zip(axes.flat, shapes, strict=False):
+        cases = [case for case in figures["cases"] if tuple(case["shape"]) == shape]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            heights = [case["contenders"].get(name, {}).get("ms", 0) for case in cases]
+            places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cases))]
+            axis.bar(places, heights, width, label=name)
+        axis.set_xticks(range(len(cases)), [f"{case['fraction']:.0%}" for case in cases])
+        axis.set_title("{:,} edges, hidden {:,}, vocabulary {:,}".format(*shape), fontsize=10)
+        axis.set_ylabel("ms, forward and backward")
+        axis.set_xlabel("edges with a gradient")
+    for axis in axes.flat[len(shapes) :]:
+        axis.remove()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -23,7 +23,7 @@ def main() -> None:
     )
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--rounds", type=int, default=3, help="each times every contender once")
-    shared.add_argument("--out", type=Path, help="folder for the JSON file")
+    shared.add_argument("--out", type=Path, help="folder for JSON and plot")
     cases = parser.add_subparsers(dest="case", required=True)
     step = cases.add_parser("step", parents=[shared], help="loss and gradient of real rows")
     step.add_argument("--model", required=True, help="folder or name of a causal language model")
@@ -34,7 +34,8 @@ def main() -> None:
     options = vars(parser.parse_args())
     out, case = options.pop("out"), options.pop("case")
 
-    figures = import_module(f"benchmarks.{case}").run(**options)
+    module = import_module(f"benchmarks.{case}")
+    figures = module.run(**options)
     # Names, not paths: figures are published.
     options = {k: Path(v).name if k in ("model", "data") else v for k, v in options.items()}
     figures |= {"environment": environment(), "options": options}
@@ -43,8 +44,10 @@ def main() -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         names = (options[key] for key in ("model", "data") if key in options)
-        name = "-".join([case, *(Path(name).stem for name in names)]) + ".json"
-        (out / name).write_text(text + "\n")
+        name = "-".join([case, *(Path(name).stem for name in names)])
+        (out / f"{name}.json").write_text(text + "\n")
+        if hasattr(module, "plot"):
+            module.plot(figures, out / f"{name}.png")
 
 
 def environment() -> dict:

@@ -2,9 +2,15 @@
 
 `python -m rrhf_fast.kernels.report` compiles all of them, without a GPU, and prints registers,
 spills, shared memory and matrix instructions; tests/kernels/test_static.py asserts the same.
+`python -m rrhf_fast.kernels.tune` times other tiles on the GPU at hand and writes the fastest to a
+file; RRHF_FAST_TILES=file puts them in the place of these.
 """
 
+import json
+import os
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -48,4 +54,22 @@ def choose(kernel: str, capability: int, itemsize: int) -> Tile:
     device that is not named it runs Ampere's rows.
     """
     family = {9: 90, 10: 100}.get(capability // 10, 80)
+    tuned = _tuned_tiles(os.environ.get("RRHF_FAST_TILES"))
+    if (kernel, capability, itemsize) in tuned:
+        return tuned[kernel, capability, itemsize]
     return TILES.get((kernel, family, itemsize)) or TILES[kernel, 80, itemsize]
+
+
+@cache
+def _tuned_tiles(file: str | None) -> dict[tuple[str, int, int], Tile]:
+    """What `tune` wrote: a list of {"kernel", "capability", "itemsize", "tile"}."""
+    if not file:
+        return {}
+    try:
+        return {
+            (row["kernel"], row["capability"], row["itemsize"]): Tile(**row["tile"])
+            for row in json.loads(Path(file).read_text())
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        expected = "expected a file that `python -m rrhf_fast.kernels.tune` wrote"
+        raise ValueError(f"RRHF_FAST_TILES: {file}: {expected} ({error})") from error

@@ -61,6 +61,15 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _store_target(target_logits, z, tokens, edges, target, exists, first_token, BLOCK_N):
+    at_target = tokens[None, :] == target[:, None]
+    # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be nan.
+    target_logit = tl.max(tl.where(at_target, z, float("-inf")), 1)
+    here = (target >= first_token) & (target < first_token + BLOCK_N)
+    tl.store(target_logits + edges, target_logit, mask=exists & here)
+
+
+@triton.jit
 def forward_kernel(
     states, weight, bias, targets, tops, sums, target_logits, exps,
     num_edges, hidden_size, vocab_size, logit_scale, softcap,
@@ -83,14 +92,11 @@ def forward_kernel(
     top = tl.max(z, 1)
     place = n.to(tl.int64) * num_edges + edges
     tl.store(tops + place, top, mask=exists)
-    at_target = tokens[None, :] == target[:, None]
-    # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be nan.
-    target_logit = tl.max(tl.where(at_target, z, float("-inf")), 1)
-    here = (target >= n * BLOCK_N) & (target < (n + 1) * BLOCK_N)
-    tl.store(target_logits + edges, target_logit, mask=exists & here)
     # A bias may be -inf, and a row of nothing else sums to 0.
     shift = tl.where(top == float("-inf"), 0.0, top)
+    found = (target_logits, z, tokens, edges, target, exists, n * BLOCK_N, BLOCK_N)
     if KEEPS:
+        _store_target(*found)  # first here and last below, or Hopper spills
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         halves = _halves(z, BLOCK_M, BLOCK_N)
         for i in tl.static_range(2):
@@ -98,9 +104,10 @@ def forward_kernel(
             total += tl.sum(above, 1)
             column = n * BLOCK_N + i * (BLOCK_N // 2)
             exps.store([m * BLOCK_M, column], above.to(exps.dtype))
+        tl.store(sums + place, total, mask=exists)
     else:
-        total = tl.sum(tl.exp(z - shift[:, None]), 1)
-    tl.store(sums + place, total, mask=exists)
+        tl.store(sums + place, tl.sum(tl.exp(z - shift[:, None]), 1), mask=exists)
+        _store_target(*found)
 
 
 @triton.jit
@@ -194,6 +201,7 @@ def forward(
     softcap: float | None,
     logit_scale: float,
     exps: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logp [E], log of the softmax denominator [E], maximum of each tile's row [T, E]), float32.
 
@@ -201,7 +209,7 @@ def forward(
     [E, V] of that dtype, if given, is filled with exp(z - maximum); its rows may lie further apart.
     """
     num_edges, vocab_size = len(states), len(weight)
-    tile = forward_tile(states, keeps=exps is not None)
+    tile = tile or forward_tile(states, keeps=exps is not None)
     num_tiles = triton.cdiv(vocab_size, tile.block_n)
     tops = torch.empty(num_tiles, num_edges, dtype=torch.float32, device=states.device)
     sums = torch.empty_like(tops)
@@ -230,12 +238,13 @@ def dlogits(
     softcap: float | None,
     logit_scale: float,
     first_token: int,
+    tile: Tile | None = None,
 ) -> None:
     """Fill out [E, width] (the states' dtype) and, for a bias, bias_sums [cdiv(E, block_m), width].
 
     Columns beyond the vocabulary become 0. `width` is a multiple of 16 bytes.
     """
-    (num_edges, width), tile = out.shape, dlogits_tile(states)
+    (num_edges, width), tile = out.shape, tile or dlogits_tile(states)
     grid = (triton.cdiv(num_edges, tile.block_m) * triton.cdiv(width, tile.block_n),)
     dlogits_kernel[grid](
         *_operands(states, weight, bias, targets, tile), lse, grad,
@@ -271,12 +280,12 @@ def dlogits_of_exps(
 def forward_tile(states: torch.Tensor, *, keeps: bool) -> Tile:
     """The forward's tile for these states; where it keeps exponentials, it ends like the
     backward."""
-    return choose("dlogits" if keeps else "forward", _capability(states), states.itemsize)
+    return choose("dlogits" if keeps else "forward", capability(states), states.itemsize)
 
 
 def dlogits_tile(states: torch.Tensor) -> Tile:
     """The backward's tile for these states."""
-    return choose("dlogits", _capability(states), states.itemsize)
+    return choose("dlogits", capability(states), states.itemsize)
 
 
 def _operands(states, weight, bias, targets, tile: Tile) -> tuple:
@@ -301,8 +310,9 @@ def _constants(tile: Tile, states, bias, softcap) -> dict:
     }  # fmt: skip
 
 
-def _capability(tensor: torch.Tensor) -> int:
-    if tensor.device.type != "cuda":  # the interpreter
+def capability(tensor: torch.Tensor) -> int:
+    """Compute capability of the tensor's device, 90 for 9.0; the interpreter's is 80."""
+    if tensor.device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor

@@ -17,6 +17,7 @@ _HOMES = {
     "train": "rrhf_fast.engine.loop",
     "RRHFLoss": "rrhf_fast.losses",
     "linear_logprob": "rrhf_fast.losses",
+    "linear_rrhf_loss": "rrhf_fast.losses",
     "rrhf_loss": "rrhf_fast.losses",
 }
 __all__ = ["__version__", *_HOMES]

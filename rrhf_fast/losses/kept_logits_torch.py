@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.losses.linear_logprob_torch import chunk_logits
+from rrhf_fast.losses.matrix_sum import MatrixSum
 
 
 class KeptLogits:
@@ -46,7 +47,7 @@ class KeptLogits:
         self,
         grad: Tensor,
         d_states: Tensor | None,
-        d_weight: Tensor | None,
+        d_weight: MatrixSum | None,
         d_bias: Tensor | None,
     ) -> None:
         """Fill d_states [E, H] (zero before) and add to d_weight and d_bias what grad [E] = d loss
@@ -70,7 +71,7 @@ class KeptLogits:
         if d_states is not None:
             d_states[active] = d_z @ self.weight
         if d_weight is not None:
-            d_weight.addmm_(d_z.T, states[active])
+            d_weight.add_product(d_z.T, states[active])
         if d_bias is not None:
             d_bias += d_z.sum(0)
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
-from rrhf_fast.losses.linear_logprob_triton import add_product, product
+from rrhf_fast.losses.linear_logprob_triton import product
+from rrhf_fast.losses.matrix_sum import MatrixSum
 
 
 class KeptLogits:
-    """As `kept_logits_torch.KeptLogits`; d_states and d_weight are float32."""
+    """As `kept_logits_torch.KeptLogits`; gradients are float32."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class KeptLogits:
         self,
         grad: Tensor,
         d_states: Tensor | None,
-        d_weight: Tensor | None,
+        d_weight: MatrixSum | None,
         d_bias: Tensor | None,
     ) -> None:
         """Fill d_states [E, H] (zero before) and add to d_weight and d_bias what grad [E] = d loss
@@ -64,6 +65,6 @@ class KeptLogits:
         if d_states is not None:
             d_states[active] = product(dlogits, self.weight, d_states.dtype)
         if d_weight is not None:
-            add_product(d_weight, dlogits.T, states[active])
+            d_weight.add_product(dlogits.T, states[active])
         if d_bias is not None:
             d_bias += sums

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
+from rrhf_fast.losses.matrix_sum import add_product
 
 
 def forward(
@@ -145,13 +146,3 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type == "cuda" and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a.float() @ b.float()).to(dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, all sums in float32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a.float() @ b.float()

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rrhf_fast.losses import kept_logits_torch, linear_logprob_torch, rrhf_torch
 from rrhf_fast.losses.linear_logprob import check_shapes, choose_backend, linear_logprob
+from rrhf_fast.losses.matrix_sum import MatrixSum
 from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rrhf_loss
 
 
@@ -153,7 +154,7 @@ def linear_rrhf_op(
     matrix = weight.to(dtype).contiguous()
     # Sums over many edges: at least float32.
     d_states = torch.zeros_like(states, dtype=scales.dtype) if wants_hidden else None
-    d_weight = torch.zeros_like(matrix, dtype=scales.dtype) if wants_weight else None
+    d_weight = MatrixSum(weight.shape, scales.dtype, weight.device) if wants_weight else None
     d_bias = torch.zeros_like(bias, dtype=scales.dtype) if wants_bias else None
 
     head_arguments = (matrix, bias, softcap, logit_scale, workspace_mb)
@@ -189,6 +190,7 @@ def linear_rrhf_op(
         # index_put_ sorts where index_add_ would use atomics: repeated rows sum in a fixed order.
         total = torch.zeros_like(hidden, dtype=d_states.dtype)
         d_hidden = total.index_put_((rows,), d_states, accumulate=True)
+    d_weight = d_weight.value() if wants_weight else None
     found = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
     gradients = (
         scales.new_empty(0) if total is None else total.to(like.dtype) for total, like in found
@@ -233,15 +235,17 @@ class _SlicedLogits:
         self,
         grad: Tensor,
         d_states: Tensor | None,
-        d_weight: Tensor | None,
+        d_weight: MatrixSum | None,
         d_bias: Tensor | None,
     ) -> None:
-        totals = (d_states, d_weight, d_bias)
-        wants = [total is not None for total in totals]
+        wants = [total is not None for total in (d_states, d_weight, d_bias)]
         found = self.logprob.backward(grad, self.lse, *self.inputs, *self.options, *wants)
-        for total, gradient in zip(totals, found, strict=True):
-            if total is not None:
-                total += gradient
+        if d_states is not None:
+            d_states += found[0]
+        if d_weight is not None:
+            d_weight.add(found[1])
+        if d_bias is not None:
+            d_bias += found[2]
 
 
 def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:

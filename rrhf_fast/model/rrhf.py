@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.data.padded import PaddedBatch
-from rrhf_fast.losses import RRHFLoss, linear_logprob, rrhf_loss
+from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
 from rrhf_fast.model.chains import plan_chains
 from rrhf_fast.model.decoder import (
     FOREST,
@@ -61,40 +61,47 @@ class RRHFModel(nn.Module):
         return attention(self.lm, self.plain_attention)
 
     def forward(self, pack: Pack) -> RRHFLoss:
-        """The loss of one pack, mean over its queries; log-probs and loss are float32 or better."""
-        device_type = self.lm.device.type
-        with torch.autocast(
-            device_type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
-        ):
-            logps = self.edge_logps(pack)
-        return self.loss(logps, pack)
+        """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
+        Only `loss` carries a gradient."""
+        if not isinstance(pack, PackedForest):
+            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self._loss_options(pack))
+        hidden, weight, head = self._head_inputs(pack)
+        edges = (pack.edge_rows, pack.edge_targets)
+        return linear_rrhf_loss(
+            hidden, weight, *edges, pack.rewards, **head, **self._loss_options(pack)
+        )
 
     def edge_logps(self, pack: Pack) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest):
-            hidden = decode_forest(self.lm, pack, plan_chains(pack))
-            if self.compute_dtype != torch.float32:
-                # Autocast leaves the residual stream in float32, but the head is a product too.
-                hidden = hidden.to(self.compute_dtype)
-            return linear_logprob(
-                hidden,
-                self.head.linear.weight,
-                pack.edge_rows,
-                pack.edge_targets,
-                bias=self.head.linear.bias,
-                softcap=self.head.softcap,
-                logit_scale=self.head.logit_scale,
-            )
+            hidden, weight, head = self._head_inputs(pack)
+            return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
-        logits = self.lm(
-            input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
-        ).logits
+        with self._autocast():
+            logits = self.lm(
+                input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
+            ).logits
         logits = logits.flatten(0, 1).index_select(0, pack.edge_rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
-    def loss(self, logps: torch.Tensor, pack: Pack) -> RRHFLoss:
-        """The configured loss on edge log-probs [E]."""
+    def _head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
+        with self._autocast():
+            hidden = decode_forest(self.lm, pack, plan_chains(pack))
+        if self.compute_dtype != torch.float32:
+            # Autocast leaves the residual stream in float32, but the head is a product too.
+            hidden = hidden.to(self.compute_dtype)
+        head, linear = self.head, self.head.linear
+        options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
+        return hidden, linear.weight, {"bias": linear.bias, **options}
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
+
+    def _loss_options(self, pack: Pack) -> dict:
+        """The pack's layout and the configured loss, as arguments of the loss functions."""
         config = self.loss_config
         widths = None
         if config.compat == "official":
@@ -102,19 +109,17 @@ class RRHFModel(nn.Module):
                 pack.path_offsets.diff().float(), "max", lengths=pack.group_offsets.diff()
             )
             widths = pack.prompt_lengths + longest.long() - 1
-        return rrhf_loss(
-            logps,
-            pack.rewards,
-            path_edges=pack.path_edges,
-            path_offsets=pack.path_offsets,
-            group_offsets=pack.group_offsets,
-            length_penalty=config.length_penalty,
-            rank_weight=config.rank_weight,
-            sft_weight=config.sft_weight,
-            sft_reduction="mean" if config.compat == "official" else config.sft_reduction,
-            margin=config.margin,
-            padded_widths=widths,
-        )
+        return {
+            "path_edges": pack.path_edges,
+            "path_offsets": pack.path_offsets,
+            "group_offsets": pack.group_offsets,
+            "length_penalty": config.length_penalty,
+            "rank_weight": config.rank_weight,
+            "sft_weight": config.sft_weight,
+            "sft_reduction": "mean" if config.compat == "official" else config.sft_reduction,
+            "margin": config.margin,
+            "padded_widths": widths,
+        }
 
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:

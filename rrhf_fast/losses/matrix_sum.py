@@ -1,0 +1,41 @@
+"""Sums of matrix products, for gradients that gather from many chunks."""
+
+import torch
+from torch import Tensor
+
+
+class MatrixSum:
+    """A sum of matrices, in `dtype`. The first term is written, not added, which saves filling the
+    sum with zeros and reading them back: two of four passes over a head's gradient."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        self._total = torch.empty(shape, dtype=dtype, device=device)
+        self._is_empty = True
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, all sums in the sum's dtype."""
+        beta, self._is_empty = int(not self._is_empty), False
+        add_product(self._total, a, b, beta=beta)
+
+    def add(self, term: Tensor) -> None:
+        """Add a matrix."""
+        if self._is_empty:
+            self._total.copy_(term)
+        else:
+            self._total += term
+        self._is_empty = False
+
+    def value(self) -> Tensor:
+        """The sum; zeros if nothing was added."""
+        return self._total.zero_() if self._is_empty else self._total
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
+    """total = beta * total + a @ b, all sums in the dtype of `total`; with beta 0, what it held
+    does not matter."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # the interpreter: the CPU's products have one dtype
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)

@@ -43,8 +43,9 @@ def main() -> None:
     print(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        names = (options[key] for key in ("model", "data") if key in options)
-        name = "-".join([case, *(Path(name).stem for name in names)])
+        names = [Path(options[key]).stem for key in ("model", "data") if key in options]
+        device = figures["environment"]["device"].lower().replace(" ", "-")
+        name = "-".join([case, *names, device])
         (out / f"{name}.json").write_text(text + "\n")
         if hasattr(module, "plot"):
             module.plot(figures, out / f"{name}.png")

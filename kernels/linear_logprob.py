@@ -23,18 +23,32 @@ EXPS_BLOCK_M, EXPS_BLOCK_N = 32, 64
 
 @triton.jit
 def _head_tile(
-    states, weight, bias, first_edge, first_token, hidden_size, vocab_size, logit_scale, softcap,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    states, weight, bias, first_edge, first_token, num_edges, hidden_size, vocab_size, logit_scale,
+    softcap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z in float32, -inf beyond the vocabulary."""
+    """One tile of z in float32, -inf beyond the vocabulary. states and weight are descriptors with
+    TMA, pointers without."""
     products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, hidden_size, BLOCK_K):
-        a = states.load([first_edge, k])  # zeros beyond the end
-        b = weight.load([first_token, k])
-        products = tl.dot(a, b.T, products, input_precision=PRECISION)
     tokens = first_token + tl.arange(0, BLOCK_N)
     inside = tokens < vocab_size
+    if TMA:
+        for k in range(0, hidden_size, BLOCK_K):
+            a = states.load([first_edge, k])  # zeros beyond the end
+            b = weight.load([first_token, k])
+            products = tl.dot(a, b.T, products, input_precision=PRECISION)
+    else:
+        # Rows beyond the end read some other row, which costs less than a mask.
+        edges = (first_edge + tl.arange(0, BLOCK_M)) % num_edges
+        columns = tl.arange(0, BLOCK_K)
+        a_place = states + edges.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+        rows = (tokens % vocab_size).to(tl.int64)
+        b_place = weight + rows[None, :] * hidden_size + columns[:, None]
+        for k in range(0, hidden_size, BLOCK_K):
+            exists = columns < hidden_size - k
+            a = tl.load(a_place + k, mask=exists[None, :], other=0.0)
+            b = tl.load(b_place + k, mask=exists[:, None], other=0.0)
+            products = tl.dot(a, b, products, input_precision=PRECISION)
     if HAS_BIAS:
         products += tl.load(bias + tokens, mask=inside, other=0.0).to(tl.float32)[None, :]
     z = products * logit_scale
@@ -74,7 +88,7 @@ def forward_kernel(
     states, weight, bias, targets, tops, sums, target_logits, exps,
     num_edges, hidden_size, vocab_size, logit_scale, softcap,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     KEEPS: tl.constexpr,
 ):  # fmt: skip
     """tops, sums [T, E]: maximum of each tile's row and sum of exp(z - maximum); target_logits [E]
@@ -83,8 +97,8 @@ def forward_kernel(
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(vocab_size, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     z, tokens = _head_tile(
-        states, weight, bias, m * BLOCK_M, n * BLOCK_N, hidden_size, vocab_size, logit_scale,
-        softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+        states, weight, bias, m * BLOCK_M, n * BLOCK_N, num_edges, hidden_size, vocab_size,
+        logit_scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP, PRECISION, TMA,
     )  # fmt: skip
     edges = m * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = edges < num_edges
@@ -115,7 +129,7 @@ def dlogits_kernel(
     states, weight, bias, targets, lse, grad, dlogits, bias_sums,
     num_edges, hidden_size, vocab_size, first_token, width, logit_scale, softcap,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """dlogits [E, width] = grad * d logp / d(states . weight), for tokens first_token ... + width;
@@ -123,8 +137,9 @@ def dlogits_kernel(
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(width, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     z, _ = _head_tile(
-        states, weight, bias, m * BLOCK_M, first_token + n * BLOCK_N, hidden_size, vocab_size,
-        logit_scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+        states, weight, bias, m * BLOCK_M, first_token + n * BLOCK_N, num_edges, hidden_size,
+        vocab_size, logit_scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SOFTCAP,
+        PRECISION, TMA,
     )  # fmt: skip
     edges = m * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = edges < num_edges
@@ -289,12 +304,10 @@ def dlogits_tile(states: torch.Tensor) -> Tile:
 
 
 def _operands(states, weight, bias, targets, tile: Tile) -> tuple:
-    return (
-        TensorDescriptor.from_tensor(states, [tile.block_m, tile.block_k]),
-        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        bias,
-        targets,
-    )
+    if tile.tma:
+        states = TensorDescriptor.from_tensor(states, [tile.block_m, tile.block_k])
+        weight = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+    return states, weight, bias, targets
 
 
 def _half(tile: Tile) -> list[int]:
@@ -305,7 +318,7 @@ def _constants(tile: Tile, states, bias, softcap) -> dict:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m, "HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None,
-        "PRECISION": "ieee" if states.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if states.dtype == torch.float32 else "tf32", "TMA": tile.tma,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
 

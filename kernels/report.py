@@ -81,12 +81,14 @@ def _compile_head(
         "dlogits": half,
         "exps": half,
     }
+    if not tile.tma:
+        blocks |= {"states": f"*{element}", "weight": f"*{element}"}
     for variant in VARIANTS:
         has_bias = variant == "bias"
         constants = {
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
             "GROUP_M": tile.group_m, "HAS_BIAS": has_bias, "HAS_SOFTCAP": variant == "softcap",
-            "PRECISION": "ieee" if itemsize == 4 else "tf32", "KEEPS": keeps,
+            "PRECISION": "ieee" if itemsize == 4 else "tf32", "TMA": tile.tma, "KEEPS": keeps,
             "WANTS_BIAS": has_bias,
         }  # fmt: skip
         constants |= {} if has_bias else {"bias": None, "bias_sums": None}
@@ -105,8 +107,9 @@ def _compile(
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else blocks.get(name) or _type(name)
-        if signature[name].startswith("*"):
-            attributes[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
+        # Pointers as torch allocates, and sizes as models have.
+        if signature[name].startswith("*") or name == "hidden_size":
+            attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -3,12 +3,15 @@
 The interpreter truncates bfloat16, so it runs float32 and float16 only.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from rrhf_fast import reference
+from rrhf_fast.kernels import linear_logprob as kernels
 from rrhf_fast.losses import linear_logprob
 from rrhf_fast.losses import linear_logprob_triton as ops
 
@@ -53,9 +56,17 @@ def check(inputs, workspace_mb=None, **head):
         assert ((a.double() - c).abs() <= allowed).all()
 
 
+@pytest.fixture(params=[True, False], ids=["tma", "pointers"])
+def loads(request, monkeypatch):
+    """Both ways to load a tile, whatever the device's own is."""
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda *key: replace(choose(*key), tma=request.param))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.usefixtures("loads")
 def test_heads(dtype, head, bias):
     check(case(dtype=dtype, bias=bias), **head)
 
@@ -65,6 +76,7 @@ def test_heads(dtype, head, bias):
 @pytest.mark.parametrize("v", [1, 63, 127, 129, 401])
 @pytest.mark.parametrize("e", [1, 65])
 @pytest.mark.parametrize("h", [8, 40])
+@pytest.mark.usefixtures("loads")
 def test_odd_sizes(v, e, h):
     check(case(n=5, h=h, v=v, e=e), workspace_mb=TINY)
 

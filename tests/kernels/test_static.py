@@ -35,7 +35,9 @@ def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for usage in report["kernels"]:
         assert usage["spills"] == usage["stack"] == 0, usage
-        assert usage["shared"] <= report["limits"][str(usage["arch"])], usage
+        # Consumer cards (8.6, 8.9, 12.0) run the rows of 8.0 in 99 KB.
+        limit = 99 * 1024 if usage["arch"] == 80 else report["limits"][str(usage["arch"])]
+        assert usage["shared"] <= limit, usage
         is_product = usage["kernel"] in ("forward", "dlogits") and "bf16" in usage["variant"]
         assert usage["matrix"] == (instruction[usage["arch"]] if is_product else ""), usage
 

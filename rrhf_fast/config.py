@@ -97,11 +97,52 @@ class TrainConfig(LossConfig, DataConfig):
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradient norm to clip at; 0 turns clipping off."""
+    max_skipped_steps: int = 3
+    """A step whose loss or gradient is not finite is skipped; stop after this many in a row."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the decoder's arithmetic; weights and loss are float32. Auto: bfloat16 on a GPU that has
     it, else float32."""
-    activation_checkpointing: bool = False
-    """Keep one activation a layer and recompute the rest: less memory for one more forward."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Less memory for more arithmetic. Full: keep one activation a layer and recompute the rest.
+    Selective: keep the results of matrix products and attention too."""
+
+    # --- LoRA
+    use_peft: bool = False
+    """Train LoRA adapters (pip install rrhf-fast[peft]) and leave the model as it is."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Only 0: responses are compared by their log-probs, which dropout would make random."""
+    lora_target_modules: str | list[str] = "all-linear"
+    """Layers to adapt: names, a regular expression, or all-linear (all but the head)."""
+
+    # --- Several processes (torchrun)
+    data_parallel_shard: int | None = None
+    """Processes that share one copy of weights and optimizer state (FSDP2); default all of them."""
+    data_parallel_replicate: int = 1
+    """Copies of that (HSDP), such as one a machine."""
+    reshard_after_forward: bool = True
+    """Gather a layer's weights each time it is used. False: once an optimizer step, which keeps
+    whole weights and gradients in memory for less traffic."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the CPU's memory."""
+    dry_run: bool = False
+    """Print an estimate of the memory a GPU needs, and stop; loads neither weights nor data."""
+
+    # --- Saving
+    save_steps: int | None = None
+    """Optimizer steps between two checkpoints, output_dir/checkpoint-<step>; default none."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep, the newest; default all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint, or latest: the newest of output_dir, and a fresh start if there is none."""
+    init_optimizer_from: str | None = None
+    """A checkpoint whose optimizer moments a new run starts with."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the saved model. Auto: the one that model_name_or_path is stored in. Checkpoints are
+    float32."""
 
     # --- Watching
     logging_steps: int = 1
@@ -146,6 +187,13 @@ class TrainConfig(LossConfig, DataConfig):
             "eval_steps",
             "eval_samples",
             "eval_max_new_tokens",
+            "max_skipped_steps",
+            "lora_r",
+            "lora_alpha",
+            "data_parallel_shard",
+            "data_parallel_replicate",
+            "save_steps",
+            "save_total_limit",
         ):
             _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
@@ -163,6 +211,11 @@ class TrainConfig(LossConfig, DataConfig):
             _expect(self, name, lambda value: value >= 0, "0 or more")
         for name in ("eval_fraction", "adam_beta1", "adam_beta2"):
             _expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
+        _expect(self, "lora_dropout", lambda value: value == 0, "0 (log-probs must not be random)")
+        if self.resume_from_checkpoint == "latest" and self.output_dir is None:
+            raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
+        if self.resume_from_checkpoint is not None and self.init_optimizer_from is not None:
+            raise ValueError("resume_from_checkpoint, init_optimizer_from: choose one")
         if (self.model_name_or_path is None) != (self.train_data is None):
             missing = "model_name_or_path" if self.model_name_or_path is None else "train_data"
             raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")

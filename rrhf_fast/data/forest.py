@@ -36,7 +36,7 @@ class Pack:
     group_offsets: torch.Tensor  # [G+1] int64
     rewards: torch.Tensor  # [S] float32
     prompt_lengths: torch.Tensor  # [G] int64, tokens of each prompt
-    query_ids: torch.Tensor  # [G] int64, the caller's number of each query
+    query_ids: torch.Tensor  # [G] int64, the caller's number of each query; [0] in a filler
 
     @property
     def num_tokens(self) -> int:
@@ -45,8 +45,8 @@ class Pack:
 
     @property
     def num_queries(self) -> int:
-        """G."""
-        return len(self.prompt_lengths)
+        """G; 0 for a filler, which runs beside other ranks' packs and counts for nothing."""
+        return len(self.query_ids)
 
     def to(self, device: torch.device | str) -> Self:
         """The same pack on `device`; copies from pinned memory do not wait."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids
+from rrhf_fast.engine.distributed import World, gathered
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.rrhf import RRHFModel
@@ -21,12 +22,13 @@ RewardFn = Callable[[list, list[str]], list[float]]
 class Totals:
     """Sums of `RRHFLoss` over packs, kept on the device; `means` brings them to the host once."""
 
-    def __init__(self):
-        self.sums: torch.Tensor | None = None
-        self.num_tokens = 0
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.sums = torch.zeros(9, dtype=torch.float64, device=device)
 
     def add(self, out: RRHFLoss, pack: Pack) -> None:
-        """Add one pack."""
+        """Add one pack, if it is no filler."""
+        if not pack.num_queries:
+            return
         parts = [
             out.loss.detach() * pack.num_queries,
             out.rank_loss.detach().sum(),
@@ -38,13 +40,26 @@ class Totals:
             out.num_pairs.sum(),
             out.loss.new_tensor(pack.num_queries),
         ]
-        parts = torch.stack([part.double() for part in parts])
-        self.sums = parts if self.sums is None else self.sums + parts
-        self.num_tokens += pack.num_tokens
+        self.sums[:7] += torch.stack([part.double() for part in parts])
+        self.sums[7] += pack.num_tokens
+
+    def flag(self) -> None:
+        """Raise a flag that `sum` hands to all ranks: the same all-reduce carries it."""
+        self.sums[8] += 1
+
+    @property
+    def flagged(self) -> bool:
+        """Whether any rank raised the flag."""
+        return self.sums[8].item() > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all packs, padding included, fillers not."""
+        return int(self.sums[7].item())
 
     def means(self) -> dict[str, float]:
         """Losses a query; accuracy and margin a pair (nan without pairs)."""
-        loss, rank, sft, correct, margin, pairs, queries = self.sums.tolist()
+        loss, rank, sft, correct, margin, pairs, queries = self.sums[:7].tolist()
         return {
             "loss": loss / queries,
             "rank_loss": rank / queries,
@@ -55,12 +70,16 @@ class Totals:
 
 
 @torch.no_grad()
-def evaluate_ranking(model: RRHFModel, packs: Sequence[Pack]) -> dict[str, float]:
-    """`Totals.means` of held-out packs."""
-    totals = Totals()
+def evaluate_ranking(
+    model: RRHFModel, packs: Sequence[Pack], world: World | None = None
+) -> dict[str, float]:
+    """`Totals.means` of held-out packs; of all ranks' packs, if `world` is given."""
+    totals = Totals(model.device)
     for pack in packs:
-        pack = pack.to(model.lm.device)
+        pack = pack.to(model.device)
         totals.add(model(pack), pack)
+    if world is not None:
+        world.sum(totals.sums)
     return totals.means()
 
 
@@ -70,8 +89,10 @@ def evaluate_samples(
     queries: Sequence[TokenisedQuery],
     reward_fn: RewardFn,
     config: TrainConfig,
+    world: World | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Sample `eval_samples` fresh responses a prompt at temperature 1 and score them.
+    """Sample `eval_samples` fresh responses a prompt at temperature 1 and score them. Each rank of
+    `world` samples for its share of the prompts; the first scores.
 
     Returns:
         {"reward", "reward_ci95" (half width of a normal interval over prompts), "response_length"
@@ -80,31 +101,27 @@ def evaluate_samples(
     Raises:
         ValueError: the reward function returned something else than one finite number a response.
     """
+    world = world or World(model.device)
     prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
     prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
     end_tokens = end_token_ids(tokenizer, [query.row for query in queries])
-    with model.generation():
-        tokens = sample_responses(
+    with model.generation(), gathered(model, config):
+        share = sample_responses(
             model.lm,
-            prompt_ids,
+            prompt_ids[world.rank :: world.size],
             max_new_tokens=config.eval_max_new_tokens,
             max_length=max_positions(model.lm),
             end_token_ids=end_tokens,
             pad_token_id=tokenizer.eos_token_id
             if tokenizer.pad_token_id is None
             else tokenizer.pad_token_id,
-            seed=config.seed,
+            seed=config.seed + world.rank,
         )
+    tokens = [None] * len(prompts)
+    for rank, sampled in enumerate(world.gather(share)):
+        tokens[rank :: world.size] = sampled
     responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    try:
-        rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
-    except Exception as error:  # whatever the user's function raises
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"eval_reward_fn: {config.eval_reward_fn} raised {problem}") from error
-    if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
-        expected = f"expected {len(responses)} finite numbers, one a response"
-        problem = f"{config.eval_reward_fn}: {expected}, found {rewards.shape} {rewards}"
-        raise ValueError(f"eval_reward_fn: {problem[:200]}")
+    rewards = world.once(lambda: _score(reward_fn, prompts, responses, config.eval_reward_fn))
     by_prompt = rewards.reshape(len(queries), -1).mean(1)
     measures = {
         "reward": rewards.mean(),
@@ -118,6 +135,20 @@ def evaluate_samples(
         for prompt, response, reward in zip(prompts, responses, rewards.tolist(), strict=True)
     ]
     return {name: float(value) for name, value in measures.items()}, samples
+
+
+def _score(reward_fn: RewardFn, prompts: list, responses: list[str], name: str) -> np.ndarray:
+    """[N] float64 rewards, checked."""
+    try:
+        rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
+    except Exception as error:  # whatever the user's function raises
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"eval_reward_fn: {name} raised {problem}") from error
+    if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
+        expected = f"expected {len(responses)} finite numbers, one a response"
+        problem = f"{name}: {expected}, found {rewards.shape} {rewards}"
+        raise ValueError(f"eval_reward_fn: {problem[:200]}")
+    return rewards
 
 
 def load_reward_fn(name: str) -> RewardFn:

@@ -1,8 +1,8 @@
 """The training loop: `train(config)` is what `python -m rrhf_fast.train` does."""
 
+import itertools
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import Pack
-from rrhf_fast.data.packs import ahead, steps_of_packs, steps_per_epoch
+from rrhf_fast.data.packs import Batch, ahead, batches, steps_per_epoch
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options, find_checkpoint
+from rrhf_fast.engine.distributed import World, join_world, prepare_backward, whole
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
+from rrhf_fast.engine.export import gather_weights, write_model
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.plot import plot_training
@@ -26,7 +29,11 @@ from rrhf_fast.engine.prepare import Run, prepare
 
 
 class NotFinite(ArithmeticError):
-    """The loss or its gradient became infinite or NaN; names the rows of the step."""
+    """The loss or its gradient was infinite or NaN for several steps in a row; names the rows."""
+
+
+class OutOfMemory(RuntimeError):
+    """A pack did not fit the device; says how large it was and what to lower."""
 
 
 @dataclass
@@ -39,18 +46,23 @@ class TrainResult:
     steps: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
+    interrupted: bool = False  # by Ctrl-C; the model is saved
+    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train a causal language model by RRHF and save it.
 
-    Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png, and
-    samples.jsonl when `eval_reward_fn` is set. Ctrl-C ends the run early and still saves.
+    Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
+    samples.jsonl when `eval_reward_fn` is set, and checkpoints. Ctrl-C ends the run early and still
+    saves the model; SIGTERM and SIGUSR1 end it after the step at hand with a checkpoint. Under
+    torchrun every process calls this.
 
     Raises:
         ValueError: a mistake in options, files or rows; nothing has been trained then.
         NotFinite: the loss or gradient is not finite; the weights of the last good step are saved.
+        OutOfMemory: a pack does not fit the device.
+        SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
 
     Example:
         >>> result = train(TrainConfig(max_steps=2, output_dir=folder))  # the embedded demo
@@ -58,23 +70,57 @@ def train(config: TrainConfig) -> TrainResult:
         >>> result.steps
         2
     """
-    run = prepare(config)
-    optimizer = build_optimizer(run.model, run.config, run.num_steps)
-    log = MetricsLog(run.output_dir, run.config)
-    print(run.summary, flush=True)
-    result = TrainResult(run.output_dir, metrics=log.records)
-    try:
-        _fit(run, *optimizer, log, result)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    finally:
-        with _uninterrupted():
-            if result.steps:  # whatever ended the run, complete steps are worth keeping
-                save_model(run)
-                plot_training(log.records, run.output_dir / "training.png")
-            log.close()
-    print(_closing(result), flush=True)
+    config.validate()
+    with join_world(config) as world, _Signals(world) as signals:
+        run = prepare(config, world)
+        optimizer, schedule = build_optimizer(run.model, run.config, run.num_steps)
+        checkpoints = Checkpoints(run, optimizer, schedule)
+        log = MetricsLog(run.output_dir, run.config, writes=world.is_first)
+        _print(world, run.summary)
+        progress = _start(run, checkpoints, log)
+        result = TrainResult(run.output_dir, metrics=log.records, steps=progress.step)
+        together = True  # whether all ranks got here by the same way
+        try:
+            _fit(run, optimizer, schedule, checkpoints, progress, log, result, signals)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        except NotFinite:
+            raise
+        except BaseException:
+            together = world.size == 1
+            raise
+        finally:
+            with _uninterrupted():
+                # Whatever ended the run, complete steps are worth keeping.
+                if result.steps and together and not result.preempted:
+                    save_model(run)
+                if result.steps and world.is_first:
+                    plot_training(log.records, run.output_dir / "training.png")
+                log.close()
+        _print(world, _closing(result))
     return result
+
+
+class _Signals:
+    """SIGTERM and SIGUSR1 (with several ranks also Ctrl-C, which one rank cannot obey alone) ask
+    the loop to stop after the step at hand."""
+
+    def __init__(self, world: World):
+        self.stop = self.interrupted = False
+        self._names = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGINT] * (world.size > 1)
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # signals arrive nowhere else
+            self._before = {name: signal.signal(name, self._handle) for name in self._names}
+        return self
+
+    def __exit__(self, *_):
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _handle(self, number: int, _) -> None:
+        self.stop = True
 
 
 @contextmanager
@@ -90,119 +136,197 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
+    """Resume from the checkpoint that the config names, or start afresh."""
+    config, world = run.config, run.world
+    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
+    if name is None and config.init_optimizer_from is not None:
+        name, option = config.init_optimizer_from, "init_optimizer_from"
+    folder = world.once(lambda: name and find_checkpoint(name, run.output_dir, option))
+    if folder is None or option == "init_optimizer_from":
+        checkpoints.clear(keep_complete=False)
+        if folder is not None:
+            checkpoints.load_optimizer(folder)
+        elif name is not None:
+            _print(world, f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
+        return Progress()
+    checkpoints.clear(keep_complete=True)
+    progress, lengths = checkpoints.resume(folder)
+    log.resume(lengths.get("metrics.jsonl", 0))
+    samples = run.output_dir / "samples.jsonl"
+    if world.is_first and samples.exists():
+        os.truncate(samples, min(samples.stat().st_size, lengths.get("samples.jsonl", 0)))
+    changes = changed_options(folder, config)
+    _print(world, f"resume     {folder}" + (f", with changes: {changes}" if changes else ""))
+    return progress
+
+
 def _fit(
     run: Run,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
+    checkpoints: Checkpoints,
+    progress: Progress,
     log: MetricsLog,
     result: TrainResult,
+    signals: _Signals,
 ) -> None:
-    """Run all steps, keeping `result` up to date."""
-    config = run.config
-    steps = steps_of_packs(
+    """Run all steps from `progress` on, keeping it and `result` up to date."""
+    config, world = run.config, run.world
+    place = {"rank": world.rank, "num_ranks": world.size}
+    steps = batches(
         run.train,
         train_batch_size=config.train_batch_size,
         seed=config.seed if config.data_seed is None else config.data_seed,
         num_steps=run.num_steps,
+        first_step=progress.step,
+        **place,
     )
-    held_out_packs = run.held_out.packs(range(len(run.held_out.queries))) if run.held_out else []
+    held_out_packs = []
+    if run.held_out is not None:
+        queries = range(len(run.held_out.queries))
+        held_out_packs = run.held_out.batch(queries, **place).packs
     per_epoch = steps_per_epoch(len(run.train.queries), config.train_batch_size)
     eval_steps = config.eval_steps or per_epoch
 
-    result.before = _evaluate(run, held_out_packs, log, 0)
-    num_tokens = 0
-    loader = ahead(steps, pin_memory=run.model.lm.device.type == "cuda")
-    with tqdm(loader, total=run.num_steps, unit="step") as progress:
-        for step, packs in enumerate(progress, 1):
+    if progress.step == 0:
+        result.before = _evaluate(run, held_out_packs, log, 0)
+    else:
+        result.before = _first_evaluation(log.records)
+    loader = ahead(steps, pin_memory=world.device.type == "cuda")
+    bar = {"total": run.num_steps, "initial": progress.step, "disable": not world.is_first}
+    with tqdm(loader, unit="step", **bar) as progress_bar:
+        for step, batch in enumerate(progress_bar, progress.step + 1):
             start = time.perf_counter()
-            totals, grad_norm = _step(run, packs, optimizer, step)
-            result.steps = step
+            totals, grad_norm, problem = _step(run, batch, optimizer, step, signals)
+            progress.skipped = progress.skipped + 1 if problem else 0
+            if progress.skipped == config.max_skipped_steps:
+                raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
+            result.steps = progress.step = step
             seconds = time.perf_counter() - start
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
-            num_tokens += totals.num_tokens
+            progress.num_tokens += totals.num_tokens
             means = totals.means()
             speed = totals.num_tokens / seconds
-            progress.set_postfix_str(
+            progress_bar.set_postfix_str(
                 f"loss {means['loss']:.3f}, accuracy {means['rewards/accuracies']:.2f}, "
                 f"{speed:,.0f} tokens/s"
             )
-            if step % config.logging_steps == 0 or step == run.num_steps:
+            if step % config.logging_steps == 0 or step == run.num_steps or problem:
                 record = {"step": step, "epoch": step / per_epoch, **means, "grad_norm": grad_norm}
                 record |= {
                     "learning_rate": learning_rate,
-                    "num_tokens": num_tokens,
+                    "num_tokens": progress.num_tokens,
                     "tokens_per_second": speed,
                 }
+                if problem:
+                    record["skipped"] = progress.skipped
+                if world.device.type == "cuda":
+                    record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 log.write(record)
             if step % eval_steps == 0 and step < run.num_steps:
                 _evaluate(run, held_out_packs, log, step)
+            result.preempted = totals.flagged and step < run.num_steps
+            if result.preempted or (config.save_steps and step % config.save_steps == 0):
+                checkpoints.save(progress)
+            checkpoints.finish(wait=result.preempted)
+            if result.preempted:
+                return
+    checkpoints.finish()
     result.after = _evaluate(run, held_out_packs, log, result.steps)
 
 
 def _step(
-    run: Run, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, step: int
-) -> tuple[Totals, float]:
-    """One optimizer step over the packs of one batch of queries; returns sums over it and the
-    gradient norm."""
-    model, config = run.model, run.config
-    num_queries = sum(pack.num_queries for pack in packs)
-    totals = Totals()
-    for pack in packs:
-        pack = pack.to(model.lm.device)
-        out = model(pack)
-        # The mean over the step's queries, however they are packed.
-        (out.loss * (pack.num_queries / num_queries)).backward()
+    run: Run, batch: Batch, optimizer: torch.optim.Optimizer, step: int, signals: _Signals
+) -> tuple[Totals, float, str | None]:
+    """One optimizer step over the packs of one batch of queries; returns sums over all ranks'
+    packs, the gradient norm, and why the step was skipped, if it was."""
+    model, world = run.model, run.world
+    totals = Totals(model.device)
+    for number, pack in enumerate(batch.packs, 1):
+        prepare_backward(model, run.config, is_last=number == len(batch.packs))
+        try:
+            pack = pack.to(model.device)
+            out = model(pack)
+            # The mean over the step's queries, however they are packed and dealt to ranks: FSDP
+            # takes the mean over ranks.
+            (out.loss * (pack.num_queries / batch.num_queries * world.size)).backward()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(_does_not_fit(run, pack)) from error
         totals.add(out, pack)
-    max_norm = config.max_grad_norm or float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-    if not torch.isfinite(totals.sums[0]) or not grad_norm < float("inf"):
-        optimizer.zero_grad()
-        query_ids = torch.cat([pack.query_ids for pack in packs]).tolist()
-        rows = ", ".join(run.train.queries[i].row.where for i in query_ids[:3])
-        problem = f"loss {totals.sums[0].item() / num_queries}, gradient norm {grad_norm}"
-        raise NotFinite(
-            f"step {step}: {problem}; its rows include {rows} (try a lower --learning_rate)"
-        )
-    optimizer.step()
+    if signals.stop:
+        totals.flag()
+    world.sum(totals.sums)
+    max_norm = run.config.max_grad_norm or float("inf")
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    problem = None
+    if torch.isfinite(totals.sums[0]) and grad_norm < float("inf"):
+        optimizer.step()
+    else:
+        problem = _not_finite(run, batch.packs, totals, grad_norm, step)
     optimizer.zero_grad()
-    return totals, grad_norm
+    return totals, grad_norm, problem
+
+
+def _not_finite(
+    run: Run, packs: Sequence[Pack], totals: Totals, grad_norm: float, step: int
+) -> str:
+    ids = run.world.gather([i for pack in packs for i in pack.query_ids.tolist()])
+    some = itertools.islice(itertools.chain.from_iterable(ids), 3)
+    rows = ", ".join(run.train.queries[i].row.where for i in some)
+    problem = f"loss {totals.means()['loss']}, gradient norm {grad_norm}"
+    return f"step {step}: {problem}; its rows include {rows} (try a lower --learning_rate)"
+
+
+def _does_not_fit(run: Run, pack: Pack) -> str:
+    problem = f"a pack of {pack.num_tokens:,} tokens ({pack.num_queries} queries) does not fit"
+    advice = "--max_tokens_per_pack"
+    if pack.num_tokens > run.config.max_tokens_per_pack:
+        advice = "--max_length (a single query is larger than max_tokens_per_pack)"
+    others = "--activation_checkpointing full, or shard over more processes"
+    return f"out of memory on {run.model.device}: {problem}; lower {advice}, or use {others}"
 
 
 def _evaluate(run: Run, packs: Sequence[Pack], log: MetricsLog, step: int) -> dict[str, float]:
     if run.held_out is None:
         return {}
-    measures = evaluate_ranking(run.model, packs)
+    measures = evaluate_ranking(run.model, packs, run.world)
     if run.reward_fn is not None:
         rewards, samples = evaluate_samples(
-            run.model, run.tokenizer, run.held_out.queries, run.reward_fn, run.config
+            run.model, run.tokenizer, run.held_out.queries, run.reward_fn, run.config, run.world
         )
         measures |= rewards
-        with (run.output_dir / "samples.jsonl").open("a" if step else "w") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        if run.world.is_first:
+            with (run.output_dir / "samples.jsonl").open("a" if step else "w") as file:
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     log.write({"step": step} | {f"eval/{name}": value for name, value in measures.items()})
     return measures
 
 
+def _first_evaluation(records: list[dict]) -> dict[str, float]:
+    """The held-out metrics before the first step, from the records of the run's earlier part."""
+    first = next((record for record in records if record["step"] == 0), {})
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in first.items()
+        if name != "step" and value is not None
+    }
+
+
 def save_model(run: Run) -> None:
-    """Write model and tokenizer beside the target, then move each file into place: no file is ever
-    half-written."""
-    staging = run.output_dir / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    with run.model.generation():  # the saved config must name an attention that others have
-        run.model.lm.save_pretrained(staging)
-    run.tokenizer.save_pretrained(staging)
-    umask = os.umask(0)
-    os.umask(umask)
-    names = {path.name for path in staging.iterdir()}
-    for path in sorted(staging.iterdir()):
-        path.chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
-        os.replace(path, run.output_dir / path.name)
-    for pattern in ("model*.safetensors", "model.safetensors.index.json"):
-        for path in run.output_dir.glob(pattern):
-            if path.name not in names:  # of an earlier run, cut into other files
-                path.unlink()
-    staging.rmdir()
+    """Write model (or adapters) and tokenizer to output_dir. All ranks must call."""
+    weights = gather_weights(run.model, run.world, run.save_dtype)
+    if run.world.is_first:
+        with run.model.generation():  # the saved config must name an attention that others have
+            write_model(
+                run.model.lm, run.tokenizer, run.output_dir, dtype=run.save_dtype, weights=weights
+            )
+
+
+def _print(world: World, text: str) -> None:
+    if world.is_first:
+        print(text, flush=True)
 
 
 def _closing(result: TrainResult) -> str:
@@ -219,4 +343,6 @@ def _closing(result: TrainResult) -> str:
     ]
     state = "stopped early" if result.interrupted else "done"
     saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
+    if result.preempted:
+        state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
     return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])

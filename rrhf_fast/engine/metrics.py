@@ -13,11 +13,24 @@ class MetricsLog:
     """Writes each record to every place at once. A record is a flat dict of numbers with a
     "step"."""
 
-    def __init__(self, output_dir: Path, config: TrainConfig):
-        """Raises ValueError when a tracker of `report_to` is not installed."""
+    def __init__(self, output_dir: Path, config: TrainConfig, *, writes: bool = True):
+        """Without `writes` (ranks but the first) records are only kept. Raises ValueError when a
+        tracker of `report_to` is not installed."""
         self.records: list[dict] = []
-        self._trackers = [_open_tracker(name, output_dir, config) for name in config.report_to]
-        self._path, self._file = output_dir / "metrics.jsonl", None
+        names = config.report_to if writes else []
+        self._trackers = [_open_tracker(name, output_dir, config) for name in names]
+        self._path, self._file, self._writes = output_dir / "metrics.jsonl", None, writes
+
+    def resume(self, length: int) -> None:
+        """Go on behind the first `length` bytes of the file; what an earlier run wrote after its
+        checkpoint is dropped."""
+        if self._path.exists():
+            kept = self._path.read_bytes()[:length]
+            self.records = [json.loads(line) for line in kept.splitlines()]
+            if self._writes:
+                self._file = self._path.open("r+")
+                self._file.truncate(len(kept))
+                self._file.seek(0, 2)
 
     def write(self, record: dict) -> None:
         """Append one record; on disk when this returns. Numbers that are not finite become null."""
@@ -26,6 +39,8 @@ class MetricsLog:
             for k, v in record.items()
         }
         self.records.append(record)
+        if not self._writes:
+            return
         if self._file is None:  # only now is the file of an earlier run replaced
             self._file = self._path.open("w")
         self._file.write(json.dumps(record) + "\n")

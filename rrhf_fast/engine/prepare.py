@@ -17,13 +17,21 @@ from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.rows import RowReport, load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
 from rrhf_fast.engine.summary import describe
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
+from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
 
 # Files that mark a folder as the output of an earlier run.
-RUN_FILES = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json")
+RUN_FILES = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
 
 
 @dataclass
@@ -31,8 +39,10 @@ class Run:
     """What `train` works on."""
 
     config: TrainConfig
+    world: World
     output_dir: Path
     model: RRHFModel
+    save_dtype: torch.dtype
     tokenizer: transformers.PreTrainedTokenizerBase
     train: PackPlanner
     held_out: PackPlanner | None
@@ -41,8 +51,9 @@ class Run:
     summary: str
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Check everything that can be checked before the first step, cheapest first.
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Check everything that can be checked before the first step, cheapest first. All ranks must
+    call.
 
     Raises:
         ValueError: any mistake in options, files or rows, with one line that says what, where and
@@ -51,7 +62,7 @@ def prepare(config: TrainConfig) -> Run:
     config.validate()
     if config.model_name_or_path is None:
         config = with_demo(config)
-    _check_output_dir(config)
+    world.once(lambda: _check_output_dir(config))
     reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
     options = {"on_bad_rows": config.on_bad_rows, "use_responses": config.use_responses}
     rows, report = load_rows(config.train_data, stop_strings=config.stop_strings, **options)
@@ -61,14 +72,14 @@ def prepare(config: TrainConfig) -> Run:
             config.eval_data, stop_strings=config.stop_strings, **options
         )
 
-    output_dir = _claim_output_dir(config)  # after the mistakes that are made most
+    # After the mistakes that are made most.
+    output_dir = world.once(lambda: _claim_output_dir(config))
     transformers.set_seed(config.seed)
     tokenizer = load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    lm = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(config, dtype=_resolve_dtype(config.dtype, device))
+    lm, stored, save_dtype = _load(config, world)
+    config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
     max_length = min(config.max_length, max_positions(lm) or config.max_length)
     limits = {
         "max_length": max_length,
@@ -87,14 +98,22 @@ def prepare(config: TrainConfig) -> Run:
         queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
 
+    if config.use_peft:
+        add_lora(lm, config)
     model = RRHFModel(
-        lm.to(device),
+        lm if world.mesh is not None else lm.to(world.device),
         config,
         packing=config.packing,
         max_length=max_length,
         compute_dtype=getattr(torch, config.dtype),
         activation_checkpointing=config.activation_checkpointing,
     )
+    if world.mesh is not None:
+        shard_model(model, world, config)
+    if stored is not None:
+        fill_weights(lm, stored, torch.device("cpu") if config.cpu_offload else world.device)
+    if config.use_peft:
+        init_lora(lm, config.seed)
     planner_options = {
         "packing": config.packing,
         "max_tokens_per_pack": config.max_tokens_per_pack,
@@ -104,8 +123,10 @@ def prepare(config: TrainConfig) -> Run:
     per_epoch = steps_per_epoch(len(queries), config.train_batch_size)
     return Run(
         config=config,
+        world=world,
         output_dir=output_dir,
         model=model,
+        save_dtype=save_dtype,
         tokenizer=tokenizer,
         train=train,
         held_out=PackPlanner(held_out, **planner_options) if held_out else None,
@@ -129,10 +150,34 @@ def with_demo(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _load(
+    config: TrainConfig, world: World
+) -> tuple[transformers.PreTrainedModel, dict[str, Stored] | None, torch.dtype]:
+    """The model; where its weights are, if it is still empty; and the dtype to save it in."""
+    name, trust = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
+    lm = stored = None
+    if world.mesh is not None:
+        lm = empty_model(name, **trust)
+        stored = locate_weights(lm, name)
+    if stored is None:
+        lm = load_model(name, **trust)
+    dtype = config.save_dtype
+    if dtype == "auto":
+        source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
+        return lm, stored, source or torch.float32
+    return lm, stored, getattr(torch, dtype)
+
+
 def _check_output_dir(config: TrainConfig) -> None:
     if config.output_dir is None or config.overwrite_output_dir:
         return
-    used = [name for name in RUN_FILES if Path(config.output_dir, name).exists()]
+    output_dir = Path(config.output_dir)
+    checkpoints = [path.name for path in output_dir.glob("checkpoint-*")]
+    if config.resume_from_checkpoint is not None and (
+        checkpoints or not any((output_dir / name).exists() for name in RUN_FILES[1:])
+    ):
+        return  # its own earlier run
+    used = [name for name in (*RUN_FILES, *checkpoints) if (output_dir / name).exists()]
     if used:
         problem = f"{config.output_dir} already holds {used[0]} of another run"
         raise ValueError(

@@ -2,10 +2,11 @@
 forward."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from rrhf_fast.config import LossConfig
@@ -22,6 +23,7 @@ from rrhf_fast.model.decoder import (
     read_head,
     self_check,
 )
+from rrhf_fast.model.sharded import small_twin
 
 
 class RRHFModel(nn.Module):
@@ -39,21 +41,24 @@ class RRHFModel(nn.Module):
         packing: str = "forest",
         max_length: int,
         compute_dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str = "none",
     ):
         super().__init__()
+        self.device = lm.device  # where packs go; sharded weights may live elsewhere
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
         self.plain_attention = lm.config._attn_implementation
+        # An empty model cannot be run, but one of its kind can.
+        runnable = small_twin(lm) if lm.device.type == "meta" else lm
         if packing == "forest":
             check_forest_support(lm, max_length)
-            self_check(lm, max_length)
+            self_check(runnable, max_length)
             self.head = read_head(lm)
             lm.set_attn_implementation(FOREST)
         else:
-            check_causal(lm)
-        if activation_checkpointing:
+            check_causal(runnable)
+        if activation_checkpointing != "none":
             for layer in decoder_layers(lm):
-                layer.forward = _checkpointed(layer.forward)
+                layer.forward = _checkpointed(layer.forward, activation_checkpointing)
 
     def generation(self) -> AbstractContextManager[None]:
         """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as
@@ -98,7 +103,7 @@ class RRHFModel(nn.Module):
 
     def _autocast(self) -> torch.autocast:
         enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
     def _loss_options(self, pack: Pack) -> dict:
         """The pack's layout and the configured loss, as arguments of the loss functions."""
@@ -133,9 +138,24 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def _checkpointed(forward):
+# What selective checkpointing keeps: results of matrix products and attention.
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _checkpointed(forward, mode: str):
+    options = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_KEPT))
+
     # Around the bound method, so that parameter names (and the saved model) stay as they are.
     def run(*args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
 
     return run

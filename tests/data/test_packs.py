@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.packs import PackPlanner, ahead, steps_of_packs, steps_per_epoch
+from rrhf_fast.data.packs import Batch, PackPlanner, ahead, batches, steps_per_epoch
 from rrhf_fast.data.tokenise import TokenisedQuery
 
 
@@ -55,26 +55,26 @@ def test_the_plan_does_not_waste_packs(cases, random):
 
 
 def ids(steps):
-    return [[i for pack in packs for i in pack.query_ids.tolist()] for packs in steps]
+    return [[i for pack in batch.packs for i in pack.query_ids.tolist()] for batch in steps]
 
 
 def test_an_epoch_holds_every_query_once_and_the_next_is_shuffled_anew():
     plan = planner("forest", [(5, [3, 4])] * 10)
     assert steps_per_epoch(10, 4) == 3
-    steps = ids(steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=6))
+    steps = ids(batches(plan, train_batch_size=4, seed=1, num_steps=6))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
     first, second = np.concatenate(steps[:3]), np.concatenate(steps[3:])
     assert sorted(first) == sorted(second) == list(range(10))
     assert first.tolist() != second.tolist()
-    again = ids(steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=6))
+    again = ids(batches(plan, train_batch_size=4, seed=1, num_steps=6))
     assert steps == again
-    assert steps != ids(steps_of_packs(plan, train_batch_size=4, seed=2, num_steps=6))
+    assert steps != ids(batches(plan, train_batch_size=4, seed=2, num_steps=6))
 
 
 def test_which_queries_make_a_step_does_not_depend_on_the_budget():
     cases = [(5, [3, 4])] * 10
     small, large = (
-        steps_of_packs(planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
+        batches(planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
         for size in (12, 500)
     )
     assert [sorted(step) for step in ids(small)] == [sorted(step) for step in ids(large)]
@@ -83,26 +83,26 @@ def test_which_queries_make_a_step_does_not_depend_on_the_budget():
 def test_the_background_thread_yields_the_same_packs():
     plan = planner("forest", [(5, [3, 4])] * 10, max_tokens=12)  # several packs a step
     options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
-    plain = list(steps_of_packs(plan, **options))
-    built_ahead = list(ahead(steps_of_packs(plan, **options), pin_memory=False))
+    plain = list(batches(plan, **options))
+    built_ahead = list(ahead(batches(plan, **options), pin_memory=False))
     assert len(built_ahead) == 7
     for ours, theirs in zip(plain, built_ahead, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(ours.packs, theirs.packs, strict=True):
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
 
 def test_the_background_thread_hands_errors_on_and_ends_with_its_reader():
     def broken():
-        yield []
+        yield Batch([], 0)
         raise RuntimeError("out of packs")
 
     loader = ahead(broken(), pin_memory=False)
-    assert next(loader) == []
+    assert next(loader) == Batch([], 0)
     with pytest.raises(RuntimeError, match="out of packs"):
         next(loader)
 
     plan = planner("forest", [(5, [3, 4])] * 10)
-    endless = steps_of_packs(plan, train_batch_size=4, seed=1, num_steps=10**9)
+    endless = batches(plan, train_batch_size=4, seed=1, num_steps=10**9)
     loader = ahead(endless, pin_memory=False)
     next(loader)
     loader.close()

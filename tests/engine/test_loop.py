@@ -101,9 +101,10 @@ def test_the_saved_model_gives_the_log_probs_that_training_reported(tmp_path, da
     [
         {"max_tokens_per_pack": 200},
         {"packing": "none", "max_tokens_per_pack": 1500},
-        {"activation_checkpointing": True},
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
     ],
-    ids=["accumulation", "padding", "checkpointing"],
+    ids=["accumulation", "padding", "checkpointing", "selective"],
 )
 def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change):
     # A large epsilon, because Adam blows rounding up where a gradient is nearly 0.
@@ -215,8 +216,13 @@ def test_overwriting_is_possible_when_asked(tmp_path, data):
 
 
 def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):
-    with pytest.raises(NotFinite, match=r"step 2: loss .* rows include .*train.jsonl:\d+"):
-        run(tmp_path, data, learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
+    options = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 9}
+    with pytest.raises(NotFinite, match=r"step 4: loss .*train.jsonl:\d+.*; 3 steps in a row"):
+        run(tmp_path, data, **options)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [(r["step"], r.get("skipped")) for r in records if "loss" in r] == [
+        (1, None), (2, 1), (3, 2),
+    ]  # fmt: skip
     assert AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (tmp_path / "training.png").exists()
 

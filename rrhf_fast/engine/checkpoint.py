@@ -1,0 +1,277 @@
+"""Checkpoints to resume from: PyTorch's distributed checkpoints (DCP), written by a thread.
+
+    output_dir/checkpoint-<step>/
+      trainer_state.json    step, schedule, config, lengths of the files that grow
+      config.json, ...      the Hugging Face model around the weights, for `rrhf_fast.export`
+      __<rank>_<n>.distcp   weights, optimizer state, random states
+      .metadata             written last, in one move: without it the checkpoint does not exist
+
+Weights and optimizer state are stored by name and whole shape, so any number of ranks can read
+them. The position in the data is the step, since the order of an epoch follows from its seed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LRScheduler
+
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.engine.prepare import Run
+
+STATE_FILE = "trainer_state.json"
+# Files of output_dir that grow with the run; resuming cuts them to what they were.
+GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
+# Options that say how a run is carried out, not what it computes.
+CARRIED_OUT = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "run_name",
+    "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
+    "dry_run",
+}  # fmt: skip
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint or the model could not be written; what was saved before is whole."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    num_tokens: int = 0
+    skipped: int = 0  # steps in a row up to this one
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run."""
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, schedule: LRScheduler):
+        self._run, self._optimizer, self._schedule = run, optimizer, schedule
+        self._group = None  # the thread's own, so that its messages do not mix with the step's
+        self._pending: tuple[Path, Future] | None = None
+        if run.world.mesh is not None:
+            self._group = dist.new_group(backend="gloo")
+
+    def save(self, progress: Progress) -> None:
+        """Copy the state and start writing; call `finish` before counting on it. All ranks must
+        call."""
+        self.finish()
+        folder = self._run.output_dir / f"checkpoint-{progress.step}"
+        with _clear_errors(folder):
+            self._run.world.once(lambda: self._begin(folder, progress))
+            state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
+            writer = dcp.FileSystemWriter(folder)
+            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        self._pending = folder, future
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Raise `SaveFailed` if the write did; afterwards remove what save_total_limit leaves out.
+        Without `wait`, only if it is done."""
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return
+        (folder, future), self._pending = self._pending, None
+        with _clear_errors(folder):
+            future.result()
+        limit = self._run.config.save_total_limit
+        if self._run.world.is_first and limit is not None:
+            for old in complete_checkpoints(self._run.output_dir)[:-limit]:
+                _remove(old)
+
+    def clear(self, *, keep_complete: bool) -> None:
+        """Remove what earlier runs left in output_dir: checkpoints that were never completed, or
+        all."""
+        if self._run.world.is_first:
+            for folder in self._run.output_dir.glob("checkpoint-*"):
+                if not (keep_complete and is_complete(folder)):
+                    _remove(folder)
+
+    def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
+        """Load everything; returns the progress and the lengths of the growing files.
+
+        Raises:
+            ValueError: the checkpoint is of other rows, or of a model of another shape.
+        """
+        saved = read_state(folder)
+        if saved["data"] != data_fingerprint(self._run.train):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} is of a run on other rows (to train its model "
+                "on these, export it and name it as model_name_or_path)"
+            )
+        state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
+        set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
+        self._schedule.load_state_dict(saved["schedule"])
+        if self._rng_key in state:  # not there on a rank that the saving run did not have
+            _set_random_states(pickle.loads(state[self._rng_key]))
+        progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+        return progress, saved["files"]
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Start with another run's moments; rates and decays stay those of this run."""
+        own = [dict(group) for group in self._optimizer.param_groups]
+        state = self._load(folder, ("optimizer",), "init_optimizer_from")
+        set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
+        for group, before in zip(self._optimizer.param_groups, own, strict=True):
+            group.update({name: value for name, value in before.items() if name != "params"})
+
+    @property
+    def _rng_key(self) -> str:
+        return f"random_states/{self._run.world.rank}"
+
+    def _begin(self, folder: Path, progress: Progress) -> None:
+        """The parts that are no tensors."""
+        run = self._run
+        _remove(folder)
+        folder.mkdir()
+        with run.model.generation():  # an attention that others have
+            run.model.lm.config.save_pretrained(folder)
+        run.model.lm.generation_config.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        lengths = {name: run.output_dir / name for name in GROWING_FILES}
+        state = {
+            **asdict(progress),
+            "num_ranks": run.world.size,
+            "schedule": self._schedule.state_dict(),
+            "data": data_fingerprint(run.train),
+            "files": {n: path.stat().st_size for n, path in lengths.items() if path.exists()},
+            "config": asdict(run.config),
+        }
+        with (folder / STATE_FILE).open("w") as file:
+            json.dump(state, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _tensors(self, parts: tuple[str, ...] = ("model", "optimizer")) -> dict:
+        """{"model": ..., "optimizer": ...}: the run's own tensors, by name."""
+        model, state = self._run.model, {}
+        if "model" in parts:
+            state["model"] = trained_tensors(model)
+        if "optimizer" in parts:
+            options = StateDictOptions(ignore_frozen_params=True)
+            state["optimizer"] = get_optimizer_state_dict(model, self._optimizer, options=options)
+        return state
+
+    def _load(self, folder: Path, parts: tuple[str, ...], option: str) -> dict:
+        """Read into the run's own tensors."""
+        state = self._tensors(parts)
+        reader = dcp.FileSystemReader(folder)
+        if self._rng_key in reader.read_metadata().state_dict_metadata:
+            state[self._rng_key] = b""
+        try:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
+        except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+            problem = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{option}: {folder} does not fit this model ({problem})") from error
+        return state
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, by name, tied tensors once: with adapters they alone, else all
+    parameters and persistent buffers. They share memory with the model."""
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    names = parameters.keys() - frozen
+    if not frozen:
+        names |= dict(model.named_buffers()).keys()
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the checkpoint was written to its end."""
+    return (folder / ".metadata").is_file() and (folder / STATE_FILE).is_file()
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
+    return sorted(found, key=lambda path: read_state(path)["step"])
+
+
+def find_checkpoint(name: str, output_dir: Path | None, option: str) -> Path | None:
+    """The folder of a checkpoint by its path, or the latest of output_dir, None if it has none.
+    Raises ValueError for a path that is no complete checkpoint."""
+    if name == "latest":
+        found = complete_checkpoints(output_dir) if output_dir.exists() else []
+        return found[-1] if found else None
+    if not is_complete(Path(name)):
+        raise ValueError(f"{option}: {name} is no complete checkpoint (a folder checkpoint-<step>)")
+    return Path(name)
+
+
+def read_state(folder: Path) -> dict:
+    """trainer_state.json."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def changed_options(folder: Path, config: TrainConfig) -> str:
+    """What a resumed run computes otherwise than its checkpoint's run would have, in words."""
+    saved = read_state(folder)["config"]
+    changes = [
+        f"{f.name} {saved[f.name]} -> {getattr(config, f.name)}"
+        for f in fields(config)
+        if f.name not in CARRIED_OUT
+        and f.name in saved
+        and saved[f.name] != getattr(config, f.name)
+    ]
+    return ", ".join(changes)
+
+
+def data_fingerprint(planner: PackPlanner) -> str:
+    """A hash of the training rows as tokens and rewards, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for query in planner.queries:
+        for array in (query.prompt_ids, *query.response_ids, query.rewards):
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill on the way leaves none that looks complete."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / ".metadata").unlink()
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _clear_errors(folder: Path):
+    """One clear line for a full disk or a folder that cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        reasons = [error]
+        if isinstance(error, dcp.api.CheckpointException):
+            reasons = [reason for reason, _ in error.failures.values()]
+        reason = " ".join(str(reasons[0]).split())
+        raise SaveFailed(f"output_dir: {folder} could not be written ({reason})") from error
+
+
+def _random_states() -> tuple:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_states(states: tuple) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,60 @@
+"""LoRA adapters by peft, put into the model in place: it stays a Hugging Face decoder, and its
+`save_pretrained` writes the adapters alone, in peft's format."""
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.model.sharded import rows_of_rank
+
+
+def add_lora(lm: PreTrainedModel, config: TrainConfig) -> None:
+    """Freeze the model and add adapters without values; `init_lora` gives them some.
+
+    Raises:
+        ValueError: peft is not installed, or lora_target_modules names no linear layer.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        problem = f"peft is not installed ({error}); pip install rrhf-fast[peft]"
+        raise ValueError(f"use_peft: {problem}") from error
+    targets = config.lora_target_modules
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        lm.add_adapter(settings)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {error}") from error
+    adapters = [name for name, p in lm.named_parameters() if p.requires_grad]
+    head = type(lm.get_output_embeddings()).__module__.startswith("peft.")
+    if head or not all(".lora_A." in name or ".lora_B." in name for name in adapters):
+        raise ValueError(
+            f"lora_target_modules: expected linear layers below the head, found {targets!r}"
+        )
+    lm.eval()
+
+
+@torch.no_grad()
+def init_lora(lm: PreTrainedModel, seed: int) -> None:
+    """A uniform within 1 / sqrt(fan in), B zero, as peft does it, but the same however the model
+    is sharded."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lm.named_parameters():
+        if ".lora_A." in name:
+            value = torch.rand(parameter.shape, generator=generator)
+            _assign(parameter, (2 * value - 1) / parameter.shape[1] ** 0.5)
+        elif ".lora_B." in name:
+            parameter.zero_()
+
+
+def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a full value into a parameter that may be sharded."""
+    if isinstance(parameter, DTensor):
+        value, parameter = value[rows_of_rank(parameter)], parameter.to_local()
+    parameter.copy_(value)

@@ -1,0 +1,136 @@
+"""A model that no process ever holds whole: made empty, sharded, then filled from safetensors, each
+rank reading its own rows of each tensor.
+
+It works where the files store tensors under the model's own names. Checkpoints that transformers
+converts while loading (experts fused into one tensor, old names) are loaded whole instead.
+"""
+
+import contextlib
+import copy
+import json
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of the model is."""
+
+    file: str
+    key: str
+
+
+def empty_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: shapes, no weights. Raises ValueError if there is none."""
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # whatever a foreign folder makes transformers raise
+        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"model_name_or_path: {name_or_path}: {problem}") from error
+    with contextlib.suppress(OSError):  # the file is optional
+        lm.generation_config = GenerationConfig.from_pretrained(name_or_path)
+    return lm.eval()
+
+
+def locate_weights(lm: PreTrainedModel, name_or_path: str) -> dict[str, Stored] | None:
+    """Where each tensor of `lm.state_dict()` is stored, by its name; tied names once. None where a
+    tensor is missing or has another shape: then transformers has to load the model."""
+    index = _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            parts = set(json.load(file)["weight_map"].values())
+    else:
+        parts = {SAFE_WEIGHTS_NAME}
+    shapes, files = {}, {}
+    for part in sorted(parts):
+        path = _cached(name_or_path, part)
+        if path is None:
+            return None
+        with safe_open(path, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 (no dict)
+                shapes[key], files[key] = stored.get_slice(key).get_shape(), path
+    found = {}
+    for name, tensor in named_tensors(lm).items():
+        prefixed = (name, name.removeprefix(f"{lm.base_model_prefix}."))
+        key = next((key for key in prefixed if key in files), None)
+        if key is None or shapes[key] != list(tensor.shape):
+            return None
+        found[name] = Stored(files[key], key)
+    return found
+
+
+@torch.no_grad()
+def fill_weights(lm: PreTrainedModel, found: dict[str, Stored], device: torch.device) -> None:
+    """Give a sharded, empty model memory on `device` and its weights. Tensors that `found` does not
+    name, such as adapters, are left to the caller."""
+    lm.to_empty(device=device)
+    tensors = named_tensors(lm)
+    by_file = {}
+    for name, stored in found.items():
+        by_file.setdefault(stored.file, []).append((name, stored.key))
+    for file, names in by_file.items():
+        with safe_open(file, "pt") as stored:
+            for name, key in names:
+                if name not in tensors:  # an adapter has been put around this layer
+                    module, _, parameter = name.rpartition(".")
+                    name = f"{module}.base_layer.{parameter}"
+                target, rows = tensors[name], stored.get_slice(key)
+                if isinstance(target, DTensor):
+                    target.to_local().copy_(rows[rows_of_rank(target)])
+                else:
+                    target.copy_(rows[:] if target.dim() else stored.get_tensor(key))
+    # Buffers that are in no checkpoint, such as rotary frequencies: transformers makes them anew,
+    # and leaves alone what is marked.
+    for tensor in [*lm.parameters(), *tensors.values()]:
+        tensor._is_hf_initialized = True
+    lm.initialize_weights()
+
+
+def named_tensors(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    names = dict(lm.named_parameters()).keys() | dict(lm.named_buffers()).keys()
+    return {name: tensor for name, tensor in lm.state_dict().items() if name in names}
+
+
+@torch.no_grad()
+def small_twin(lm: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture with random weights and the fewest layers that show each kind of
+    layer: what can be checked where the model itself is empty."""
+    config = copy.deepcopy(lm.config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    text.num_hidden_layers = 1
+    if kinds:
+        text.num_hidden_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
+        text.layer_types = kinds[: text.num_hidden_layers]
+    with torch.random.fork_rng(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(0)
+        twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return twin.eval()
+
+
+def rows_of_rank(tensor: DTensor) -> slice:
+    """The rows that are this rank's part: FSDP cuts as torch.chunk does."""
+    (dim,) = (i for i, place in enumerate(tensor.placements) if isinstance(place, Shard))
+    rows_each = -(-tensor.shape[0] // tensor.device_mesh.size(dim))
+    start = min(rows_each * tensor.device_mesh.get_local_rank(dim), tensor.shape[0])
+    return slice(start, start + len(tensor.to_local()))
+
+
+def _cached(name_or_path: str, file: str) -> str | None:
+    return cached_file(
+        name_or_path,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )

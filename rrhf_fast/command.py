@@ -1,8 +1,10 @@
 """What every command shares: options from a config class, one-line errors, exit codes."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from jsonargparse import (
     ArgumentError,
@@ -64,3 +66,18 @@ def fail(name: str, problem: object, code: int) -> int:
     """Print the problem as one line; returns the exit code."""
     print(f"rrhf_fast.{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)
     return code
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """End the process with main's exit code. One of several ranks that failed does so at once:
+    waiting for the others, who wait for it, would keep the launcher from ending the job."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -141,8 +141,8 @@ class TrainConfig(LossConfig, DataConfig):
     init_optimizer_from: str | None = None
     """A checkpoint whose optimizer moments a new run starts with."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the saved model. Auto: the one that model_name_or_path is stored in. Checkpoints are
-    float32."""
+    """Of the saved model. Auto: the one that model_name_or_path is stored in; adapters and
+    checkpoints are float32."""
 
     # --- Watching
     logging_steps: int = 1
@@ -232,6 +232,22 @@ class TrainConfig(LossConfig, DataConfig):
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"
             )
+
+
+@dataclass
+class ExportConfig:
+    """Options of `python -m rrhf_fast.export`."""
+
+    checkpoint: str
+    """A checkpoint of a run, output_dir/checkpoint-<step>; or a folder of LoRA adapters."""
+    output_dir: str
+    """Where the model goes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the exported weights. Auto: the one that the model came in; adapters are float32."""
+    merge: bool = False
+    """Add LoRA adapters to the weights of their model, instead of exporting them alone."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off unless you trust its author."""
 
 
 def _is(value: object, kind: object) -> bool:

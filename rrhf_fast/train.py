@@ -4,29 +4,35 @@ python -m rrhf_fast.train                                  # the embedded demo, 
 python -m rrhf_fast.train --model_name_or_path M --train_data rows.jsonl --eval_fraction 0.1
 python -m rrhf_fast.train --config config.yaml --seed 1    # options override the file
 python -m rrhf_fast.train --print_config                   # every option's value, as YAML
+torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded over 8 GPUs
 """
 
 import sys
 from types import ModuleType
 
-from rrhf_fast.command import fail, run_command
+from rrhf_fast.command import fail, leave, run_command
 from rrhf_fast.config import TrainConfig
+
+# EX_TEMPFAIL of sysexits.h: try again later.
+PREEMPTED = 75
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
-    data, 130 Ctrl-C."""
+    data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint to resume from, 130 Ctrl-C."""
     return run_command("train", __doc__, TrainConfig, _run, arguments)
 
 
 def _run(config: TrainConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.engine.loop import NotFinite, train
+    from rrhf_fast.engine.loop import NotFinite, OutOfMemory, train
+    from rrhf_fast.engine.save import SaveFailed
 
     try:
-        return 130 if train(config).interrupted else 0
-    except NotFinite as error:
+        result = train(config)
+    except (NotFinite, OutOfMemory, SaveFailed) as error:
         return fail("train", error, 1)
+    return PREEMPTED if result.preempted else 130 if result.interrupted else 0
 
 
 class _CallableModule(ModuleType):
@@ -42,4 +48,4 @@ class _CallableModule(ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

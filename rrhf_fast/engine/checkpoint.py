@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import shutil
+import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,6 +36,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.engine.prepare import Run
+from rrhf_fast.engine.save import SaveFailed, write_config
+from rrhf_fast.model.sharded import named_tensors
+
+# DCP says this of every run that no launcher started.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 STATE_FILE = "trainer_state.json"
 # Files of output_dir that grow with the run; resuming cuts them to what they were.
@@ -45,10 +51,6 @@ CARRIED_OUT = {
     "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
     "dry_run",
 }  # fmt: skip
-
-
-class SaveFailed(RuntimeError):
-    """A checkpoint or the model could not be written; what was saved before is whole."""
 
 
 @dataclass
@@ -65,10 +67,11 @@ class Checkpoints:
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer, schedule: LRScheduler):
         self._run, self._optimizer, self._schedule = run, optimizer, schedule
-        self._group = None  # the thread's own, so that its messages do not mix with the step's
         self._pending: tuple[Path, Future] | None = None
-        if run.world.mesh is not None:
-            self._group = dist.new_group(backend="gloo")
+        alone = run.world.mesh is None
+        # A group of the thread's own, so that its messages do not mix with those of the step.
+        group = None if alone else dist.new_group(backend="gloo")
+        self._ranks = {"process_group": group, "no_dist": alone}
 
     def save(self, progress: Progress) -> None:
         """Copy the state and start writing; call `finish` before counting on it. All ranks must
@@ -79,7 +82,7 @@ class Checkpoints:
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
             writer = dcp.FileSystemWriter(folder)
-            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+            future = dcp.async_save(state, storage_writer=writer, **self._ranks)
         self._pending = folder, future
 
     def finish(self, *, wait: bool = True) -> None:
@@ -141,7 +144,7 @@ class Checkpoints:
         _remove(folder)
         folder.mkdir()
         with run.model.generation():  # an attention that others have
-            run.model.lm.config.save_pretrained(folder)
+            write_config(run.model.lm, folder, run.save_dtype)
         run.model.lm.generation_config.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         lengths = {name: run.output_dir / name for name in GROWING_FILES}
@@ -175,7 +178,7 @@ class Checkpoints:
         if self._rng_key in reader.read_metadata().state_dict_metadata:
             state[self._rng_key] = b""
         try:
-            dcp.load(state, storage_reader=reader, process_group=self._group)
+            dcp.load(state, storage_reader=reader, **self._ranks)
         except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
             problem = str(error).strip().splitlines()[-1]
             raise ValueError(f"{option}: {folder} does not fit this model ({problem})") from error
@@ -183,14 +186,14 @@ class Checkpoints:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, by name, tied tensors once: with adapters they alone, else all
-    parameters and persistent buffers. They share memory with the model."""
+    """What training changes, by name: with adapters they alone, else all parameters and persistent
+    buffers. They share memory with the model."""
     parameters = dict(model.named_parameters())
-    frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
-    names = parameters.keys() - frozen
-    if not frozen:
-        names |= dict(model.named_buffers()).keys()
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors = named_tensors(model)
+    if len(adapters) == len(parameters):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name in adapters}
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,66 +1,87 @@
-"""A trained model as a Hugging Face folder, which `from_pretrained` and vLLM read."""
+"""A checkpoint, or LoRA adapters, as a Hugging Face model."""
 
-import os
-import shutil
+import json
+import tempfile
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch.distributed.checkpoint as dcp
+import transformers
 
-from rrhf_fast.engine.checkpoint import SaveFailed
-from rrhf_fast.engine.distributed import World, whole
-from rrhf_fast.model.rrhf import RRHFModel
-
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
-
-def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict of `model.lm`, whole and in `dtype`, on the first rank's CPU; elsewhere {}.
-    Gathers a tensor at a time. All ranks must call."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        tensor = whole(tensor.detach())
-        if world.is_first:
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            weights[name.removeprefix("lm.")] = tensor.cpu()
-    return weights
+from rrhf_fast.config import ExportConfig, TrainConfig
+from rrhf_fast.engine.checkpoint import is_complete, read_state
+from rrhf_fast.engine.save import write_model
+from rrhf_fast.model.decoder import load_model, load_tokenizer
+from rrhf_fast.model.lora import add_lora
+from rrhf_fast.model.sharded import empty_model, named_tensors
 
 
-def write_model(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output_dir: Path,
-    *,
-    dtype: torch.dtype,
-    weights: dict[str, torch.Tensor],
-) -> None:
-    """Write model and tokenizer beside the target, then move each file into place: no file is ever
-    half-written. A model with adapters leaves these alone.
+def export(config: ExportConfig) -> Path:
+    """Write what a checkpoint holds to `output_dir`; returns that. Needs memory for one copy of the
+    model in the exported dtype (to merge, in float32), no GPU, and no more than one process.
 
     Raises:
-        SaveFailed: the folder cannot be written; what it held is as it was.
+        ValueError: there is no complete checkpoint and there are no adapters to merge; output_dir
+            holds a model.
+        SaveFailed: output_dir cannot be written.
     """
-    staging = output_dir / ".saving"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        lm.save_pretrained(staging, state_dict=weights)
-        if (staging / "config.json").exists():  # transformers writes the dtype that it trained in
-            before, lm.config.dtype = lm.config.dtype, dtype
-            lm.config.save_pretrained(staging)
-            lm.config.dtype = before
-        tokenizer.save_pretrained(staging)
-        umask = os.umask(0)
-        os.umask(umask)
-        names = {path.name for path in staging.iterdir()}
-        for path in sorted(staging.iterdir()):
-            path.chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
-            os.replace(path, output_dir / path.name)
-        for pattern in WEIGHT_FILES:
-            for path in output_dir.glob(pattern):
-                if path.name not in names:  # of an earlier run, cut into other files
-                    path.unlink()
-        staging.rmdir()
-    except Exception as error:  # safetensors has its own for a full disk
-        shutil.rmtree(staging, ignore_errors=True)
-        reason = " ".join(str(error).split())
-        raise SaveFailed(f"output_dir: {output_dir} could not be written ({reason})") from error
+    folder, output_dir = Path(config.checkpoint), Path(config.output_dir)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not is_complete(folder):
+        expected = "a complete checkpoint (output_dir/checkpoint-<step>) or a folder of adapters"
+        raise ValueError(f"checkpoint: expected {expected}, found {folder}")
+    if list(output_dir.glob("*.safetensors")):
+        raise ValueError(f"output_dir: {output_dir} already holds a model")
+    has_adapters = is_adapter or read_state(folder)["config"]["use_peft"]
+    if config.merge != has_adapters and (config.merge or is_adapter):
+        problem = "holds no LoRA adapters" if config.merge else "is exported already, unless merged"
+        raise ValueError(f"merge: {folder} {problem}")
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
+    if is_adapter:
+        _merge(folder, tokenizer, config)
+    elif config.merge:
+        with tempfile.TemporaryDirectory() as adapters:
+            _unpack(folder, tokenizer, Path(adapters), config)
+            _merge(Path(adapters), tokenizer, config)
+    else:
+        _unpack(folder, tokenizer, output_dir, config)
+    return output_dir
+
+
+def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> None:
+    """Write a checkpoint's model, or its adapters alone."""
+    run = TrainConfig(**read_state(folder)["config"])
+    dtype = torch.float32 if run.use_peft else transformers.AutoConfig.from_pretrained(folder).dtype
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    source = run.model_name_or_path if run.use_peft else str(folder)
+    lm = empty_model(source, trust_remote_code=config.trust_remote_code)
+    if run.use_peft:
+        add_lora(lm, run)
+    trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    weights = {
+        name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in named_tensors(lm).items()
+        if name in trained or not run.use_peft
+    }
+    # The checkpoint is of the module around the decoder.
+    state = {"model": {f"lm.{name}": tensor for name, tensor in weights.items()}}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    write_model(lm, tokenizer, output_dir, dtype=dtype, weights=weights)
+
+
+def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
+    """Write the adapters' model with the adapters added to its weights."""
+    from peft import PeftModel
+
+    base = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
+    options = {"trust_remote_code": config.trust_remote_code}
+    dtype = transformers.AutoConfig.from_pretrained(base, **options).dtype or torch.float32
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    lm = PeftModel.from_pretrained(load_model(base, **options), adapters).merge_and_unload()
+    weights = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in named_tensors(lm).items()
+    }
+    write_model(lm, tokenizer, Path(config.output_dir), dtype=dtype, weights=weights)

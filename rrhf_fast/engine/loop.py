@@ -21,11 +21,11 @@ from rrhf_fast.data.packs import Batch, ahead, batches, steps_per_epoch
 from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options, find_checkpoint
 from rrhf_fast.engine.distributed import World, join_world, prepare_backward, whole
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
-from rrhf_fast.engine.export import gather_weights, write_model
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare
+from rrhf_fast.engine.save import gather_weights, write_model
 
 
 class NotFinite(ArithmeticError):

@@ -161,11 +161,10 @@ def _load(
         stored = locate_weights(lm, name)
     if stored is None:
         lm = load_model(name, **trust)
-    dtype = config.save_dtype
-    if dtype == "auto":
-        source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
-        return lm, stored, source or torch.float32
-    return lm, stored, getattr(torch, dtype)
+    if config.save_dtype != "auto":
+        return lm, stored, getattr(torch, config.save_dtype)
+    source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
+    return lm, stored, torch.float32 if config.use_peft or source is None else source
 
 
 def _check_output_dir(config: TrainConfig) -> None:

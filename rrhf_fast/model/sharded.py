@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -95,10 +96,11 @@ def fill_weights(lm: PreTrainedModel, found: dict[str, Stored], device: torch.de
     lm.initialize_weights()
 
 
-def named_tensors(lm: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
-    names = dict(lm.named_parameters()).keys() | dict(lm.named_buffers()).keys()
-    return {name: tensor for name, tensor in lm.state_dict().items() if name in names}
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied ones once; they share memory with the
+    module."""
+    names = dict(module.named_parameters()).keys() | dict(module.named_buffers()).keys()
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 @torch.no_grad()

@@ -1,0 +1,208 @@
+"""Checkpoints: a resumed run is the run that was never stopped, whatever stopped it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast.engine.checkpoint import complete_checkpoints
+from rrhf_fast.engine.save import SaveFailed
+
+ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# 12 rows in steps of 5: a checkpoint in mid-epoch, and steps of different sizes.
+OPTIONS = {
+    "model_name_or_path": str(demo.MODEL_DIR), "train_batch_size": 5, "learning_rate": 1e-3,
+    "max_steps": 7, "save_steps": 2, "eval_steps": 3, "eval_max_new_tokens": 8,
+    "eval_reward_fn": "rrhf_fast.demo.reward:score",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for source, count in ((demo.TRAIN_FILE, 12), (demo.EVAL_FILE, 4)):
+        lines = source.read_text().splitlines(keepends=True)[:count]
+        (folder / source.name).write_text("".join(lines))
+    return {
+        "train_data": str(folder / demo.TRAIN_FILE.name),
+        "eval_data": str(folder / demo.EVAL_FILE.name),
+    }
+
+
+def run(output_dir, data, **options):
+    return train(TrainConfig(output_dir=str(output_dir), **(OPTIONS | data | options)))
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory, data):
+    """A run from its first step to its last."""
+    folder = tmp_path_factory.mktemp("unharmed") / "out"
+    run(folder, data)
+    return folder
+
+
+def metrics(folder):
+    """The records, without what the machine's speed decides."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    for name in ("samples.jsonl", "model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def stopped_at(step, unharmed, target):
+    """The run as a kill after its checkpoint of this step would leave it."""
+    shutil.copytree(unharmed, target)
+    (target / "model.safetensors").unlink()
+    for path in complete_checkpoints(target):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, unharmed, step):
+    stopped_at(step, unharmed, tmp_path / "out")
+    # What a kill in the middle of a save leaves.
+    shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
+    (tmp_path / "out/checkpoint-50/.metadata").unlink()
+    result = run(tmp_path / "out", data, resume_from_checkpoint="latest")
+    assert_same_run(unharmed, tmp_path / "out")
+    assert result.steps == 7 and result.before["loss"] == metrics(unharmed)[0]["eval/loss"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "out")] == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-6",
+    ]  # fmt: skip
+    assert not (tmp_path / "out/checkpoint-50").exists()
+
+
+def test_adapters_resume_too(tmp_path, data):
+    options = {"use_peft": True, "lora_r": 4, "eval_reward_fn": None}
+    run(tmp_path / "whole", data, **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoint-6")
+    run(tmp_path / "part", data, resume_from_checkpoint="latest", **options)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+    # Adapters and their moments alone: the model is not in the checkpoint.
+    size = sum(path.stat().st_size for path in (tmp_path / "whole/checkpoint-6").glob("*.distcp"))
+    assert size < 3 * (tmp_path / "whole" / name).stat().st_size + 100_000
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    script = Path(__file__).with_name("killed.py")
+    command = [sys.executable, script, tmp_path, "0", "20"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=500)
+    log = tmp_path / "log.txt"
+    assert done.returncode == 0, done.stderr + log.read_text() if log.exists() else done.stderr
+    chains = list(tmp_path.glob("chain-*"))
+    assert chains and int(done.stdout.split()[0]) > 0
+    for chain in chains:
+        assert_same_run(tmp_path / "unharmed", chain)
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_75(tmp_path, data, unharmed, name):
+    options = (
+        OPTIONS | data | {"output_dir": tmp_path / "out", "max_steps": 5000, "save_steps": 9999}
+    )
+    command = [sys.executable, "-m", "rrhf_fast.train"]
+    command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    give_up = time.monotonic() + 120
+    while not (tmp_path / "out/metrics.jsonl").exists():
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(name)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    (saved,) = complete_checkpoints(tmp_path / "out")
+    assert f"{saved.name} to resume from is in" in out.decode()
+    assert metrics(tmp_path / "out")[-1]["step"] == int(saved.name.removeprefix("checkpoint-"))
+
+
+def test_latest_starts_afresh_where_there_is_none(tmp_path, data, unharmed, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.jsonl").write_text('{"step": 0}\n')  # killed before its first save
+    run(tmp_path / "out", data, resume_from_checkpoint="latest")
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert_same_run(unharmed, tmp_path / "out")
+
+
+def test_the_oldest_make_room(tmp_path, data):
+    run(tmp_path, data, save_steps=1, save_total_limit=2)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
+    stopped_at(4, unharmed, tmp_path / "out")
+    checkpoint = str(tmp_path / "out/checkpoint-4")
+    fewer = Path(data["train_data"]).read_text().splitlines(keepends=True)[:-1]
+    (tmp_path / "fewer.jsonl").write_text("".join(fewer))
+    other = data | {"train_data": str(tmp_path / "fewer.jsonl")}
+    with pytest.raises(ValueError, match="checkpoint-4 is of a run on other rows"):
+        run(tmp_path / "out", other, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-5 is no complete"):
+        run(tmp_path / "new", data, resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
+    with pytest.raises(ValueError, match="already holds checkpoint-2 of another run"):
+        run(tmp_path / "out", data, overwrite_output_dir=False) if (
+            tmp_path / "out/metrics.jsonl"
+        ).unlink() is None else None
+    capsys.readouterr()
+    run(tmp_path / "new", data, resume_from_checkpoint=checkpoint, max_steps=5, margin=0.5)
+    out = capsys.readouterr().out
+    assert "with changes: margin 0.0 -> 0.5, max_steps 7 -> 5" in out
+    assert metrics(tmp_path / "new")[0]["step"] == 5
+
+
+def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):
+    once = {"save_steps": None, "max_steps": 1, "warmup_steps": 0}
+    moments = {"init_optimizer_from": str(unharmed / "checkpoint-6")}
+    plain = run(tmp_path / "plain", data, **once)
+    result = run(tmp_path / "moments", data, **once, **moments)
+    assert result.steps == 1 and result.metrics[1]["learning_rate"] == 1e-3
+    # The first loss is that of the starting weights, the step from there another one.
+    assert result.metrics[1]["loss"] == plain.metrics[1]["loss"]
+    assert result.after["loss"] != plain.after["loss"]
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 200 kB: what a full disk does to a save, without one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, data, unharmed, small_files):
+    stopped_at(4, unharmed, tmp_path / "out") if False else None
+    with pytest.raises(SaveFailed, match="checkpoint-2 could not be written .*File too large"):
+        run(tmp_path / "out", data)
+    assert not complete_checkpoints(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, data, unharmed):
+    stopped_at(4, unharmed, tmp_path / "out")
+    (tmp_path / "out/checkpoint-6").write_text("in the way")
+    with pytest.raises(SaveFailed, match="checkpoint-6 could not be written"):
+        run(tmp_path / "out", data, resume_from_checkpoint="latest")
+    assert complete_checkpoints(tmp_path / "out")[-1].name == "checkpoint-4"
+    # The weights of the complete steps are there all the same.
+    assert load_file(tmp_path / "out/model.safetensors")

@@ -101,9 +101,11 @@ class Checkpoints:
     def clear(self, *, keep_complete: bool) -> None:
         """Remove what earlier runs left in output_dir: checkpoints that were never completed, or
         all."""
-        if self._run.world.is_first:
-            for folder in self._run.output_dir.glob("checkpoint-*"):
-                if not (keep_complete and is_complete(folder)):
+        if not self._run.world.is_first:
+            return
+        for folder in self._run.output_dir.glob("checkpoint-*"):
+            if not (keep_complete and is_complete(folder)):
+                with _clear_errors(folder):
                     _remove(folder)
 
     def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
@@ -247,9 +249,8 @@ def data_fingerprint(planner: PackPlanner) -> str:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill on the way leaves none that looks complete."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / ".metadata").unlink()
-    if folder.exists():
+    if folder.is_dir():
+        (folder / ".metadata").unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 

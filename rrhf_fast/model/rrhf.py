@@ -139,20 +139,20 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
 
 
 # What selective checkpointing keeps: results of matrix products and attention.
-_KEPT = (
+CHECKPOINT_KEEPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
+]
 
 
 def _checkpointed(forward, mode: str):
     options = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_KEPT))
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, CHECKPOINT_KEEPS)
 
     # Around the bound method, so that parameter names (and the saved model) stay as they are.
     def run(*args, **kwargs):

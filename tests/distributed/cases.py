@@ -1,7 +1,7 @@
 """What every rank runs: python -m torch.distributed.run --nproc_per_node N cases.py FOLDER
 
-Small runs of the embedded model, or of a random one with a head of its own. They are also run
-without torchrun, to be compared with.
+Small runs of the embedded model, or of a random one with a head of its own. Without torchrun it
+makes the inputs and what the ranks' runs are compared with.
 """
 
 import os
@@ -71,12 +71,20 @@ def run(folder: Path, name: str, options: dict):
 
 
 def main(folder: Path) -> None:
-    size = int(os.environ["WORLD_SIZE"])
+    size = int(os.environ.get("WORLD_SIZE", 0))
+    if not size:
+        make_inputs(folder)
+        for name, options in CASES.items():
+            if name not in SAME_AS:
+                run(folder, name, options)
+        return
     dist.init_process_group("gloo")
-    cases = dict(CASES)
+    cases = CASES
     if size == 4:
-        cases["replicated"] = {"data_parallel_replicate": 2, "max_tokens_per_pack": 250}
-        cases["resumed"] = {"resume_from_checkpoint": str(folder / "2" / "tied" / "checkpoint-3")}
+        cases |= {
+            "replicated": {"data_parallel_replicate": 2, "max_tokens_per_pack": 250},
+            "resumed": {"resume_from_checkpoint": str(folder / "2" / "tied" / "checkpoint-3")},
+        }
     for name, options in cases.items():
         run(folder, name, options)
     dist.destroy_process_group()

@@ -19,11 +19,15 @@ SPEC.loader.exec_module(cases)
 pytestmark = pytest.mark.slow
 
 
-def torchrun(num_ranks, *arguments, timeout=300):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def launch(num_ranks, *arguments, timeout=300):
+    """Run on the CPU, under torchrun if `num_ranks` is not 0."""
+    command = [sys.executable]
+    if num_ranks:
+        options = ["--standalone", "--nproc_per_node", str(num_ranks)]
+        command += ["-m", "torch.distributed.run", *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [*command, "--nproc_per_node", str(num_ranks), *map(str, arguments)],
+        command + [str(text) for text in arguments],
         env=env, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
@@ -32,12 +36,8 @@ def torchrun(num_ranks, *arguments, timeout=300):
 def folder(tmp_path_factory):
     """Holds each case as it comes out alone, on 1, 2 and 4 ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    cases.make_inputs(folder)
-    for name, options in cases.CASES.items():
-        if name not in cases.SAME_AS and "cpu_offload" not in options:
-            cases.run(folder, name, options)
-    for num_ranks in (1, 2, 4):
-        done = torchrun(num_ranks, SCRIPT, folder)
+    for num_ranks in (0, 1, 2, 4):
+        done = launch(num_ranks, SCRIPT, folder)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -81,3 +81,25 @@ def test_samples_of_all_prompts(folder):
         assert len(samples) == 2 * 7
         prompts = [json.loads(line)["prompt"] for line in (folder / "eval.jsonl").open()]
         assert [sample["prompt"] for sample in samples] == prompts * 2
+
+
+def test_a_rank_that_fails_takes_the_others_along(folder):
+    # The second rank alone finds no room for its output; the first waits for it in the step.
+    done = launch(2, SCRIPT.with_name("failing.py"), folder, timeout=120)
+    assert done.returncode != 0
+    assert "rank 1 fails" in done.stderr
+    assert "rank 0 survived" not in done.stdout
+
+
+def test_mistakes_are_one_line_and_exit_code_2(folder, tmp_path):
+    arguments = [
+        "-m",
+        "rrhf_fast.train",
+        "--data_parallel_shard",
+        3,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    done = launch(2, *arguments)
+    assert "data_parallel_replicate: expected their product" in done.stderr
+    assert "exitcode  : 2" in done.stderr and not (tmp_path / "o").exists()

@@ -1,0 +1,165 @@
+"""An estimate of the memory that a GPU needs, from shapes alone: what `--dry_run` prints.
+
+Weights, gradients and optimizer state are counted exactly. Activations are what autograd keeps of
+one pack, found by running the decoder on the meta device, which computes shapes and nothing else.
+Not counted: what the allocator loses to fragments, NCCL's buffers, the CUDA context (about 1 GiB
+together).
+"""
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, PreTrainedModel
+
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.model.decoder import attention
+from rrhf_fast.model.lora import add_lora
+from rrhf_fast.model.rrhf import CHECKPOINT_KEEPS, decoder_layers
+from rrhf_fast.model.sharded import empty_model
+
+NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
+HEAD_WORKSPACE = 512 * 2**20  # bytes, the default of `linear_logprob` on CUDA
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # weights in the dtype of the arithmetic, and gradients before they are reduced
+    activations: float
+    head: float
+
+
+def memory_table(config: TrainConfig) -> str:
+    """The estimate for a config on 1 to 64 GPUs, in GiB. Raises ValueError as loading would."""
+    options = {"trust_remote_code": config.trust_remote_code}
+    lm = empty_model(config.model_name_or_path, **options)
+    if config.use_peft:
+        add_lora(lm, config)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    activations = activation_bytes(lm, config, dtype)
+    count = sum(parameter.numel() for parameter in lm.parameters())
+    names = [field.name for field in fields(Memory)]
+    lines = [
+        f"GiB on one GPU: {config.model_name_or_path}, {count / 1e9:.3g}B parameters, "
+        f"{str(dtype).removeprefix('torch.')}, packs of {config.max_tokens_per_pack} tokens, "
+        f"activation_checkpointing {config.activation_checkpointing}",
+        f"{'GPUs':>5}" + "".join(f"{name:>13}" for name in [*names, "total"]),
+    ]
+    for num_gpus in NUM_GPUS:
+        parts = astuple(estimate(lm, config, dtype, num_gpus, activations))
+        numbers = "".join(f"{part / 2**30:13.2f}" for part in [*parts, sum(parts)])
+        lines.append(f"{num_gpus:>5}{numbers}")
+    return "\n".join(lines)
+
+
+def estimate(
+    lm: PreTrainedModel,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    num_gpus: int,
+    activations: float = 0,
+) -> Memory:
+    """With weights sharded over `num_gpus`; 1 is a process without torchrun."""
+    layers = [_sizes(layer) for layer in decoder_layers(lm)]
+    count, trained = _sizes(lm)
+    largest, rest = max(layers), count - sum(size for size, _ in layers)
+    if num_gpus == 1:
+        # Autocast keeps a copy of each weight until the backward has used it.
+        gathered = 0 if dtype == torch.float32 else dtype.itemsize * count
+    elif config.reshard_after_forward:
+        # The layer at hand, the next one, what belongs to no layer; a layer's gradients.
+        gathered = dtype.itemsize * (2 * largest[0] + rest) + (dtype.itemsize + 4) * largest[1]
+    else:
+        gathered = dtype.itemsize * count + 4 * trained
+    head = lm.get_output_embeddings().weight
+    d_weight = dtype.itemsize * head.numel() if head.requires_grad else 0
+    at_home = 0 if config.cpu_offload else 1
+    return Memory(
+        weights=at_home * 4 * count / num_gpus,
+        gradients=at_home * 4 * trained / num_gpus,
+        optimizer=at_home * 8 * trained / num_gpus,  # AdamW's two moments
+        gathered=gathered,
+        activations=activations,
+        head=HEAD_WORKSPACE + d_weight,
+    )
+
+
+def activation_bytes(lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype) -> int:
+    """Bytes that stand between forward and backward of a pack of max_tokens_per_pack tokens."""
+    ids = torch.zeros(1, config.max_tokens_per_pack, dtype=torch.int64, device="meta")
+    lm.to(dtype)
+    kept = _Kept(lm)
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor)
+    with attention(lm, "rrhf_shapes"), hooks, kept:
+        hidden = lm.base_model(input_ids=ids, position_ids=torch.arange(
+            config.max_tokens_per_pack, device="meta")[None], use_cache=False)[0]  # fmt: skip
+    lm.to(torch.float32)
+    if config.activation_checkpointing == "none":
+        return kept.saved
+    layers = len(decoder_layers(lm))
+    inputs = layers * hidden.numel() * dtype.itemsize
+    # While a layer's backward runs, what it saved is there again.
+    at_hand = kept.saved // layers
+    recomputed_from = kept.selective if config.activation_checkpointing == "selective" else 0
+    return inputs + recomputed_from + at_hand
+
+
+class _Kept(TorchDispatchMode):
+    """Adds up what autograd saves, each storage once and no weights; and what selective
+    checkpointing would keep."""
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        self.saved = self.selective = 0
+        self._seen = {p.untyped_storage()._cdata for p in lm.parameters()}
+        self._alive = []  # a storage that is gone would hand its address on
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(storage)
+            self.saved += storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in CHECKPOINT_KEEPS:
+            self.selective += out.numel() * out.element_size()
+        return out
+
+
+class _AttentionShapes(torch.autograd.Function):
+    """Saves what a fused attention saves."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise AssertionError("shapes have no gradient")
+
+
+def _attention_shapes(module: nn.Module, query, key, value, attention_mask=None, **_):
+    return _AttentionShapes.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register("rrhf_shapes", _attention_shapes)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Parameters, and those that are trained."""
+    parameters = list(module.parameters())
+    return (
+        sum(parameter.numel() for parameter in parameters),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    )

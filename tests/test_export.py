@@ -1,0 +1,122 @@
+"""The export command: a checkpoint's model has the logits of the trained one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast.export import main
+
+
+def make_model(folder, *, tied, dtype=torch.float32):
+    """A random model with a chat template and settings of its own for generation."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=576, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    lm = LlamaForCausalLM(config).to(dtype)
+    lm.generation_config.temperature, lm.generation_config.do_sample = 0.7, True
+    lm.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trained(folder, model, **options):
+    """Two steps with a checkpoint after the second."""
+    lines = demo.TRAIN_FILE.read_text().splitlines(keepends=True)[:8]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return train(
+        TrainConfig(
+            model_name_or_path=model, train_data=str(folder / "rows.jsonl"), train_batch_size=4,
+            max_steps=2, save_steps=2, learning_rate=1e-2, output_dir=str(folder / "out"), **options,
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def logits(folder):
+    ids = torch.arange(40)[None]
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def export(folder, **options):
+    arguments = ["--checkpoint", str(folder / "out/checkpoint-2")]
+    options = {"output_dir": str(folder / "model")} | options
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    assert main(arguments) == 0
+    return Path(options["output_dir"])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_checkpoint_becomes_a_model(tmp_path, tied):
+    source = make_model(tmp_path / "source", tied=tied)
+    trained(tmp_path, source)
+    model = export(tmp_path)
+    assert torch.equal(logits(model), logits(tmp_path / "out"))
+    assert not torch.allclose(logits(model), logits(source), atol=1e-2)
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (model / name).read_text() == (Path(source) / name).read_text(), name
+    assert sorted(p.name for p in model.iterdir()) == sorted(p.name for p in Path(source).iterdir())
+
+
+def test_the_dtype_is_that_of_the_source_unless_told_otherwise(tmp_path):
+    trained(tmp_path, make_model(tmp_path / "source", tied=True, dtype=torch.bfloat16))
+    exact = export(tmp_path, dtype="float32", output_dir=str(tmp_path / "exact"))
+    for folder, dtype in (
+        (tmp_path / "out", torch.bfloat16),
+        (export(tmp_path), torch.bfloat16),
+        (exact, torch.float32),
+    ):
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        assert lm.dtype == dtype and lm.model.norm.weight.dtype == dtype, folder
+    rounded = logits(tmp_path / "out")
+    assert torch.equal(rounded, logits(tmp_path / "model"))
+    assert 0 < (rounded - logits(exact)).abs().max() < 0.05
+
+
+def test_adapters(tmp_path):
+    source = make_model(tmp_path / "source", tied=False)
+    result = trained(tmp_path, source, use_peft=True, lora_r=4)
+    out = result.output_dir
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == source and settings["r"] == 4
+    assert not (out / "model.safetensors").exists()
+    expected = logits(out)  # transformers puts the adapters on their model
+    assert not torch.allclose(expected, logits(source), atol=1e-2)
+    alone = export(tmp_path)
+    name = "adapter_model.safetensors"
+    assert (alone / name).read_bytes() == (out / name).read_bytes()
+    merged = export(tmp_path, merge="true", output_dir=str(tmp_path / "merged"))
+    also = export(tmp_path, merge="true", checkpoint=str(out), output_dir=str(tmp_path / "also"))
+    for folder in (merged, also):
+        assert not (folder / "adapter_config.json").exists()
+        assert torch.allclose(logits(folder), expected, atol=1e-5)
+
+
+def test_mistakes(tmp_path, capsys):
+    trained(tmp_path, make_model(tmp_path / "source", tied=True))
+    checkpoint = tmp_path / "out/checkpoint-2"
+    cases = {
+        "checkpoint: expected a complete checkpoint": (tmp_path, "model", "false"),
+        "already holds a model": (checkpoint, "out", "false"),
+        "holds no LoRA adapters": (checkpoint, "model", "true"),
+    }
+    for problem, (folder, target, merge) in cases.items():
+        arguments = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / target)]
+        assert main([*arguments, "--merge", merge]) == 2
+        assert problem in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    arguments = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "file")]
+    assert main(arguments) == 1
+    assert "could not be written" in capsys.readouterr().err
+    os.unlink(checkpoint / ".metadata")
+    assert main([*arguments[:3], str(tmp_path / "model")]) == 2
+    assert not (tmp_path / "model").exists()

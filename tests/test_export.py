@@ -35,7 +35,8 @@ def trained(folder, model, **options):
     return train(
         TrainConfig(
             model_name_or_path=model, train_data=str(folder / "rows.jsonl"), train_batch_size=4,
-            max_steps=2, save_steps=2, learning_rate=1e-2, output_dir=str(folder / "out"), **options,
+            max_steps=2, save_steps=2, learning_rate=1e-2, output_dir=str(folder / "out"),
+            **options,
         )
     )  # fmt: skip
 

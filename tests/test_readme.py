@@ -11,7 +11,7 @@ import torch
 import rrhf_fast.engine.loop
 import rrhf_fast.losses.rrhf
 from rrhf_fast.command import parse_config
-from rrhf_fast.config import TrainConfig
+from rrhf_fast.config import ExportConfig, TrainConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
@@ -33,14 +33,19 @@ def test_the_row_shown_is_a_row():
 
 def test_commands_and_options_exist():
     commands = "\n".join(text for language, text in BLOCKS if language == "bash")
-    (train,) = re.findall(r"python -m rrhf_fast.train (.*?)\n\n?", commands.replace("\\\n", ""))
-    assert parse_config(TrainConfig, train.split()).output_dir == "out"
+    found = re.findall(r"-m rrhf_fast\.(\w+) (.*?)'?\n", commands.replace("\\\n", ""))
+    assert len(found) >= 7
+    for command, options in found:
+        config_class = {"train": TrainConfig, "export": ExportConfig}[command]
+        config = parse_config(config_class, options.replace("--config run.yaml", "").split())
+        assert command != "train" or config.validate() is None
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
     about_training = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
     named = set(re.findall(r"--(\w+_\w+)", about_training))
-    assert named and named <= set(TrainConfig.__dataclass_fields__) | {"print_config"}
+    known = {**TrainConfig.__dataclass_fields__, **ExportConfig.__dataclass_fields__}
+    assert named and named <= known.keys() | {"print_config", "nproc_per_node"}
 
 
 def test_the_forest_shown_is_the_forest_built():

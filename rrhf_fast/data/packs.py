@@ -111,6 +111,10 @@ class PackPlanner:
             return replace(self.build([smallest]), query_ids=torch.empty(0, dtype=torch.int64))
         return self._build([self.queries[i] for i in query_ids], query_ids)
 
+    def packs(self, query_ids: Sequence[int]) -> list[Pack]:
+        """Plan and build, for one rank."""
+        return self.batch(query_ids).packs
+
     def batch(self, query_ids: Sequence[int], rank: int = 0, num_ranks: int = 1) -> Batch:
         """Plan for all ranks, build for one."""
         packs = [self.build(ids) for ids in self.plan_ranks(query_ids, num_ranks)[rank]]

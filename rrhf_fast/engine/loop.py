@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
         2
     """
     config.validate()
-    with join_world(config) as world, _Signals(world) as signals:
+    with join_world(config) as world:
         run = prepare(config, world)
         optimizer, schedule = build_optimizer(run.model, run.config, run.num_steps)
         checkpoints = Checkpoints(run, optimizer, schedule)
@@ -79,24 +79,27 @@ def train(config: TrainConfig) -> TrainResult:
         _print(world, run.summary)
         progress = _start(run, checkpoints, log)
         result = TrainResult(run.output_dir, metrics=log.records, steps=progress.step)
-        together = True  # whether all ranks got here by the same way
-        try:
-            _fit(run, optimizer, schedule, checkpoints, progress, log, result, signals)
-        except KeyboardInterrupt:
-            result.interrupted = True
-        except NotFinite:
-            raise
-        except BaseException:
-            together = world.size == 1
-            raise
-        finally:
-            with _uninterrupted():
-                # Whatever ended the run, complete steps are worth keeping.
-                if result.steps and together and not result.preempted:
-                    save_model(run)
-                if result.steps and world.is_first:
-                    plot_training(log.records, run.output_dir / "training.png")
-                log.close()
+        with _Signals(world) as signals:
+            plot = run.output_dir / "training.png"
+            together = True  # whether all ranks got here by the same way
+            try:
+                _fit(run, optimizer, schedule, checkpoints, progress, log, result, signals)
+            except KeyboardInterrupt:
+                result.interrupted = True
+            except NotFinite:
+                raise
+            except BaseException:
+                together = world.size == 1
+                raise
+            finally:
+                with _uninterrupted():
+                    # Whatever ended the run, complete steps are worth keeping.
+                    if result.steps and together and not result.preempted:
+                        save_model(run)
+                    if result.steps and together:
+                        # The other ranks wait: Slurm would take one that is done for a failure.
+                        world.once(lambda: plot_training(log.records, plot))
+                    log.close()
         _print(world, _closing(result))
     return result
 
@@ -106,7 +109,7 @@ class _Signals:
     the loop to stop after the step at hand."""
 
     def __init__(self, world: World):
-        self.stop = self.interrupted = False
+        self.stop = False
         self._names = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGINT] * (world.size > 1)
         self._before = {}
 

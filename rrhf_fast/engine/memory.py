@@ -69,9 +69,12 @@ def estimate(
     layers = [_sizes(layer) for layer in decoder_layers(lm)]
     count, trained = _sizes(lm)
     largest, rest = max(layers), count - sum(size for size, _ in layers)
+    masters = 4 * count / num_gpus
     if num_gpus == 1:
-        # Autocast keeps a copy of each weight until the backward has used it.
-        gathered = 0 if dtype == torch.float32 else dtype.itemsize * count
+        # Autocast keeps a copy of each float32 weight until the backward has used it; frozen
+        # weights are in the arithmetic's dtype.
+        gathered = 0 if dtype == torch.float32 else dtype.itemsize * trained
+        masters = 4 * trained + dtype.itemsize * (count - trained)
     elif config.reshard_after_forward:
         # The layer at hand, the next one, what belongs to no layer; a layer's gradients.
         gathered = dtype.itemsize * (2 * largest[0] + rest) + (dtype.itemsize + 4) * largest[1]
@@ -81,7 +84,7 @@ def estimate(
     d_weight = dtype.itemsize * head.numel() if head.requires_grad else 0
     at_home = 0 if config.cpu_offload else 1
     return Memory(
-        weights=at_home * 4 * count / num_gpus,
+        weights=at_home * masters,
         gradients=at_home * 4 * trained / num_gpus,
         optimizer=at_home * 8 * trained / num_gpus,  # AdamW's two moments
         gathered=gathered,

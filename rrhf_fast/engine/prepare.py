@@ -110,6 +110,11 @@ def prepare(config: TrainConfig, world: World) -> Run:
     )
     if world.mesh is not None:
         shard_model(model, world, config)
+    elif config.use_peft:
+        # Weights that do not change need no float32 copy (FSDP wants one dtype a layer, though).
+        for parameter in lm.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(model.compute_dtype)
     if stored is not None:
         fill_weights(lm, stored, torch.device("cpu") if config.cpu_offload else world.device)
     if config.use_peft:

@@ -54,6 +54,46 @@ def test_the_plan_does_not_waste_packs(cases, random):
     assert len(filled) < 2 or filled[0] + filled[1] > plan.max_tokens
 
 
+@pytest.mark.parametrize("packing", ["forest", "none"])
+@given(
+    cases=st.lists(shapes, min_size=1, max_size=20),
+    num_ranks=st.integers(1, 5),
+    max_tokens=st.integers(1, 200),
+)
+def test_ranks_get_as_many_packs_each_within_the_budget(packing, cases, num_ranks, max_tokens):
+    plan = planner(packing, cases, max_tokens)
+    ranks = plan.plan_ranks(range(len(cases)), num_ranks)
+    assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
+    groups = [group for packs in ranks for group in packs]
+    assert sorted(i for group in groups for i in group) == list(range(len(cases)))
+    # As few rounds as the budget allows.
+    assert len(ranks[0]) == -(-len(plan.plan(range(len(cases)))) // num_ranks)
+    for group in groups:
+        pack = plan.build(group)
+        assert pack.num_queries == len(group)
+        if group:
+            assert pack.num_tokens == plan.num_tokens(group)
+            assert pack.num_tokens <= max_tokens or len(group) == 1
+
+
+def test_ranks_are_level():
+    rng = np.random.default_rng(0)
+    cases = [(int(n), [int(m), 5]) for n, m in zip(*rng.integers(5, 300, (2, 256)), strict=True)]
+    plan = planner("forest", cases, max_tokens=4000)
+    ranks = plan.plan_ranks(range(len(cases)), 8)
+    # The largest of the packs that run side by side decides how long all take.
+    taken = sum(max(map(plan.num_tokens, packs)) for packs in zip(*ranks, strict=True))
+    assert taken < 1.03 * sum(plan.sizes) / 8
+
+
+def test_a_step_in_the_middle_is_where_the_run_would_be():
+    plan = planner("forest", [(5, [3, 4])] * 10)
+    options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
+    whole = ids(batches(plan, **options))
+    for step in range(7):
+        assert ids(batches(plan, first_step=step, **options)) == whole[step:]
+
+
 def ids(steps):
     return [[i for pack in batch.packs for i in pack.query_ids.tolist()] for batch in steps]
 

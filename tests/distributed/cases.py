@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from rrhf_fast import TrainConfig, demo, train
 
@@ -22,6 +28,7 @@ COMMON = {
 CASES = {
     "tied": {"save_steps": 3},
     "untied": {"model": "untied"},
+    "experts": {"model": "experts"},
     "accumulation": {"max_tokens_per_pack": 250},
     "gathered once": {"max_tokens_per_pack": 250, "reshard_after_forward": False},
     "checkpointing": {"activation_checkpointing": "full", "max_tokens_per_pack": 250},
@@ -52,16 +59,23 @@ def make_inputs(folder: Path) -> None:
     )  # fmt: skip
     lm = LlamaForCausalLM(config).to(torch.bfloat16)
     lm.save_pretrained(folder / "untied", max_shard_size="100KB")
-    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder / "untied")
+    # Its files hold each expert apart, and transformers fuses them while loading.
+    config = MixtralConfig(
+        vocab_size=577, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, sliding_window=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder / "experts")
+    for name in ("untied", "experts"):
+        AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder / name)
 
 
 def run(folder: Path, name: str, options: dict):
-    """One case, in folder/<number of ranks>/<name>."""
+    """One case, in folder/<number of ranks, 0 without torchrun>/<name>."""
     options = dict(options)
     model = folder / options.pop("model") if "model" in options else demo.MODEL_DIR
     data = {"train_data": str(folder / demo.TRAIN_FILE.name)}
     data["eval_data"] = str(folder / demo.EVAL_FILE.name)
-    output_dir = folder / os.environ.get("WORLD_SIZE", "alone") / name
+    output_dir = folder / os.environ.get("WORLD_SIZE", "0") / name
     return train(
         TrainConfig(
             model_name_or_path=str(model), output_dir=str(output_dir), save_dtype="float32",
@@ -70,24 +84,30 @@ def run(folder: Path, name: str, options: dict):
     )  # fmt: skip
 
 
+def of_ranks(num_ranks: int, folder: Path) -> dict[str, dict]:
+    """The cases that this number of ranks runs: all on 4."""
+    if num_ranks == 0:
+        return {name: options for name, options in CASES.items() if name not in SAME_AS}
+    if num_ranks == 1:
+        return {name: CASES[name] for name in ("tied", "untied", "offload", "lora")}
+    if num_ranks == 2:
+        return CASES
+    return CASES | {
+        "replicated": {"data_parallel_replicate": 2, "max_tokens_per_pack": 250},
+        "resumed": {"resume_from_checkpoint": str(folder / "2" / "tied" / "checkpoint-3")},
+    }
+
+
 def main(folder: Path) -> None:
-    size = int(os.environ.get("WORLD_SIZE", 0))
-    if not size:
+    num_ranks = int(os.environ.get("WORLD_SIZE", 0))
+    if num_ranks:
+        dist.init_process_group("gloo")
+    else:
         make_inputs(folder)
-        for name, options in CASES.items():
-            if name not in SAME_AS:
-                run(folder, name, options)
-        return
-    dist.init_process_group("gloo")
-    cases = CASES
-    if size == 4:
-        cases |= {
-            "replicated": {"data_parallel_replicate": 2, "max_tokens_per_pack": 250},
-            "resumed": {"resume_from_checkpoint": str(folder / "2" / "tied" / "checkpoint-3")},
-        }
-    for name, options in cases.items():
+    for name, options in of_ranks(num_ranks, folder).items():
         run(folder, name, options)
-    dist.destroy_process_group()
+    if num_ranks:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,18 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from rrhf_fast import TrainConfig
+from rrhf_fast.engine.checkpoint import complete_checkpoints
+from rrhf_fast.engine.distributed import join_world
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cases.py")
@@ -16,30 +22,27 @@ SPEC = importlib.util.spec_from_file_location("cases", SCRIPT)
 cases = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(cases)
 
-pytestmark = pytest.mark.slow
 
-
-def launch(num_ranks, *arguments, timeout=300):
-    """Run on the CPU, under torchrun if `num_ranks` is not 0."""
+def start(num_ranks, *arguments):
+    """A process on the CPU, under torchrun if `num_ranks` is not 0."""
     command = [sys.executable]
     if num_ranks:
         options = ["--standalone", "--nproc_per_node", str(num_ranks)]
         command += ["-m", "torch.distributed.run", *options]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command + [str(text) for text in arguments],
-        env=env, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    command += [str(text) for text in arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds each case as it comes out alone, on 1, 2 and 4 ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for num_ranks in (0, 1, 2, 4):
-        done = launch(num_ranks, SCRIPT, folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+def launch(num_ranks, *arguments, timeout=300):
+    """Exit code, standard output and errors of `start`."""
+    process = start(num_ranks, *arguments)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, errors
 
 
 def metrics(folder):
@@ -51,55 +54,73 @@ def weights(folder):
     return load_file(file)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", [*cases.CASES, "replicated", "resumed"])
-def test_ranks_change_nothing(folder, name, num_ranks):
-    if name not in cases.CASES and num_ranks < 4:
-        pytest.skip("a case of 4 ranks")
-    expected = folder / "alone" / cases.SAME_AS.get(name, name)
-    found = folder / str(num_ranks) / name
-    first_step = 4 if name == "resumed" else 0
+def assert_same_run(expected, found, *, first_step=0):
+    """Losses, gradient norms, held-out measures and weights, to 1e-5. What is sampled depends on
+    the number of ranks, since each has a seed, and so does the time."""
+    free = {"tokens_per_second", "eval/reward", "eval/reward_ci95", "eval/response_length"}
     before = [record for record in metrics(expected) if record["step"] >= first_step]
     after = metrics(found)
     assert [record["step"] for record in after] == [record["step"] for record in before]
-    exact = set() if name == "padding" else {"num_tokens"}
-    sampled = {"eval/reward", "eval/reward_ci95", "eval/response_length"}  # each rank has a seed
     for one, other in zip(before, after, strict=True):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"tokens_per_second", "num_tokens"} - sampled:
-            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (one["step"], key)
-        assert all(one[key] == other[key] for key in exact & one.keys())
+        for key in one.keys() - free:
+            # How rows are dealt decides how much of a padded batch is padding.
+            if key != "num_tokens" or "padding" not in str(found):
+                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (found, key)
     one, other = weights(expected), weights(found)
     assert one.keys() == other.keys()
     for key in one:
-        assert (one[key] - other[key]).abs().max() < 1e-5, key
+        assert (one[key] - other[key]).abs().max() < 1e-5, (found, key)
 
 
-def test_samples_of_all_prompts(folder):
-    for ranks in ("alone", "2", "4"):
-        samples = [json.loads(line) for line in (folder / ranks / "samples/samples.jsonl").open()]
-        assert len(samples) == 2 * 7
-        prompts = [json.loads(line)["prompt"] for line in (folder / "eval.jsonl").open()]
-        assert [sample["prompt"] for sample in samples] == prompts * 2
+@pytest.mark.slow
+def test_ranks_change_nothing(tmp_path):
+    # One test, so that pytest-xdist does not make every worker launch all of it.
+    for num_ranks in (0, 1, 2, 4):
+        code, _, errors = launch(num_ranks, SCRIPT, tmp_path)
+        assert code == 0, errors
+        for name in cases.of_ranks(num_ranks, tmp_path):
+            expected = tmp_path / "0" / cases.SAME_AS.get(name, name)
+            first_step = 4 if name == "resumed" else 0
+            assert_same_run(expected, tmp_path / str(num_ranks) / name, first_step=first_step)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "eval.jsonl").open()]
+    for num_ranks in (0, 2, 4):
+        path = tmp_path / str(num_ranks) / "samples/samples.jsonl"
+        assert [json.loads(line)["prompt"] for line in path.open()] == prompts * 2
 
 
-def test_a_rank_that_fails_takes_the_others_along(folder):
-    # The second rank alone finds no room for its output; the first waits for it in the step.
-    done = launch(2, SCRIPT.with_name("failing.py"), folder, timeout=120)
-    assert done.returncode != 0
-    assert "rank 1 fails" in done.stderr
-    assert "rank 0 survived" not in done.stdout
+@pytest.mark.slow
+def test_a_rank_that_fails_takes_the_others_along(tmp_path):
+    # The first rank waits in the third step for the second, which has failed.
+    cases.make_inputs(tmp_path)
+    code, out, errors = launch(2, SCRIPT.with_name("failing.py"), tmp_path, timeout=120)
+    assert code != 0 and "RuntimeError: rank 1 fails" in errors
+    assert "survived" not in out
 
 
-def test_mistakes_are_one_line_and_exit_code_2(folder, tmp_path):
-    arguments = [
-        "-m",
-        "rrhf_fast.train",
-        "--data_parallel_shard",
-        3,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    done = launch(2, *arguments)
-    assert "data_parallel_replicate: expected their product" in done.stderr
-    assert "exitcode  : 2" in done.stderr and not (tmp_path / "o").exists()
+def test_a_mesh_that_does_not_fit(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = TrainConfig(data_parallel_shard=3)
+    with pytest.raises(ValueError, match="found 3 x 1 for 4 processes"), join_world(config):
+        pass
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(ValueError, match="cpu_offload"), join_world(TrainConfig(cpu_offload=True)):
+        pass
+
+
+@pytest.mark.slow
+def test_sigterm_saves_on_all_ranks(tmp_path):
+    out = tmp_path / "out"
+    process = start(2, "-m", "rrhf_fast.train", "--output_dir", out, "--max_steps", 9999)
+    give_up = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists():
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    printed, errors = process.communicate(timeout=120)
+    assert "to resume from is in" in printed, errors
+    assert process.returncode == 1  # torchrun's own
+    (saved,) = complete_checkpoints(out)
+    assert len(list(saved.glob("*.distcp"))) == 2

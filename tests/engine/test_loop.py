@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from rrhf_fast import TrainConfig, demo, reference, train
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import tokenise_rows
-from rrhf_fast.engine.loop import NotFinite
+from rrhf_fast.engine.loop import NotFinite, OutOfMemory
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.plot import plot_training
+from rrhf_fast.model.rrhf import RRHFModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,6 +226,28 @@ def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):
     ]  # fmt: skip
     assert AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (tmp_path / "training.png").exists()
+
+
+def test_a_pack_that_does_not_fit_is_named(tmp_path, data, monkeypatch):
+    plain = RRHFModel.forward
+
+    def no_room(model, pack):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, pack)
+
+    monkeypatch.setattr(RRHFModel, "forward", no_room)
+    problem = r"a pack of [\d,]+ tokens \(\d queries\) does not fit; lower --max_tokens_per_pack"
+    with pytest.raises(OutOfMemory, match=problem):
+        run(tmp_path, data)
+    with pytest.raises(OutOfMemory, match="--max_length .a single query"):
+        run(tmp_path, data, max_tokens_per_pack=10, overwrite_output_dir=True)
+
+
+def test_adapters_in_bfloat16(tmp_path, data):
+    options = {"use_peft": True, "eval_reward_fn": "rrhf_fast.demo.reward:score"}
+    result = run(tmp_path / "half", data, dtype="bfloat16", **options)
+    assert_same_curves(result, run(tmp_path / "full", data, **options), rel=0.1)
 
 
 def test_a_reward_function_that_misbehaves(tmp_path, data, monkeypatch):

@@ -1,0 +1,92 @@
+"""Adapters on the packed path: the same loss as unpacked runs, gradients for them alone."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rrhf_fast import TrainConfig, demo, reference
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.model.lora import add_lora, init_lora
+from rrhf_fast.model.rrhf import RRHFModel
+
+
+def adapted(**options):
+    config = TrainConfig(use_peft=True, lora_r=4, **options)
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR).eval()
+    add_lora(lm, config)
+    init_lora(lm, seed=0)
+    return lm, config
+
+
+def queries(count):
+    rows, report = load_rows(str(demo.TRAIN_FILE))
+    tokenizer = load_tokenizer(str(demo.MODEL_DIR))
+    return tokenise_rows(rows[:count], tokenizer, report, max_length=256)[0]
+
+
+def test_the_packed_loss_is_the_reference_and_trains_adapters_alone():
+    lm, config = adapted()
+    generator = torch.Generator().manual_seed(1)
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if "lora_B" in name:  # zero, which would hide A
+                parameter.normal_(std=0.05, generator=generator)
+    rows = queries(3)
+    (pack,) = PackPlanner(rows, packing="forest", max_tokens_per_pack=5000).packs(range(3))
+    model = RRHFModel(lm, config, max_length=256)
+    loss = model(pack).loss
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    assert all(p.grad is None for name, p in lm.named_parameters() if name not in trained)
+    assert lm.get_output_embeddings().weight.grad is None
+
+    lm.zero_grad()
+    losses = []
+    with model.generation():
+        for query in rows:
+            prompt = torch.from_numpy(query.prompt_ids).long()
+            logps = [
+                reference.response_logps(lm, prompt, torch.from_numpy(ids).long())
+                for ids in query.response_ids
+            ]
+            losses.append(reference.rrhf_loss(logps, torch.from_numpy(query.rewards))[0])
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in trained.items():
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_fresh_adapters_change_nothing_and_follow_the_seed():
+    plain = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR).eval()
+    lm, _ = adapted()
+    ids = torch.arange(30)[None]
+    assert torch.equal(plain(ids).logits, lm(ids).logits)
+    values = {name: p.clone() for name, p in lm.named_parameters() if "lora_A" in name}
+    assert len(values) == 4 * 7  # all linear layers of four decoder layers, no head
+    init_lora(lm, seed=0)
+    assert all(torch.equal(p, values[n]) for n, p in lm.named_parameters() if n in values)
+    init_lora(lm, seed=1)
+    assert not any(torch.equal(p, values[n]) for n, p in lm.named_parameters() if n in values)
+
+
+@pytest.mark.parametrize(
+    ("targets", "problem"),
+    [
+        (["no_such_layer"], "lora_target_modules: .*no_such_layer"),
+        (["lm_head"], "lora_target_modules: expected linear layers below the head"),
+        (["embed_tokens"], "lora_target_modules: expected linear layers below the head"),
+    ],
+)
+def test_targets_that_cannot_be_adapted(targets, problem):
+    with pytest.raises(ValueError, match=problem):
+        adapted(lora_target_modules=targets)
+
+
+def test_dropout_is_refused():
+    with pytest.raises(ValueError, match="lora_dropout: expected 0"):
+        TrainConfig(lora_dropout=0.05).validate()

@@ -126,7 +126,9 @@ class Checkpoints:
         if self._rng_key in state:  # not there on a rank that the saving run did not have
             _set_random_states(pickle.loads(state[self._rng_key]))
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
-        return progress, saved["files"]
+        # In another folder than its run's, the files start anew.
+        own = folder.parent.resolve() == self._run.output_dir.resolve()
+        return progress, saved["files"] if own else {}
 
     def load_optimizer(self, folder: Path) -> None:
         """Start with another run's moments; rates and decays stay those of this run."""

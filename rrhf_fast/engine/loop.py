@@ -77,6 +77,9 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoints = Checkpoints(run, optimizer, schedule)
         log = MetricsLog(run.output_dir, run.config, writes=world.is_first)
         _print(world, run.summary)
+        if world.size > 1:
+            copies, shards = world.mesh.shape
+            _print(world, f"ranks      {world.size}, weights in {copies} copies of {shards} parts")
         progress = _start(run, checkpoints, log)
         result = TrainResult(run.output_dir, metrics=log.records, steps=progress.step)
         with _Signals(world) as signals:

@@ -116,7 +116,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(model.compute_dtype)
     if stored is not None:
-        fill_weights(lm, stored, torch.device("cpu") if config.cpu_offload else world.device)
+        model.to_empty(device="cpu" if config.cpu_offload else world.device)
+        fill_weights(lm, stored)
     if config.use_peft:
         init_lora(lm, config.seed)
     planner_options = {

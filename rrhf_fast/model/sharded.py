@@ -70,10 +70,9 @@ def locate_weights(lm: PreTrainedModel, name_or_path: str) -> dict[str, Stored] 
 
 
 @torch.no_grad()
-def fill_weights(lm: PreTrainedModel, found: dict[str, Stored], device: torch.device) -> None:
-    """Give a sharded, empty model memory on `device` and its weights. Tensors that `found` does not
-    name, such as adapters, are left to the caller."""
-    lm.to_empty(device=device)
+def fill_weights(lm: PreTrainedModel, found: dict[str, Stored]) -> None:
+    """Read the weights of a sharded model that has memory, but no values (`to_empty`). Tensors that
+    `found` does not name, such as adapters, are left to the caller."""
     tensors = named_tensors(lm)
     by_file = {}
     for name, stored in found.items():

@@ -20,6 +20,7 @@ import shutil
 import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.engine.prepare import Run
 from rrhf_fast.engine.save import SaveFailed, write_config
 from rrhf_fast.model.sharded import named_tensors
@@ -91,12 +91,12 @@ class Checkpoints:
         if self._pending is None or not (wait or self._pending[1].done()):
             return
         (folder, future), self._pending = self._pending, None
+        limit = self._run.config.save_total_limit
         with _clear_errors(folder):
             future.result()
-        limit = self._run.config.save_total_limit
-        if self._run.world.is_first and limit is not None:
-            for old in complete_checkpoints(self._run.output_dir)[:-limit]:
-                _remove(old)
+            if self._run.world.is_first and limit is not None:
+                for old in complete_checkpoints(self._run.output_dir)[:-limit]:
+                    _remove(old)
 
     def clear(self, *, keep_complete: bool) -> None:
         """Remove what earlier runs left in output_dir: checkpoints that were never completed, or
@@ -115,7 +115,7 @@ class Checkpoints:
             ValueError: the checkpoint is of other rows, or of a model of another shape.
         """
         saved = read_state(folder)
-        if saved["data"] != data_fingerprint(self._run.train):
+        if saved["data"] != self._data:
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is of a run on other rows (to train its model "
                 "on these, export it and name it as model_name_or_path)"
@@ -138,6 +138,15 @@ class Checkpoints:
         for group, before in zip(self._optimizer.param_groups, own, strict=True):
             group.update({name: value for name, value in before.items() if name != "params"})
 
+    @cached_property
+    def _data(self) -> str:
+        """A hash of the training rows as tokens and rewards, in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for query in self._run.train.queries:
+            for array in (query.prompt_ids, *query.response_ids, query.rewards):
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     @property
     def _rng_key(self) -> str:
         return f"random_states/{self._run.world.rank}"
@@ -156,7 +165,7 @@ class Checkpoints:
             **asdict(progress),
             "num_ranks": run.world.size,
             "schedule": self._schedule.state_dict(),
-            "data": data_fingerprint(run.train),
+            "data": self._data,
             "files": {n: path.stat().st_size for n, path in lengths.items() if path.exists()},
             "config": asdict(run.config),
         }
@@ -238,15 +247,6 @@ def changed_options(folder: Path, config: TrainConfig) -> str:
         and saved[f.name] != getattr(config, f.name)
     ]
     return ", ".join(changes)
-
-
-def data_fingerprint(planner: PackPlanner) -> str:
-    """A hash of the training rows as tokens and rewards, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for query in planner.queries:
-        for array in (query.prompt_ids, *query.response_ids, query.rewards):
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _remove(folder: Path) -> None:

@@ -82,8 +82,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    device = torch.device(device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     shard = config.data_parallel_shard or size // config.data_parallel_replicate
     if shard * config.data_parallel_replicate != size:
         found = f"{shard} x {config.data_parallel_replicate} for {size} processes"
@@ -169,8 +169,3 @@ def gathered(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor's full value, on every rank; all ranks must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -209,27 +209,23 @@ def _fit(
             if progress.skipped == config.max_skipped_steps:
                 raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
             result.steps = progress.step = step
-            seconds = time.perf_counter() - start
-            learning_rate = schedule.get_last_lr()[0]
-            schedule.step()
             progress.num_tokens += totals.num_tokens
-            means = totals.means()
-            speed = totals.num_tokens / seconds
+            record = {"step": step, "epoch": step / per_epoch, **totals.means()} | {
+                "grad_norm": grad_norm,
+                "learning_rate": schedule.get_last_lr()[0],
+                "num_tokens": progress.num_tokens,
+                "tokens_per_second": totals.num_tokens / (time.perf_counter() - start),
+            }
+            schedule.step()
             progress_bar.set_postfix_str(
-                f"loss {means['loss']:.3f}, accuracy {means['rewards/accuracies']:.2f}, "
-                f"{speed:,.0f} tokens/s"
+                f"loss {record['loss']:.3f}, accuracy {record['rewards/accuracies']:.2f}, "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
             )
+            if problem:
+                record["skipped"] = progress.skipped
+            if world.device.type == "cuda":
+                record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if step % config.logging_steps == 0 or step == run.num_steps or problem:
-                record = {"step": step, "epoch": step / per_epoch, **means, "grad_norm": grad_norm}
-                record |= {
-                    "learning_rate": learning_rate,
-                    "num_tokens": progress.num_tokens,
-                    "tokens_per_second": speed,
-                }
-                if problem:
-                    record["skipped"] = progress.skipped
-                if world.device.type == "cuda":
-                    record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 log.write(record)
             if step % eval_steps == 0 and step < run.num_steps:
                 _evaluate(run, held_out_packs, log, step)

@@ -183,6 +183,9 @@ def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):
     # The first loss is that of the starting weights, the step from there another one.
     assert result.metrics[1]["loss"] == plain.metrics[1]["loss"]
     assert result.after["loss"] != plain.after["loss"]
+    # The rate is not the other run's.
+    slow = run(tmp_path / "slow", data, learning_rate=1e-12, **once, **moments)
+    assert slow.after["loss"] == pytest.approx(slow.before["loss"], rel=1e-6)
 
 
 @contextmanager

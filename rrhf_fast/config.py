@@ -216,7 +216,7 @@ class TrainConfig(LossConfig, DataConfig):
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
         if self.resume_from_checkpoint is not None and self.init_optimizer_from is not None:
             raise ValueError("resume_from_checkpoint, init_optimizer_from: choose one")
-        if (self.model_name_or_path is None) != (self.train_data is None):
+        if not self.dry_run and (self.model_name_or_path is None) != (self.train_data is None):
             missing = "model_name_or_path" if self.model_name_or_path is None else "train_data"
             raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")
         if self.rank_weight == self.sft_weight == 0:

@@ -76,7 +76,7 @@ def assert_same_run(expected, found, *, first_step=0):
 @pytest.mark.slow
 def test_ranks_change_nothing(tmp_path):
     # One test, so that pytest-xdist does not make every worker launch all of it.
-    for num_ranks in (0, 1, 2, 4):
+    for num_ranks in (0, 2, 1, 4):  # 1 and 4 resume what 2 has saved
         code, _, errors = launch(num_ranks, SCRIPT, tmp_path)
         assert code == 0, errors
         for name in cases.of_ranks(num_ranks, tmp_path):

@@ -117,6 +117,7 @@ def test_killed_twenty_times(tmp_path):
         assert_same_run(tmp_path / "unharmed", chain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_with_75(tmp_path, data, unharmed, name):
     options = (

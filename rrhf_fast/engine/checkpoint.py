@@ -36,8 +36,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.engine.prepare import Run
-from rrhf_fast.engine.save import SaveFailed, write_config
-from rrhf_fast.model.sharded import named_tensors
+from rrhf_fast.engine.save import SaveFailed, trained_tensors, write_config
 
 # DCP says this of every run that no launcher started.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -196,17 +195,6 @@ class Checkpoints:
             problem = str(error).strip().splitlines()[-1]
             raise ValueError(f"{option}: {folder} does not fit this model ({problem})") from error
         return state
-
-
-def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, by name: with adapters they alone, else all parameters and persistent
-    buffers. They share memory with the model."""
-    parameters = dict(model.named_parameters())
-    adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    tensors = named_tensors(model)
-    if len(adapters) == len(parameters):
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if name in adapters}
 
 
 def is_complete(folder: Path) -> bool:

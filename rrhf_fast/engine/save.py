@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rrhf_fast.engine.distributed import World, whole
@@ -18,11 +19,22 @@ class SaveFailed(RuntimeError):
     """A checkpoint or the model could not be written; what was saved before is whole."""
 
 
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, by name: with adapters they alone, else all parameters and persistent
+    buffers. They share memory with the model."""
+    parameters = dict(model.named_parameters())
+    adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors = named_tensors(model)
+    if len(adapters) == len(parameters):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name in adapters}
+
+
 def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of `model.lm`, tied ones once, whole and in `dtype`, on the first rank's CPU;
-    elsewhere {}. Gathers a tensor at a time. All ranks must call."""
+    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; elsewhere {}.
+    Gathers a tensor at a time. All ranks must call."""
     weights = {}
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in trained_tensors(model).items():
         tensor = whole(tensor.detach())
         if world.is_first:
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -83,7 +83,7 @@ def evaluate_samples(
     prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
     prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
     end_tokens = end_token_ids(tokenizer, [query.row for query in queries])
-    with model.generation():
+    with model.generation(), model.autocast():
         tokens = sample_responses(
             model.lm,
             prompt_ids,

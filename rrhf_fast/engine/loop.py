@@ -23,6 +23,7 @@ from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare
+from rrhf_fast.model.layers import count_graphs
 
 
 class NotFinite(ArithmeticError):
@@ -118,7 +119,7 @@ def _fit(
             totals, grad_norm = _step(run, packs, optimizer, step)
             result.steps = step
             seconds = time.perf_counter() - start
-            learning_rate = schedule.get_last_lr()[0]
+            learning_rate = float(schedule.get_last_lr()[0])
             schedule.step()
             num_tokens += totals.num_tokens
             means = totals.means()
@@ -133,6 +134,7 @@ def _fit(
                     "learning_rate": learning_rate,
                     "num_tokens": num_tokens,
                     "tokens_per_second": speed,
+                    "compiled_graphs": count_graphs(),
                 }
                 log.write(record)
             if step % eval_steps == 0 and step < run.num_steps:

@@ -92,13 +92,18 @@ def prepare(config: TrainConfig) -> Run:
         config,
         packing=config.packing,
         max_length=max_length,
+        max_tokens=config.max_tokens_per_pack,
         compute_dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
     )
     planner_options = {
         "packing": config.packing,
         "max_tokens_per_pack": config.max_tokens_per_pack,
         "pad_token_id": tokenizer.pad_token_id or 0,
+        "pad_to_multiple_of": model.pad_to_multiple_of,
+        "plan": model.plan,
     }
     train = PackPlanner(queries, **planner_options)
     per_epoch = steps_per_epoch(len(queries), config.train_batch_size)

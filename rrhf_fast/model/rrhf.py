@@ -1,34 +1,44 @@
 """The root module: a pack goes in, one scalar loss comes out. Decoder, head and loss in one
 forward."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rrhf_fast.config import LossConfig
-from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.padded import PaddedBatch
+from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
+from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
-from rrhf_fast.model.chains import plan_chains
+from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, first_line
 from rrhf_fast.model.decoder import (
-    FOREST,
     attention,
     check_causal,
     check_forest_support,
+    check_queries,
     decode_forest,
     read_head,
     self_check,
 )
+from rrhf_fast.model.layers import checkpoint_layers, compile_layers, uncompile_layers
+
+# Tokens of a pack are padded to a multiple of this where that lets kernels and graphs fit: the
+# block of FlexAttention.
+PADDING_MULTIPLE = 128
 
 
 class RRHFModel(nn.Module):
     """A causal LM that scores the responses of a pack and returns their RRHF loss.
 
     `packing` "forest" runs packed forests (and refuses models that it would be wrong for); "none"
-    runs padded batches.
+    runs padded batches. `attn_implementation` is a name of `rrhf_fast.model.attention.BACKENDS` or
+    "auto"; `max_tokens` the tokens of the largest pack to come, as far as they are known. `compile`
+    None compiles layers on CUDA, if they can be.
+
+    Raises:
+        ValueError: model, attention or compiler cannot do what is asked; says which and why.
     """
 
     def __init__(
@@ -38,27 +48,80 @@ class RRHFModel(nn.Module):
         *,
         packing: str = "forest",
         max_length: int,
+        max_tokens: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "auto",
+        compile: bool | None = False,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
         self.plain_attention = lm.config._attn_implementation
+        self.attention: Choice | None = None
+        self.warnings: list[str] = []  # what was preferred, failed, and was replaced
         if packing == "forest":
             check_forest_support(lm, max_length)
-            self_check(lm, max_length)
+            specs = self_check(lm, max_length)
+            self.attention = choose_backend(
+                attn_implementation,
+                specs,
+                device=lm.device,
+                dtype=compute_dtype if compute_dtype != torch.float32 else lm.dtype,
+                max_tokens=max_tokens,
+            )
+            if self.attention.warning is not None:
+                self.warnings.append(self.attention.warning)
             self.head = read_head(lm)
             lm.set_attn_implementation(FOREST)
         else:
             check_causal(lm)
+        self.compiled = lm.device.type == "cuda" if compile is None else compile
+        if self.compiled:
+            self._compile(is_optional=compile is None)
+        # Around compilation, so that the backward pass runs compiled layers too.
         if activation_checkpointing:
-            for layer in decoder_layers(lm):
-                layer.forward = _checkpointed(layer.forward)
+            checkpoint_layers(lm)
 
-    def generation(self) -> AbstractContextManager[None]:
-        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as
-        one."""
-        return attention(self.lm, self.plain_attention)
+    def _compile(self, *, is_optional: bool) -> None:
+        """Compile the layers and run them once: a compiler must not fail in mid-run."""
+        compile_layers(self.lm)
+        queries = check_queries(self.lm)
+        pack = build_padded(queries) if self.attention is None else build_forest(queries)
+        try:
+            with torch.enable_grad():
+                self(pack.to(self.lm.device)).loss.backward()
+        except Exception as error:  # a compiler's, of any type
+            problem = f"layers failed to compile ({type(error).__name__}: {first_line(error)})"
+            if not is_optional:
+                raise ValueError(f"compile: {problem}") from error
+            uncompile_layers(self.lm)
+            self.compiled = False
+            self.warnings.append(problem)
+        self.lm.zero_grad()
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """What the token count of a packed forest should be a multiple of."""
+        fits = self.compiled or (self.attention and self.attention.name == "forest_flex")
+        return PADDING_MULTIPLE if fits else 1
+
+    def plan(self, pack: PackedForest) -> Movable:
+        """How the chosen attention computes this pack; best made on the host, before the pack moves
+        to a device."""
+        return self.attention.backend.plan(pack)
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as one.
+        Its layers are not compiled there: a cache grows with every token."""
+        with attention(self.lm, self.plain_attention), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Inside this block products of matrices are in `compute_dtype`; weights, norms and RoPE
+        stay in float32."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
 
     def forward(self, pack: Pack) -> RRHFLoss:
         """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
@@ -77,7 +140,7 @@ class RRHFModel(nn.Module):
             hidden, weight, head = self._head_inputs(pack)
             return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
-        with self._autocast():
+        with self.autocast():
             logits = self.lm(
                 input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
             ).logits
@@ -87,18 +150,15 @@ class RRHFModel(nn.Module):
 
     def _head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
-        with self._autocast():
-            hidden = decode_forest(self.lm, pack, plan_chains(pack))
+        with self.autocast():
+            plan = self.plan(pack) if pack.plan is None else pack.plan
+            hidden = decode_forest(self.lm, pack, Forest(self.attention.backend, plan))
         if self.compute_dtype != torch.float32:
             # Autocast leaves the residual stream in float32, but the head is a product too.
             hidden = hidden.to(self.compute_dtype)
         head, linear = self.head, self.head.linear
         options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
         return hidden, linear.weight, {"bias": linear.bias, **options}
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
 
     def _loss_options(self, pack: Pack) -> dict:
         """The pack's layout and the configured loss, as arguments of the loss functions."""
@@ -120,22 +180,3 @@ class RRHFModel(nn.Module):
             "margin": config.margin,
             "padded_widths": widths,
         }
-
-
-def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: its longest ModuleList at the outermost level that has one."""
-    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
-    count = lm.config.get_text_config().num_hidden_layers
-    layers = next((module for module in lists if len(module) == count), None)
-    if layers is None:
-        kind = lm.config.model_type
-        raise ValueError(f"activation_checkpointing: no list of {count} layers found in {kind}")
-    return layers
-
-
-def _checkpointed(forward):
-    # Around the bound method, so that parameter names (and the saved model) stay as they are.
-    def run(*args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

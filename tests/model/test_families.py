@@ -1,6 +1,7 @@
 """Packed forests against one-response-at-a-time transformers runs, for every supported family."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model import forest_sdpa
 from rrhf_fast.model.decoder import UnsupportedModel, attention, self_check
 from rrhf_fast.model.rrhf import RRHFModel
 
@@ -266,16 +268,13 @@ def test_padding_serves_causal_models_only():
 
 def test_self_check_catches_a_wrong_mask(monkeypatch):
     """A decoder that sees a token it must not see is refused, not trained."""
-    from rrhf_fast.model import decoder
-
-    right = decoder.plan_chains
+    right = forest_sdpa.plan
 
     def wrong(pack):
         plan = right(pack)
-        plan.key_rows = plan.key_rows.flip(0)
-        return plan
+        return replace(plan, key_rows=plan.key_rows.flip(0))
 
-    monkeypatch.setattr(decoder, "plan_chains", wrong)
+    monkeypatch.setattr(forest_sdpa, "plan", wrong)
     with pytest.raises(UnsupportedModel, match=r"log-probs .* away from unpacked runs"):
         RRHFModel(tiny_model("llama", SIZES), LossConfig(), max_length=64)
 

@@ -1,0 +1,66 @@
+"""What is done to a decoder layer by layer: activation checkpointing and compilation.
+
+Both replace a layer's `forward`, not the layer, so that names of parameters (and the saved model)
+stay as they are, and hooks on the layer run outside.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+COMPILER = "inductor"
+
+
+def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers: its longest ModuleList at the outermost level that has one.
+
+    Raises:
+        ValueError: there is no list of as many modules as the config names layers.
+    """
+    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    count = lm.config.get_text_config().num_hidden_layers
+    layers = next((module for module in lists if len(module) == count), None)
+    if layers is None:
+        kind = lm.config.model_type
+        raise ValueError(
+            f"activation_checkpointing, compile: no list of {count} layers found in {kind}"
+        )
+    return layers
+
+
+def compile_layers(lm: PreTrainedModel) -> None:
+    """Compile each layer's forward for any number of tokens.
+
+    Layers of one kind share their graphs, so this costs what one layer costs. The graphs end where
+    attention is called. PyTorch bounds them: beyond torch._dynamo.config.recompile_limit (8) of a
+    function it runs that function as it is.
+    """
+    for layer in decoder_layers(lm):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
+
+
+def uncompile_layers(lm: PreTrainedModel) -> None:
+    """Undo `compile_layers`."""
+    for layer in decoder_layers(lm):
+        del layer.forward  # the class has another
+
+
+def count_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def checkpoint_layers(lm: PreTrainedModel) -> None:
+    """Keep each layer's input only, and run its forward again in the backward pass."""
+    for layer in decoder_layers(lm):
+        layer.forward = _checkpointed(layer.forward)
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    def run(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

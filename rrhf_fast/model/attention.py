@@ -85,8 +85,9 @@ def choose_backend(
         problem = next((text for text in obstacles if text is not None), None)
         if problem is None:
             try:
-                for spec in distinct:
-                    _try_backend(BACKENDS[name], spec, device, dtype)
+                # The self-check has tried forest_sdpa.
+                for spec in distinct if name != "forest_sdpa" else []:
+                    try_backend(BACKENDS[name], spec, device, dtype)
             except Exception as error:  # a compiler's or a driver's, of any type
                 problem = f"failed at start-up ({type(error).__name__}: {first_line(error)})"
                 warning = f"{name} {problem}"
@@ -99,10 +100,14 @@ def choose_backend(
     raise AssertionError(f"no backend is left: {skipped}")  # forest_sdpa serves everything
 
 
-def _try_backend(
+def try_backend(
     backend: ModuleType, spec: AttentionSpec, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Forward and backward of a small forest, compared with float64. Raises ArithmeticError."""
+    """Compare forward and backward of a small forest with float64.
+
+    Raises:
+        ArithmeticError: they differ by more than rounding.
+    """
     pack = _trial_pack()
     plan = backend.plan(pack).to(device)
     pack = pack.to(device)
@@ -141,15 +146,16 @@ def _try_backend(
 
 
 def _trial_pack():
-    """A forest of several blocks: 300 tokens and padding."""
+    """A forest of 7 blocks. Compilers take sizes that are equal at first for equal always, so their
+    number should be none that a decoder has heads."""
     rng = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
         return rng.integers(0, 100, length, dtype=np.int32)
 
-    begin = draw(20)
-    shared = [np.append(begin, draw(n)) for n in (30, 7, 61)]
-    cases = [(40, [*shared, draw(25)]), (9, [draw(50), draw(3)]), (70, [draw(2)])]
+    begin = draw(50)
+    shared = [np.append(begin, draw(n)) for n in (130, 7, 161)]
+    cases = [(140, [*shared, draw(65)]), (9, [draw(150), draw(3)]), (90, [draw(2)])]
     return build_forest(
         [TokenisedQuery(draw(p), ids, np.zeros(len(ids), np.float32)) for p, ids in cases],
         pad_to_multiple_of=128,

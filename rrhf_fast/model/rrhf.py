@@ -86,7 +86,11 @@ class RRHFModel(nn.Module):
         """Compile the layers and run them once: a compiler must not fail in mid-run."""
         compile_layers(self.lm)
         queries = check_queries(self.lm)
-        pack = build_padded(queries) if self.attention is None else build_forest(queries)
+        if self.attention is None:
+            pack = build_padded(queries)
+        else:
+            # Compilers take sizes that are equal at first for equal always: a prime is no other.
+            pack = build_forest(queries, pad_to_multiple_of=61)
         try:
             with torch.enable_grad():
                 self(pack.to(self.lm.device)).loss.backward()

@@ -89,7 +89,7 @@ def choose_backend(
                 for spec in distinct if name != "forest_sdpa" else []:
                     try_backend(BACKENDS[name], spec, device, dtype)
             except Exception as error:  # a compiler's or a driver's, of any type
-                problem = f"failed at start-up ({type(error).__name__}: {first_line(error)})"
+                problem = f"failed at start-up ({type(error).__name__}: {one_line(error)})"
                 warning = f"{name} {problem}"
         if problem is None:
             reason = "; ".join(skipped) or "first choice"
@@ -216,6 +216,6 @@ def _forest_attention(
 AttentionInterface.register(FOREST, _forest_attention)
 
 
-def first_line(error: Exception) -> str:
-    """Of an error's message, else the error's type."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def one_line(error: Exception) -> str:
+    """The beginning of an error's message without its line breaks."""
+    return " ".join(str(error).split())[:200]

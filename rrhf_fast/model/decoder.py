@@ -25,7 +25,7 @@ from rrhf_fast import reference
 from rrhf_fast.data.forest import PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_sdpa
-from rrhf_fast.model.attention import FOREST, Forest, first_line
+from rrhf_fast.model.attention import FOREST, Forest
 from rrhf_fast.model.backend import AttentionSpec
 
 # Largest difference of a log-prob between forest and unpacked runs, float32. Rounding gives about
@@ -68,7 +68,7 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrai
             output_loading_info=True,
         )
     except Exception as error:  # a damaged or foreign checkpoint raises what it likes
-        raise ValueError(f"model_name_or_path: {name_or_path}: {first_line(error)}") from error
+        raise ValueError(f"model_name_or_path: {name_or_path}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:3])
         problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
@@ -86,7 +86,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise ValueError(
-            f"model_name_or_path: {name_or_path}: no tokenizer ({first_line(error)})"
+            f"model_name_or_path: {name_or_path}: no tokenizer ({_first_line(error)})"
         ) from error
 
 
@@ -256,3 +256,7 @@ def decode_forest(model: PreTrainedModel, pack: PackedForest, forest: Forest) ->
 
 def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
     return torch.from_numpy(ids).long().to(model.device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -31,6 +31,12 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def compiles_by_default(device: torch.device) -> bool:
+    """Whether layers on this device are compiled unless asked otherwise: GPUs gain the most, having
+    to wait for each of a layer's small operations otherwise."""
+    return device.type == "cuda"
+
+
 def compile_layers(lm: PreTrainedModel) -> None:
     """Compile each layer's forward for any number of tokens.
 

@@ -12,7 +12,7 @@ from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
-from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, first_line
+from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, one_line
 from rrhf_fast.model.decoder import (
     attention,
     check_causal,
@@ -22,7 +22,12 @@ from rrhf_fast.model.decoder import (
     read_head,
     self_check,
 )
-from rrhf_fast.model.layers import checkpoint_layers, compile_layers, uncompile_layers
+from rrhf_fast.model.layers import (
+    checkpoint_layers,
+    compile_layers,
+    compiles_by_default,
+    uncompile_layers,
+)
 
 # Tokens of a pack are padded to a multiple of this where that lets kernels and graphs fit: the
 # block of FlexAttention.
@@ -75,7 +80,7 @@ class RRHFModel(nn.Module):
             lm.set_attn_implementation(FOREST)
         else:
             check_causal(lm)
-        self.compiled = lm.device.type == "cuda" if compile is None else compile
+        self.compiled = compiles_by_default(lm.device) if compile is None else compile
         if self.compiled:
             self._compile(is_optional=compile is None)
         # Around compilation, so that the backward pass runs compiled layers too.
@@ -95,7 +100,7 @@ class RRHFModel(nn.Module):
             with torch.enable_grad():
                 self(pack.to(self.lm.device)).loss.backward()
         except Exception as error:  # a compiler's, of any type
-            problem = f"layers failed to compile ({type(error).__name__}: {first_line(error)})"
+            problem = f"layers failed to compile ({type(error).__name__}: {one_line(error)})"
             if not is_optional:
                 raise ValueError(f"compile: {problem}") from error
             uncompile_layers(self.lm)

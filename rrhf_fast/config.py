@@ -135,6 +135,8 @@ class TrainConfig(LossConfig, DataConfig):
     """Of everything but the order of the data."""
     data_seed: int | None = None
     """Of the order of the data; default seed."""
+    full_determinism: bool = False
+    """The same bits in every run on the same machine, also on a GPU, which is slower."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for a value out of range or a combination that

@@ -12,6 +12,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+# Numbers that are updated at once.
+PART = 2**24
+
 
 class AdamWBF16(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with bfloat16 moments; parameters keep their
@@ -44,8 +47,8 @@ class AdamWBF16(Optimizer):
                         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                # All of it is elementwise, so a shard needs nothing of the others.
-                _update(*(_local(tensor) for tensor in tensors), state["step"].item(), group)
+                for parts in _parts(*(_local(tensor) for tensor in tensors)):
+                    _update(*parts, state["step"].item(), group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As `Optimizer.load_state_dict`, which casts moments to the parameter's dtype."""
@@ -83,5 +86,13 @@ def round_at_random(x: torch.Tensor) -> torch.Tensor:
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
+def _parts(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Rows of tensors of one shape, as many at a time as keep the copies in float32 small."""
+    tensors = [torch.atleast_1d(tensor) for tensor in tensors]
+    row = max(1, tensors[0][:1].numel())
+    return zip(*(tensor.split(max(1, PART // row)) for tensor in tensors), strict=True)
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
+    # All of it is elementwise, so a shard needs nothing of the others.
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

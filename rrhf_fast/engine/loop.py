@@ -134,8 +134,9 @@ def _fit(
                     "learning_rate": learning_rate,
                     "num_tokens": num_tokens,
                     "tokens_per_second": speed,
-                    "compiled_graphs": count_graphs(),
                 }
+                if run.model.compiled:
+                    record["compiled_graphs"] = count_graphs()
                 log.write(record)
             if step % eval_steps == 0 and step < run.num_steps:
                 _evaluate(run, held_out_packs, log, step)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
 from rrhf_fast.config import TrainConfig
@@ -62,7 +63,8 @@ def prepare(config: TrainConfig) -> Run:
         )
 
     output_dir = _claim_output_dir(config)  # after the mistakes that are made most
-    transformers.set_seed(config.seed)
+    set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
+    set_seed(config.seed)
     tokenizer = load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )

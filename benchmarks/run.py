@@ -2,6 +2,7 @@
 
 python benchmarks/run.py step --model M --data rows.jsonl   # engine against the released method
 python benchmarks/run.py head                               # the head's kernels against peers'
+python benchmarks/run.py attention                          # packed forests against unpacked rows
 """
 
 import argparse
@@ -31,6 +32,8 @@ def main() -> None:
     step.add_argument("--num_queries", type=int, default=16)
     step.add_argument("--max_tokens_per_pack", type=int, default=2048)
     cases.add_parser("head", parents=[shared], help="log-probs off the head, on its own")
+    attention = cases.add_parser("attention", parents=[shared], help="attention, and a decoder")
+    attention.add_argument("--tokens", type=int, default=16_384, help="of a pack, about")
     options = vars(parser.parse_args())
     out, case = options.pop("out"), options.pop("case")
 

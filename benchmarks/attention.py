@@ -8,7 +8,9 @@ or is wrong is reported as such and left out.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.head import _peak_extra_mb, _seconds
 from rrhf_fast import reference
 from rrhf_fast.config import LossConfig
-from rrhf_fast.data.forest import PackedForest, build_forest
+from rrhf_fast.data.forest import Movable, PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model.attention import BACKENDS, Forest
 from rrhf_fast.model.backend import AttentionSpec
@@ -113,9 +115,8 @@ def _case(shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, rounds:
             plans = {f"{name}, blocks of {b}": replace(plan, block_size=b) for b in FLEX_BLOCKS}
         every = torch.arange(pack.num_tokens, device=device)
         for label, each in plans.items():
-            contenders[label] = _contender(
-                lambda q, k, v, b=backend, p=each: b.attend(q, k, v, p)[0], every, tensors, upstream
-            )
+            attend = partial(_attend, backend, each)
+            contenders[label] = _contender(attend, every, tensors, upstream)
     contenders["unpacked"] = _contender(
         _unpacked(*unpacked.shape), unpacked.flatten().to(device), tensors, upstream
     )
@@ -148,6 +149,10 @@ def _case(shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, rounds:
         "dtype": str(dtype),
         "contenders": results,
     }
+
+
+def _attend(backend: ModuleType, plan: Movable, q, k, v) -> torch.Tensor:
+    return backend.attend(q, k, v, plan)[0]
 
 
 def _contender(

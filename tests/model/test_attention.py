@@ -138,12 +138,12 @@ def test_chains_are_runs_of_first_children(cases):
 
 def test_gathering_adds_gradients_up_in_float32():
     """256 + 1 is 256 in bfloat16, so a sum in it would lose every one but the first."""
-    states = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    states = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.zeros(65, dtype=torch.int64)
-    gradient = torch.ones(65, 1, dtype=torch.bfloat16)
+    gradient = torch.ones(65, dtype=torch.bfloat16)
     gradient[0] = 256
     gather_rows(states, rows).backward(gradient)
-    assert states.grad.tolist() == [[320.0], [0.0]]
+    assert states.grad.tolist() == [320.0, 0.0]
 
 
 def test_a_plan_moves_without_its_masks():

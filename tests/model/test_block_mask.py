@@ -97,8 +97,15 @@ def test_with_a_window_full_blocks_are_visible_and_skipped_ones_are_not(
 def test_a_window_skips_what_lies_behind_it():
     response = np.zeros(4096, np.int32)
     query = TokenisedQuery(response[:1], [response], np.zeros(1, np.float32))
-    mask = forest_flex.plan(build_forest([query])).mask(128)
-    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() <= 2 * 32
+    plan = forest_flex.plan(build_forest([query]))
+    # Blocks of 128: one is out of sight until its last row is seen by the query block's first, and
+    # full as soon as its first row is seen by the query block's last.
+    for window, partial, full in [
+        (1, 1, 0), (2, 2, 0), (129, 2, 0), (130, 3, 0), (255, 3, 0), (256, 2, 1), (258, 3, 1),
+    ]:  # fmt: skip
+        mask = plan.mask(window)
+        last = (mask.kv_num_blocks[0, 0, -1].item(), mask.full_kv_num_blocks[0, 0, -1].item())
+        assert last == (partial, full), window
 
 
 @pytest.mark.usefixtures("flex_on_cpu")

@@ -108,7 +108,7 @@ class TrainConfig(LossConfig, DataConfig):
     attn_implementation: Literal["auto", "forest_flex", "forest_flash", "forest_sdpa"] = "auto"
     """What computes attention over packed forests. Auto: the first of these that can serve."""
     compile: bool | None = None
-    """Compile the decoder's layers, which costs a minute at the start. Default: on CUDA."""
+    """Compile the decoder's layers, which takes its time at the start. Default: on CUDA."""
     activation_checkpointing: bool = False
     """Keep one activation a layer and recompute the rest: less memory for one more forward."""
 

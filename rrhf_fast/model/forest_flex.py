@@ -26,9 +26,8 @@ from rrhf_fast.model.backend import AttentionSpec
 # FlexAttention's own default, and a multiple of the tiles of its kernels; `benchmarks/run.py
 # attention` times others.
 BLOCK_SIZE = 128
-# The classification is M x M, sorted as int64: at this many tokens 128 MiB a window.
+# The classification is M x M: at this many tokens, each of its four lists takes 64 MiB.
 MAX_TOKENS = 2**19
-MAX_HEAD_SIZE = 256
 
 # Lengths are dynamic, so there is one compilation for each kind of layer, not one a pack.
 compiled = torch.compile(flex_attention, dynamic=True)
@@ -61,11 +60,9 @@ def plan(pack: PackedForest) -> Plan:
 def obstacle(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, max_tokens: int
 ) -> str | None:
-    """Why FlexAttention cannot serve, or None."""
+    """Why FlexAttention cannot serve, or None. Heads too large for a GPU show in a trial."""
     if device.type != "cuda":
         return f"has no backward on {device.type}"
-    if (size := max(spec.head_size, spec.value_size)) > MAX_HEAD_SIZE:
-        return f"heads of {size} exceed its {MAX_HEAD_SIZE}"
     if max_tokens > MAX_TOKENS:
         return f"packs of {max_tokens} tokens exceed its {MAX_TOKENS}"
     return None
@@ -141,11 +138,14 @@ def _block_extremes(values: torch.Tensor, block_size: int) -> tuple[torch.Tensor
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M, M] bool -> how many of each row are true [1, 1, M], and their columns first [1, 1, M,
-    M]."""
-    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    counts = blocks.sum(-1, dtype=torch.int32)
-    return counts[None, None], columns.to(torch.int32)[None, None]
+    """[M, M] bool -> how many of each row are true [1, 1, M], and all columns, those first [1, 1,
+    M, M]; int32."""
+    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+    num_true = blocks.cumsum(-1, dtype=torch.int32)  # up to each column, it included
+    counts = num_true[:, -1].contiguous()
+    place = torch.where(blocks, num_true - 1, counts[:, None] + column - num_true)
+    columns = torch.empty_like(place).scatter_(1, place.long(), column.expand_as(place))
+    return counts[None, None], columns[None, None]
 
 
 def _mask_mod(subtree_end: torch.Tensor, depths: torch.Tensor, window: int | None):

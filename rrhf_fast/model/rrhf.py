@@ -100,7 +100,8 @@ class RRHFModel(nn.Module):
             with torch.enable_grad():
                 self(pack.to(self.lm.device)).loss.backward()
         except Exception as error:  # a compiler's, of any type
-            problem = f"a step of compiled layers failed ({type(error).__name__}: {one_line(error)})"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            problem = f"a step of compiled layers failed ({reason})"
             if not is_optional:
                 raise ValueError(f"compile: {problem}") from error
             uncompile_layers(self.lm)

@@ -127,7 +127,7 @@ def test_a_compiler_that_fails_is_refused_or_replaced(monkeypatch):
         raise RuntimeError("no compiler\nfound")
 
     monkeypatch.setattr(layers, "COMPILER", broken)
-    with pytest.raises(ValueError, match="^compile: a step of compiled layers failed .*no compiler"):
+    with pytest.raises(ValueError, match="^compile: a step of compiled.* failed .*no compiler"):
         RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
     monkeypatch.setattr(rrhf, "compiles_by_default", lambda device: True)
     model = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=None)

@@ -30,7 +30,7 @@ BACKENDS: dict[str, ModuleType] = {
 # The name that transformers knows. It takes one that contains "sdpa" or "flash" for its own and
 # asks the model for support of that.
 FOREST = "forest"
-# Largest relative error of a trial, in the norm, by dtype: ten times what rounding gives.
+# Largest relative error of a trial, in the norm, by dtype: about ten times what rounding gives.
 TRIAL_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
@@ -79,7 +79,7 @@ def choose_backend(
         ValueError: the requested backend cannot serve or fails a trial; says why.
     """
     distinct = list(dict.fromkeys(specs))
-    skipped, warning = [], None
+    skipped, failed = [], []
     for name in BACKENDS if requested == "auto" else [requested]:
         obstacles = (BACKENDS[name].obstacle(spec, device, dtype, max_tokens) for spec in distinct)
         problem = next((text for text in obstacles if text is not None), None)
@@ -90,9 +90,10 @@ def choose_backend(
                     try_backend(BACKENDS[name], spec, device, dtype)
             except Exception as error:  # a compiler's or a driver's, of any type
                 problem = f"failed at start-up ({type(error).__name__}: {one_line(error)})"
-                warning = f"{name} {problem}"
+                failed.append(f"{name} {problem}")
         if problem is None:
             reason = "; ".join(skipped) or "first choice"
+            warning = "; ".join(failed) or None
             return Choice(name, "as asked" if requested != "auto" else reason, warning)
         if name == requested:
             raise ValueError(f"attn_implementation: {name} {problem}; auto finds one that works")

@@ -80,16 +80,18 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a packed forest; see `rrhf_fast.model.backend`."""
-    out = compiled(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else _softcap_mod(softcap),
-        block_mask=plan.mask(window),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=None if sinks is None else AuxRequest(lse=True),
-    )
+    # Scale and cap are constants: no code can be generated for floats that may change.
+    with torch._dynamo.config.patch(specialize_float=True):
+        out = compiled(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else _softcap_mod(softcap),
+            block_mask=plan.mask(window),
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=None if sinks is None else AuxRequest(lse=True),
+        )
     if sinks is not None:
         out, aux = out
         # A sink adds exp(sink) to what the softmax divides by.

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from rrhf_fast import reference
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.model import attention, forest_flash, forest_sdpa
+from rrhf_fast.model import attention, forest_flash, forest_flex, forest_sdpa
 from rrhf_fast.model.attention import BACKENDS, choose_backend, try_backend
 from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.model.chains import cut_chains, gather_rows
@@ -123,6 +124,26 @@ def test_flex_equals_the_reference(cases, kv_heads, multiple, options):
     )
 
 
+def test_scale_and_cap_are_constants_of_the_kernel(monkeypatch):
+    """Inductor has no code for floats that are inputs of FlexAttention."""
+    inputs = []
+
+    def spy(graph, example_inputs):
+        inputs.extend(example_inputs)
+        return graph
+
+    torch._dynamo.reset()  # the tests before may have used up the limit of compilations
+    spied = torch.compile(flex_attention, dynamic=True, backend=spy)
+    monkeypatch.setattr(forest_flex, "compiled", spied)
+    pack = forest([([1, 2], [[0, 1, 2], [0, 2, 2]])])
+    tensors = [t.detach() for t in tensors_for(pack)]
+    run_backend("forest_flex", pack, tensors, gradients=False, sinks=False, scale=0.3, softcap=5.0)
+    assert inputs
+    for value in inputs:
+        assert not isinstance(value, float | torch.SymFloat)
+        assert not (isinstance(value, torch.Tensor) and value.is_floating_point()) or value.dim()
+
+
 @given(cases)
 def test_chains_are_runs_of_first_children(cases):
     pack = forest(cases, pad_to_multiple_of=4)
@@ -217,6 +238,19 @@ def test_a_backend_that_fails_at_start_up_is_replaced_with_one_warning(
     assert "\n" not in choice.warning
     with pytest.raises(ValueError, match="forest_flash failed at start-up"):
         choose_backend("forest_flash", [LLAMA], device=CPU, dtype=torch.float32)
+
+
+def test_all_that_failed_is_in_the_warning(flash_without_obstacle, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(forest_flex, "obstacle", lambda *args: None)
+    for backend in (forest_flex, forest_flash):
+        monkeypatch.setattr(backend, "attend", broken)
+    choice = choose_backend("auto", [LLAMA], device=CPU, dtype=torch.float32)
+    assert choice.name == "forest_sdpa"
+    problem = "failed at start-up (RuntimeError: no kernel)"
+    assert choice.warning == f"forest_flex {problem}; forest_flash {problem}"
 
 
 def test_a_trial_covers_what_each_layer_asks_for(flash_without_obstacle, monkeypatch):

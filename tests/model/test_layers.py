@@ -139,10 +139,14 @@ def test_a_compiler_that_fails_is_refused_or_replaced(monkeypatch):
 
 
 @pytest.mark.slow
-def test_inductor_changes_nothing_beyond_rounding(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", {}), ("granite", {"residual_multiplier": 0.3, "embedding_multiplier": 2.5})],
+)
+def test_inductor_changes_nothing_beyond_rounding(kind, sizes, monkeypatch):
     monkeypatch.setattr(layers, "COMPILER", "inductor")
-    plain = RRHFModel(tiny_model(), LossConfig(), max_length=64)
-    compiled = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
+    plain = RRHFModel(tiny_model(kind, **sizes), LossConfig(), max_length=64)
+    compiled = RRHFModel(tiny_model(kind, **sizes), LossConfig(), max_length=64, compile=True)
     for seed in (0, 1):
         pack = build_forest(queries(seed), pad_to_multiple_of=128)
         expected = loss_and_gradients(plain, pack)

@@ -137,17 +137,17 @@ class RRHFModel(nn.Module):
         """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
         Only `loss` carries a gradient."""
         if not isinstance(pack, PackedForest):
-            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self._loss_options(pack))
-        hidden, weight, head = self._head_inputs(pack)
+            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self.loss_options(pack))
+        hidden, weight, head = self.head_inputs(pack)
         edges = (pack.edge_rows, pack.edge_targets)
         return linear_rrhf_loss(
-            hidden, weight, *edges, pack.rewards, **head, **self._loss_options(pack)
+            hidden, weight, *edges, pack.rewards, **head, **self.loss_options(pack)
         )
 
     def edge_logps(self, pack: Pack) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest):
-            hidden, weight, head = self._head_inputs(pack)
+            hidden, weight, head = self.head_inputs(pack)
             return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
         with self.autocast():
@@ -158,7 +158,7 @@ class RRHFModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
-    def _head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
         with self.autocast():
             plan = self.plan(pack) if pack.plan is None else pack.plan
@@ -170,7 +170,7 @@ class RRHFModel(nn.Module):
         options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
         return hidden, linear.weight, {"bias": linear.bias, **options}
 
-    def _loss_options(self, pack: Pack) -> dict:
+    def loss_options(self, pack: Pack) -> dict:
         """The pack's layout and the configured loss, as arguments of the loss functions."""
         config = self.loss_config
         widths = None

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.model.rrhf import RRHFModel, decoder_layers
+from rrhf_fast.model.layers import decoder_layers
+from rrhf_fast.model.rrhf import RRHFModel
 
 T = TypeVar("T")
 
@@ -130,7 +131,6 @@ def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
     for layer in decoder_layers(model.lm):
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
-    model.device = world.device
 
 
 def prepare_backward(model: nn.Module, config: TrainConfig, *, is_last: bool) -> None:

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.model.decoder import attention
+from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.lora import add_lora
-from rrhf_fast.model.rrhf import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.sharded import empty_model
 
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)

@@ -103,9 +103,9 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def small_twin(lm: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture with random weights and the fewest layers that show each kind of
-    layer: what can be checked where the model itself is empty."""
+def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The same architecture on `device`, with random weights and the fewest layers that show each
+    kind of layer: what can be checked where the model itself is empty."""
     config = copy.deepcopy(lm.config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -113,7 +113,7 @@ def small_twin(lm: PreTrainedModel) -> PreTrainedModel:
     if kinds:
         text.num_hidden_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
         text.layer_types = kinds[: text.num_hidden_layers]
-    with torch.random.fork_rng(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return twin.eval()

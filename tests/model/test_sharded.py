@@ -63,7 +63,7 @@ def test_a_twin_has_each_kind_of_layer():
     )  # fmt: skip
     with torch.device("meta"):
         lm = Gemma3ForCausalLM(config)
-    twin = small_twin(lm)
+    twin = small_twin(lm, torch.device("cpu"))
     assert len(twin.model.layers) == 6
     assert set(twin.config.layer_types) == set(lm.config.layer_types)
     assert lm.config.num_hidden_layers == 12

@@ -1,9 +1,10 @@
 """Every option, its unit and its default. `python -m rrhf_fast.train --help` prints this page."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -130,13 +131,10 @@ class TrainConfig(LossConfig, DataConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for a value out of range or a combination that
         cannot work."""
-        for name, kind in get_type_hints(TrainConfig).items():
-            if not _is(getattr(self, name), kind):
-                expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        check_types(self)
         for name in ("max_length", "max_response_length"):
             # One token and the end token.
-            _expect(self, name, lambda value: value is None or value >= 2, "at least 2")
+            expect(self, name, lambda value: value is None or value >= 2, "at least 2")
         for name in (
             "max_prompt_length",
             "train_batch_size",
@@ -147,9 +145,9 @@ class TrainConfig(LossConfig, DataConfig):
             "eval_samples",
             "eval_max_new_tokens",
         ):
-            _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+            expect(self, name, lambda value: value is None or value >= 1, "at least 1")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
-            _expect(self, name, lambda value: value > 0, "more than 0")
+            expect(self, name, lambda value: value > 0, "more than 0")
         for name in (
             "warmup_steps",
             "weight_decay",
@@ -160,9 +158,9 @@ class TrainConfig(LossConfig, DataConfig):
             "length_penalty",
             "seed",
         ):
-            _expect(self, name, lambda value: value >= 0, "0 or more")
+            expect(self, name, lambda value: value >= 0, "0 or more")
         for name in ("eval_fraction", "adam_beta1", "adam_beta2"):
-            _expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
+            expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
         if (self.model_name_or_path is None) != (self.train_data is None):
             missing = "model_name_or_path" if self.model_name_or_path is None else "train_data"
             raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")
@@ -181,6 +179,14 @@ class TrainConfig(LossConfig, DataConfig):
             )
 
 
+def check_types(config: object) -> None:
+    """Raise ValueError where a field of this dataclass is not of the type it was declared with."""
+    for name, kind in get_type_hints(type(config)).items():
+        if not _is(getattr(config, name), kind):
+            expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+            raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)!r}")
+
+
 def _is(value: object, kind: object) -> bool:
     """Whether value is of the type that a field was declared with; an int is a float too."""
     origin = get_origin(kind)
@@ -196,7 +202,8 @@ def _is(value: object, kind: object) -> bool:
     return isinstance(value, kind)
 
 
-def _expect(config: TrainConfig, name: str, test, expected: str) -> None:
+def expect(config: object, name: str, test: Callable[[Any], bool], expected: str) -> None:
+    """Raise ValueError, with the option's name, unless its value is finite and passes the test."""
     value = getattr(config, name)
     if (isinstance(value, float) and not math.isfinite(value)) or not test(value):
         raise ValueError(f"{name}: expected {expected}, found {value}")

@@ -1,7 +1,8 @@
 """A real HTTP server on loopback with OpenAI's two completion calls and the faults of real ones.
 
-`python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The requested model's
-name says how it behaves; LOG receives a line for each request that it answered in full.
+`python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The
+requested model's name says how it behaves; LOG receives a line for each request that it answered in
+full.
 """
 
 import hashlib

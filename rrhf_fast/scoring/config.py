@@ -33,12 +33,9 @@ class ScorerConfig(EndpointConfig):
     """Environment variable that holds the judge's key; local servers need none."""
 
     model_name_or_path: str | None = None
-    """The policy, for policy_as_reward and kl_coef."""
-    kl_coef: float = 0.0
-    """Takes kl_coef * log(policy(response) / reference(response)) from each score; 0.01 in the
-    paper's online runs."""
+    """The policy."""
     reference_model_name_or_path: str | None = None
-    """The model that the policy should stay close to."""
+    """The model that the policy's responses should stay likely under."""
     packing: Literal["forest", "none"] = "forest"
     """How log-probs are computed; see the trainer's packing."""
     max_tokens_per_pack: int = 8192
@@ -62,13 +59,10 @@ class ScorerConfig(EndpointConfig):
             )
         for name in ("batch_size", "max_tokens_per_pack", "reward_max_length", "max_concurrency"):
             expect(self, name, lambda value: value >= 1, "at least 1")
-        for name in ("kl_coef", "max_retries"):
-            expect(self, name, lambda value: value >= 0, "0 or more")
+        expect(self, "max_retries", lambda value: value >= 0, "0 or more")
         expect(self, "timeout", lambda value: value > 0, "more than 0")
-        if (self.policy_as_reward or self.kl_coef) and self.model_name_or_path is None:
+        if self.policy_as_reward and self.model_name_or_path is None:
             raise ValueError("model_name_or_path: missing (the policy whose log-probs are needed)")
-        if self.kl_coef and self.reference_model_name_or_path is None:
-            raise ValueError("reference_model_name_or_path: missing (kl_coef compares with it)")
 
 
 @dataclass
@@ -84,6 +78,9 @@ class ScoreConfig(ScorerConfig):
     """Replace an output that is there already."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """Stop at the first bad row, or leave bad rows out."""
+    kl_coef: float = 0.0
+    """Takes kl_coef * log(policy(response) / reference(response)) from each score; 0.01 in the
+    paper's online runs."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
@@ -91,3 +88,7 @@ class ScoreConfig(ScorerConfig):
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
+        expect(self, "kl_coef", lambda value: value >= 0, "0 or more")
+        for name in ("model_name_or_path", "reference_model_name_or_path"):
+            if self.kl_coef and getattr(self, name) is None:
+                raise ValueError(f"{name}: missing (kl_coef compares policy and reference)")

@@ -1,9 +1,17 @@
 """Options of `python -m rrhf_fast.sample`: which rows, which models, which decoding policies."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rrhf_fast.config import check_types, expect
+
+# Options that change where a result goes or when it is there, not what it is.
+_NO_MATTER = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
+
+
+def identity(config: object) -> dict:
+    """The options of a stage that its results depend on."""
+    return {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +9,9 @@ from tqdm import tqdm
 
 from rrhf_fast.data.journal import Journal, fingerprint
 from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
-from rrhf_fast.sampling.config import Policy, SampleConfig
+from rrhf_fast.sampling.config import Policy, SampleConfig, identity
 from rrhf_fast.sampling.endpoint import Endpoint, Refused, ask_all
 from rrhf_fast.sampling.local import LocalModel, seed_of
-
-# Options that change when a result is there, not what it is.
-_NO_MATTER = ("output", "overwrite", "timeout", "max_retries", "max_concurrency")
 
 
 def sample(config: SampleConfig) -> Counter:
@@ -34,10 +30,9 @@ def sample(config: SampleConfig) -> Counter:
     """
     config.validate()
     drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
-    options = {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
     prompts = [[draft.prompt, draft.responses, draft.sources] for draft in drafts]
     with Journal(
-        config.output, fingerprint("sample", options, prompts), overwrite=config.overwrite
+        config.output, fingerprint("sample", identity(config), prompts), overwrite=config.overwrite
     ) as journal:
         local: LocalModel | None = None
         for number, policy in enumerate(config.policies):

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -12,15 +11,13 @@ from tqdm import tqdm
 from rrhf_fast.data.journal import Journal, fingerprint
 from rrhf_fast.data.rows import Draft, load_drafts
 from rrhf_fast.engine.evaluate import load_reward_fn
+from rrhf_fast.sampling.config import identity
 from rrhf_fast.sampling.endpoint import ask_all
 from rrhf_fast.sampling.generate import batches_by_length
 from rrhf_fast.scoring.config import ScoreConfig, ScorerConfig
 from rrhf_fast.scoring.judge import Judge
 from rrhf_fast.scoring.logprobs import LogProbs, generated
 from rrhf_fast.scoring.reward_model import Prompt, RewardModel
-
-# Options that change when a result is there, not what it is.
-_NO_MATTER = ("output", "overwrite", "timeout", "max_retries", "max_concurrency")
 
 
 def score(config: ScoreConfig) -> Counter:
@@ -44,10 +41,9 @@ def score(config: ScoreConfig) -> Counter:
     for draft in drafts:
         if draft.responses is None:
             raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
-    options = {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
     texts = [[draft.prompt, draft.responses, draft.finish_reasons] for draft in drafts]
     with Journal(
-        config.output, fingerprint("score", options, texts), overwrite=config.overwrite
+        config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
     ) as journal:
         pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
         if config.judge_model:

@@ -43,7 +43,6 @@ table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #ddd }
 td { white-space: pre-wrap; overflow-wrap: anywhere }
 img { max-width: 100% }
-.reward { color: #777 }
 """
 
 
@@ -100,7 +99,12 @@ def side_by_side(sides: dict[str, Side]) -> Table:
 
 
 def write_page(
-    path: Path, title: str, picture: Path, tables: Sequence[Table], samples: Table
+    path: Path,
+    title: str,
+    picture: Path,
+    tables: Sequence[Table],
+    samples: Table,
+    warning: str | None = None,
 ) -> None:
     """One self-contained page: the picture is in it, and nothing is loaded from elsewhere."""
     data = base64.b64encode(picture.read_bytes()).decode()
@@ -108,6 +112,7 @@ def write_page(
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
+        *([f"<p><strong>{escape(warning)}</strong></p>"] if warning else []),
         f'<img alt="{escape(title)}: curves" src="data:image/png;base64,{data}">',
         *(_html(table) for table in tables),
         "<h2>Samples</h2>",
@@ -150,10 +155,11 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     best.set(title="Best of n samples, 95 % interval", xlabel="n", ylabel="expected reward")
     best.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     both.set(title="Reward against length", xlabel="words", ylabel="reward")
-    _save(figure, axes.flat, path)
+    save_figure(figure, axes.flat, path)
 
 
-def _save(figure, axes, path: Path) -> None:
+def save_figure(figure, axes, path: Path) -> None:
+    """Grids, legends where there are labels, and the file."""
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

@@ -75,8 +75,8 @@ def iterate(config: IterateConfig) -> list[dict]:
             _train(config, number, model, here)
         model = str(here / "model")
         records.append(_evaluate(config, number, model))
-        write_rounds(folder, records)
-    print(write_rounds(folder, records))
+        table = write_rounds(folder, records)
+    _say(table)
     return records
 
 

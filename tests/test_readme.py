@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.evaluation.config import EvaluateConfig
+from rrhf_fast.rounds.config import IterateConfig
+from rrhf_fast.sampling.config import SampleConfig
+from rrhf_fast.scoring.config import ScoreConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -31,16 +36,28 @@ def test_the_row_shown_is_a_row():
     assert len(parse_row(json.loads(row), "README.md").responses) == 2
 
 
+CONFIGS = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+    "iterate": IterateConfig,
+}
+
+
 def test_commands_and_options_exist():
     commands = "\n".join(text for language, text in BLOCKS if language == "bash")
-    (train,) = re.findall(r"python -m rrhf_fast.train (.*?)\n\n?", commands.replace("\\\n", ""))
-    assert parse_config(TrainConfig, train.split()).output_dir == "out"
+    found = re.findall(r"python -m rrhf_fast.(\w+) (.*)", commands.replace("\\\n", ""))
+    assert {name for name, _ in found} == set(CONFIGS)
+    for name, arguments in found:
+        parse_config(CONFIGS[name], shlex.split(arguments)).validate()
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
-    about_training = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
-    named = set(re.findall(r"--(\w+_\w+)", about_training))
-    assert named and named <= set(TrainConfig.__dataclass_fields__) | {"print_config"}
+    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
+    named = set(re.findall(r"--(\w+_\w+)", about_ours))
+    known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
+    assert named and named <= known | {"print_config"}
 
 
 def test_the_forest_shown_is_the_forest_built():
@@ -63,10 +80,11 @@ def test_every_file_of_the_tree_exists():
     (tree,) = (text for language, text in BLOCKS if "rrhf_fast/\n" in text)
     root, folder = Path(__file__).parents[1], ""
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = name if not line.startswith(" ") else folder
-        path = root / (name if not line.startswith(" ") else folder + name)
-        assert path.exists(), path
+        names = re.findall(r"[\w/]+(?:\.py|/)", re.split(r"\s{3,}", line.strip())[0])
+        folder = names[0] if not line.startswith(" ") else folder
+        for name in names:
+            path = root / (name if not line.startswith(" ") else folder + name)
+            assert path.exists(), path
 
 
 @pytest.mark.parametrize("module", [rrhf_fast.losses.rrhf, rrhf_fast.engine.loop])

@@ -133,13 +133,16 @@ def test_rounds_of_steps_walk_through_the_prompts(tmp_path, config):
 @pytest.mark.skipif(
     not hasattr(TrainConfig, "init_optimizer_from"), reason="the trainer saves no optimizer state"
 )
-def test_the_optimizer_goes_on_from_round_to_round(config):
+def test_the_optimizer_goes_on_from_round_to_round(config, monkeypatch):
+    configs, train = [], loop.train
+    monkeypatch.setattr(loop, "train", lambda config: configs.append(config) or train(config))
     config.steps_per_round, config.rounds = 2, 2
     loop.iterate(config)
-    for number in (1, 2):
-        here = Path(config.output_dir, f"round-{number}")
-        assert (here / "model" / "checkpoint-2").is_dir()
-        assert len((here / "samples.jsonl").read_text().splitlines()) == 16
+    first, second = (Path(config.output_dir, f"round-{number}") for number in (1, 2))
+    assert len((second / "samples.jsonl").read_text().splitlines()) == 2 * 4
+    checkpoint = first / "model" / "checkpoint-2"
+    assert checkpoint.is_dir() and (second / "model" / "checkpoint-2").is_dir()
+    assert [config.init_optimizer_from for config in configs] == [None, str(checkpoint)]
 
 
 def test_reward_hacking_is_named(config):

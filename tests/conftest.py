@@ -59,8 +59,8 @@ class Server:
         self.process.communicate()
 
     @property
-    def answered(self) -> list:
-        """[model, text, seed] of each request that got its answer."""
+    def answered(self) -> list[dict]:
+        """The body of each request that got its answer; `text` is what was asked."""
         text = self.log.read_text() if self.log.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 

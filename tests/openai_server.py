@@ -1,8 +1,7 @@
 """A real HTTP server on loopback with OpenAI's two completion calls and the faults of real ones.
 
 `python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The
-requested model's name says how it behaves; LOG receives a line for each request that it answered in
-full.
+requested model's name says how it behaves; LOG receives each request that it answered in full.
 """
 
 import hashlib
@@ -55,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         if "long" in text:
             answer = "Human: " + answer
         with LOCK, open(sys.argv[1], "a") as log:
-            log.write(json.dumps([request["model"], text, request["seed"]]) + "\n")
+            log.write(json.dumps(request | {"text": text}) + "\n")
         key = "message" if chat else "text"
         value = {"role": "assistant", "content": answer} if chat else answer
         self.reply(

@@ -52,6 +52,8 @@ class Policy:
     """Environment variable that holds the endpoint's key; local servers need none."""
     chat: bool = True
     """Send a string prompt as one user message; false sends it as it is to /completions."""
+    extra_body: dict = field(default_factory=dict)
+    """Further fields of each request, for what only some servers know."""
 
     @property
     def count(self) -> int:

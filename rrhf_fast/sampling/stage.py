@@ -79,8 +79,8 @@ def _ask_endpoint(
     model = policy.model or config.model_name_or_path
     options = {"temperature": policy.temperature, "top_p": policy.top_p}
     options["max_tokens"] = policy.max_new_tokens
-    if policy.top_k:  # not OpenAI's own, but the local servers have it
-        options["extra_body"] = {"top_k": policy.top_k}
+    # top_k is not OpenAI's own, but local servers have it.
+    options["extra_body"] = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
     if config.stop_strings:
         options["stop"] = config.stop_strings
 

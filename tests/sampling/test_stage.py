@@ -242,10 +242,20 @@ def test_an_endpoint_is_asked_for_each_response_once(remote, openai_server):
     assert [row["prompt"] for row in rows] == PROMPTS
 
 
+def test_requests_carry_what_the_policy_says(remote, openai_server):
+    remote.stop_strings = ["\n\n"]
+    options = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 9}
+    remote.policies = [replace(remote.policies[0], **options, extra_body={"min_p": 0.1})]
+    sample(remote)
+    for asked in openai_server.answered:
+        assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.5, 0.9, 7)
+        assert (asked["max_tokens"], asked["stop"], asked["min_p"]) == (9, ["\n\n"], 0.1)
+
+
 def test_completions_get_the_prompt_as_it_is(remote, openai_server):
     remote.policies[0].chat = False
     sample(remote)
-    assert {text for _, text, _ in openai_server.answered} == set(PROMPTS)
+    assert {request["prompt"] for request in openai_server.answered} == set(PROMPTS)
 
 
 @pytest.mark.slow
@@ -253,7 +263,7 @@ def test_every_fault_is_overcome_and_nothing_is_asked_twice(remote, openai_serve
     remote.policies[0].model = "flaky"
     counts = sample(remote)
     assert counts["responses"] == len(openai_server.answered) == 20
-    assert len({(text, seed) for _, text, seed in openai_server.answered}) == 20
+    assert len({(asked["text"], asked["seed"]) for asked in openai_server.answered}) == 20
     assert counts["failures"] == 0
 
 

@@ -241,10 +241,10 @@ def oracle(prompt, response):
 
 @pytest.mark.parametrize("packing", ["forest", "none"])
 def test_the_policy_scores_by_its_length_normalised_log_prob(config, packing):
-    config = replace(config, data=write(Path(config.data), ROWS[:3]))
+    config = replace(config, data=write(Path(config.data), [ROWS[2], *ROWS[:2]]))
     config.policy_as_reward, config.model_name_or_path = True, MODEL
     config.packing, config.max_tokens_per_pack = packing, 16
-    score(config)
+    assert score(config)["scored"] == 5
     for row in read(config.output):
         for response, found in zip(row["responses"], row["scores"], strict=True):
             assert found == pytest.approx(

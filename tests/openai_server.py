@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if how in ("429", "500"):
             self.reply(int(how), {"error": {"message": "try later"}})
         elif how == "slow":
-            time.sleep(3)
+            time.sleep(7)
             self.reply(500, {"error": {"message": "too late"}})
         elif how == "garbage":
             self.reply(200, b'{"choices": [{"mess')

@@ -11,9 +11,12 @@ read as k = 2. Other fields are ignored.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # The released format stores the data set's own two responses last; the ones before are sampled.
 NUM_PROVIDED = 2
@@ -96,13 +99,29 @@ def load_rows(
         BadRow: (a ValueError) a row is bad and `on_bad_rows` is "error"; names file, line, field
             and what was expected.
     """
+
+    def parse(record: object, where: str) -> Row:
+        return _choose_responses(parse_row(record, where), use_responses, stop_strings or [])
+
+    return _load(sources, on_bad_rows, parse)
+
+
+def load_drafts(
+    sources: str | list[str], *, on_bad_rows: str = "error"
+) -> tuple[list[Draft], RowReport]:
+    """Read prompts, with or without responses, from what `load_rows` reads; it raises the same."""
+    return _load(sources, on_bad_rows, parse_draft)
+
+
+def _load(
+    sources: str | list[str], on_bad_rows: str, parse: Callable[[object, str], T]
+) -> tuple[list[T], RowReport]:
     rows, report = [], RowReport()
     for source in [sources] if isinstance(sources, str) else sources:
         for where, record in _records(source):
             report.read += 1
             try:
-                row = parse_row(record, where)
-                rows.append(_choose_responses(row, use_responses, stop_strings or []))
+                rows.append(parse(record, where))
             except BadRow as error:
                 report.skip(error, on_bad_rows)
     if not rows:
@@ -111,26 +130,6 @@ def load_rows(
         )
     report.kept = len(rows)
     return rows, report
-
-
-def load_drafts(
-    sources: str | list[str], *, on_bad_rows: str = "error"
-) -> tuple[list[Draft], RowReport]:
-    """Read prompts, with or without responses, from what `load_rows` reads; it raises the same."""
-    drafts, report = [], RowReport()
-    for source in [sources] if isinstance(sources, str) else sources:
-        for where, record in _records(source):
-            report.read += 1
-            try:
-                drafts.append(parse_draft(record, where))
-            except BadRow as error:
-                report.skip(error, on_bad_rows)
-    if not drafts:
-        raise ValueError(
-            f"{sources}: no usable row among the {report.read} read {_kinds(report.bad)}".rstrip()
-        )
-    report.kept = len(drafts)
-    return drafts, report
 
 
 def parse_draft(record: object, where: str) -> Draft:

@@ -58,7 +58,8 @@ def write_report(evaluation: Evaluation, folder: Path) -> str:
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     """The measures of each side, then those of one against the other."""
     sides = [evaluation.model, *([evaluation.baseline] if evaluation.baseline else [])]
-    head = [f"{evaluation.prompts} prompts", MODEL, BASELINE][: len(sides) + 1]
+    dropped = f" ({evaluation.dropped} unscored)" if evaluation.dropped else ""
+    head = [f"{evaluation.prompts} prompts{dropped}", MODEL, BASELINE][: len(sides) + 1]
     names = [name for name in TITLES if any(name in side for side in sides)]
     rows = [
         [TITLES[name], *(str_of(side[name]) if name in side else "" for side in sides)]

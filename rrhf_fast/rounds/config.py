@@ -95,9 +95,14 @@ DEMO = {
 
 
 def with_demo(config: IterateConfig) -> IterateConfig:
-    """The demo's settings for every option that is at its default."""
-    defaults = IterateConfig()
-    untouched = {
-        f.name for f in fields(config) if getattr(config, f.name) == getattr(defaults, f.name)
-    }
-    return replace(config, **{name: value for name, value in DEMO.items() if name in untouched})
+    """The demo's settings for every option that is at its default, the trainer's too."""
+    untouched = {name: value for name, value in DEMO.items() if name not in _changes(config)}
+    train = replace(DEMO["train"], **_changes(config.train))
+    return replace(config, **untouched | {"train": train})
+
+
+def _changes(config: IterateConfig | TrainConfig) -> dict:
+    """The options that are not at their default."""
+    defaults, names = type(config)(), [f.name for f in fields(config)]
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}

@@ -21,8 +21,9 @@ def sample(config: SampleConfig) -> Counter:
     or null), and `failures` where an endpoint refused. A run that was killed goes on where it was.
 
     Returns:
-        What happened: rows, responses, duplicates, empty, unfinished, failures, thin (rows with
-        fewer than 2 responses), and an endpoint's requests, prompt_tokens and completion_tokens.
+        What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
+        (rows with fewer than 2 responses), and an endpoint's requests, prompt_tokens and
+        completion_tokens.
 
     Raises:
         ValueError: a mistake in options, files or rows.
@@ -155,7 +156,7 @@ def _merge(
                     out["sources"].append(source)
                     out["finish_reasons"].append(result["finish_reason"])
         counts["failures"] += len(failures)
-        counts["thin"] += len(out["responses"]) < 2
+        counts["unrankable"] += len(out["responses"]) < 2
         out |= {"failures": failures} if failures else {}
         rows.append(draft.others | out)
     return rows, counts

@@ -29,8 +29,8 @@ def score(config: ScoreConfig) -> Counter:
     that was killed goes on where it was.
 
     Returns:
-        What happened: rows, scored, unscored, thin (rows with fewer than 2 scored responses), and a
-        judge's requests, prompt_tokens and completion_tokens.
+        What happened: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses),
+        and a judge's requests, prompt_tokens and completion_tokens.
 
     Raises:
         ValueError: a mistake in options, files or rows, or a reward function that failed.
@@ -235,5 +235,5 @@ def _merge(
             counts.update(result.get("usage", {}))
         counts["scored"] += len(keep)
         counts["unscored"] += len(unscored)
-        counts["thin"] += len(keep) < 2
+        counts["unrankable"] += len(keep) < 2
     return rows, counts

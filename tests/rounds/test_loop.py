@@ -157,6 +157,12 @@ def test_reward_hacking_is_named(config):
     assert not is_hacking([record(1, 10), record(0, 20)])
 
 
+def test_the_demo_leaves_what_was_asked_for():
+    config = with_demo(IterateConfig(rounds=5, train=TrainConfig(seed=3)))
+    assert (config.rounds, config.train.seed, config.train.learning_rate) == (5, 3, 1e-3)
+    assert config.data == str(demo.TRAIN_FILE) and len(config.policies) == 3
+
+
 MISTAKES = {
     "a model without data": (["--model_name_or_path", "m", "--reward_fn", "a:b"], "data: missing"),
     "out of range": (["--rounds", "0"], "rounds: expected at least 1, found 0"),

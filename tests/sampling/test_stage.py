@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rrhf_fast import demo
 from rrhf_fast.data.rows import load_drafts
@@ -125,6 +125,15 @@ def test_sampling_depends_on_the_seed_alone(config):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_each_batch_draws_anew(tmp_path, config):
+    config.data = write(tmp_path / "same.jsonl", [{"prompt": PROMPTS[0]}] * 4)
+    config.batch_size, config.policies = 2, policies({}, {"source": "again"})
+    sample(config)
+    texts = [tuple(row["responses"][:4]) for row in read(config.output)]
+    texts += [tuple(row["responses"][4:]) for row in read(config.output)]
+    assert len(set(texts)) == 8  # rows of a batch, batches and policies
+
+
 def test_provided_responses_and_their_sources(tmp_path, config):
     rows = [
         {"prompt": "a", "responses": ["1", "2", "", "1"], "scores": [1, 2, 3, 4]},
@@ -139,7 +148,7 @@ def test_provided_responses_and_their_sources(tmp_path, config):
     config = replace(config, data=write(tmp_path / "p.jsonl", rows))
     config.policies = [Policy(method="provided")]
     counts = sample(config)
-    assert (counts["responses"], counts["duplicates"], counts["empty"], counts["thin"]) == (
+    assert (counts["responses"], counts["duplicates"], counts["empty"], counts["unrankable"]) == (
         7,
         1,
         1,
@@ -197,6 +206,8 @@ def test_several_models_in_one_yaml(tmp_path, config, lm):
     model, tokenizer = lm
     folder = tmp_path / "other"
     model.save_pretrained(folder)
+    # How to decode is the policy's to say, not the checkpoint's.
+    GenerationConfig(repetition_penalty=9.0, eos_token_id=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = tmp_path / "config.yaml"
     file.write_text(
@@ -225,7 +236,7 @@ def test_a_killed_run_ends_with_the_same_file(config, killed_at_random):
 
 @pytest.fixture
 def remote(config, openai_server):
-    config.timeout, config.max_retries, config.max_concurrency = 1.0, 4, 8
+    config.timeout, config.max_retries, config.max_concurrency = 60.0, 4, 8
     config.policies = [
         Policy(method="openai", model="echo", base_url=openai_server.url, num_responses=2)
     ]
@@ -260,7 +271,7 @@ def test_completions_get_the_prompt_as_it_is(remote, openai_server):
 
 @pytest.mark.slow
 def test_every_fault_is_overcome_and_nothing_is_asked_twice(remote, openai_server):
-    remote.policies[0].model = "flaky"
+    remote.policies[0].model, remote.timeout = "flaky", 5.0  # the server sleeps longer
     counts = sample(remote)
     assert counts["responses"] == len(openai_server.answered) == 20
     assert len({(asked["text"], asked["seed"]) for asked in openai_server.answered}) == 20
@@ -367,7 +378,7 @@ def test_prompts_that_fill_the_window_are_left_out_or_stop_the_run(tmp_path, con
     with pytest.raises(ValueError, match="long.jsonl:1: prompt: .* leave no room"):
         sample(config)
     config = replace(config, on_bad_rows="skip", output=config.output + "2")
-    assert sample(config)["thin"] == 2
+    assert sample(config)["unrankable"] == 2
     assert [len(row["responses"]) for row in read(config.output)] == [0, 1]
     config = replace(config, max_prompt_length=30, output=config.output + "3")
     sample(config)

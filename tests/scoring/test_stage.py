@@ -87,7 +87,7 @@ def raises(prompts, responses):
 def test_a_function_scores_every_response(config):
     config.reward_fn = f"{__name__}:count_letters"
     counts = score(config)
-    assert (counts["rows"], counts["scored"], counts["thin"]) == (4, 6, 2)
+    assert (counts["rows"], counts["scored"], counts["unrankable"]) == (4, 6, 2)
     rows = read(config.output)
     assert [row["scores"] for row in rows] == [[8, 15, 0], [4, 18], [], [5]]
     assert [row["responses"] for row in rows] == [row["responses"] for row in ROWS]
@@ -294,7 +294,7 @@ def test_without_a_difference_there_is_no_penalty(config):
 @pytest.fixture
 def judged(config, openai_server):
     config.base_url, config.judge_model = openai_server.url, "judge"
-    config.timeout, config.max_retries = 1.0, 3
+    config.timeout, config.max_retries = 60.0, 3
     return config
 
 

@@ -133,6 +133,13 @@ def test_a_model_ties_with_its_own_earlier_evaluation(config):
         evaluate(other)
 
 
+def test_samples_that_repeat_count(config):
+    found = evaluate(replace(config, temperature=0.001))
+    assert found.model["distinct"].value == pytest.approx(1 / 3)
+    assert found.model["best_of_n"] == found.model["reward"]
+    assert len(found.best_of_n["model"]) == 3
+
+
 def test_it_goes_on_where_it_was_and_refuses_other_options(config):
     evaluate(config)
     before = (Path(config.output_dir, "evaluation.json")).read_text()

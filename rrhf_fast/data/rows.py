@@ -148,7 +148,9 @@ def parse_draft(record: object, where: str) -> Draft:
         _check_text(response, f"responses[{i}]", where)
     for i, source in enumerate(sources or []):
         _check_text(source, f"sources[{i}]", where)
-    finish_reasons = record.get("finish_reasons")
+    finish_reasons = None
+    if record.get("finish_reasons") is not None:
+        finish_reasons = _check_list(record, "finish_reasons", where)
     for name, values in (("sources", sources), ("finish_reasons", finish_reasons)):
         if values is not None and len(values) != len(responses or []):
             raise _unequal(name, len(values), len(responses or []), where)

@@ -247,6 +247,7 @@ def test_pairs_are_provided(tmp_path):
         ({"prompt": "a", "responses": ["b", 1]}, "responses[1]: expected a string"),
         ({"prompt": "a", "responses": ["b"], "sources": []}, "sources: expected one for each"),
         ({"prompt": "a", "finish_reasons": ["stop"]}, "finish_reasons: expected one for each"),
+        ({"prompt": "a", "finish_reasons": 1}, "finish_reasons: expected a list"),
         ({"prompt": "a", "responses": ["b"], "sources": [1]}, "sources[0]: expected a string"),
         ([], "expected a JSON object"),
     ],

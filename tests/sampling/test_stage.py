@@ -223,6 +223,7 @@ def test_several_models_in_one_yaml(tmp_path, config, lm):
         assert len(set(row["responses"])) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_file(config, killed_at_random):
     config.policies = policies(
         {"method": "diverse_beam", "num_responses": 2}, {"method": "sample"}, {"method": "provided"}

@@ -120,6 +120,7 @@ def test_a_function_that_fails_is_one_line(config, name, problem, capsys):
     assert problem in error and not os.path.exists(config.output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_file(tmp_path, config, killed_at_random):
     rows = [{"prompt": str(i), "responses": ["x" * i, "y" * (2 * i)]} for i in range(30)]
     config = replace(config, data=write(tmp_path / "many.jsonl", rows))

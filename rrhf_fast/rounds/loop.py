@@ -1,7 +1,7 @@
 """The rounds: every stage leaves a file, and a stage whose file is there is done.
 
 output_dir/
-  options.json  rounds.json  rounds.png  report.html
+  options.json  rounds.jsonl  rounds.png  report.html
   round-0/evaluation/                  the model as it came
   round-1/samples.jsonl  scored.jsonl  model/  trained.json  evaluation/
   ...
@@ -88,6 +88,7 @@ def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
         # What an interrupted attempt left is of no use.
         "overwrite_output_dir": True,
         "on_bad_rows": "skip",
+        "trust_remote_code": config.trust_remote_code,
         "seed": config.train.seed + number,
     }
     if config.steps_per_round is not None:

@@ -1,9 +1,10 @@
 """Every option, its unit and its default. `python -m rrhf_fast.train --help` prints this page."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -182,13 +183,10 @@ class TrainConfig(LossConfig, DataConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for a value out of range or a combination that
         cannot work."""
-        for name, kind in get_type_hints(TrainConfig).items():
-            if not _is(getattr(self, name), kind):
-                expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        check_types(self)
         for name in ("max_length", "max_response_length"):
             # One token and the end token.
-            _expect(self, name, lambda value: value is None or value >= 2, "at least 2")
+            expect(self, name, lambda value: value is None or value >= 2, "at least 2")
         for name in (
             "max_prompt_length",
             "train_batch_size",
@@ -206,9 +204,9 @@ class TrainConfig(LossConfig, DataConfig):
             "save_steps",
             "save_total_limit",
         ):
-            _expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+            expect(self, name, lambda value: value is None or value >= 1, "at least 1")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
-            _expect(self, name, lambda value: value > 0, "more than 0")
+            expect(self, name, lambda value: value > 0, "more than 0")
         for name in (
             "warmup_steps",
             "weight_decay",
@@ -219,10 +217,10 @@ class TrainConfig(LossConfig, DataConfig):
             "length_penalty",
             "seed",
         ):
-            _expect(self, name, lambda value: value >= 0, "0 or more")
+            expect(self, name, lambda value: value >= 0, "0 or more")
         for name in ("eval_fraction", "adam_beta1", "adam_beta2"):
-            _expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
-        _expect(self, "lora_dropout", lambda value: value == 0, "0 (log-probs must not be random)")
+            expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
+        expect(self, "lora_dropout", lambda value: value == 0, "0 (log-probs must not be random)")
         if self.resume_from_checkpoint == "latest" and self.output_dir is None:
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
         if self.resume_from_checkpoint is not None and self.init_optimizer_from is not None:
@@ -267,6 +265,14 @@ class ExportConfig:
     """Run code that ships with the model. Off unless you trust its author."""
 
 
+def check_types(config: object) -> None:
+    """Raise ValueError where a field of this dataclass is not of the type it was declared with."""
+    for name, kind in get_type_hints(type(config)).items():
+        if not _is(getattr(config, name), kind):
+            expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+            raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)!r}")
+
+
 def _is(value: object, kind: object) -> bool:
     """Whether value is of the type that a field was declared with; an int is a float too."""
     origin = get_origin(kind)
@@ -282,7 +288,8 @@ def _is(value: object, kind: object) -> bool:
     return isinstance(value, kind)
 
 
-def _expect(config: TrainConfig, name: str, test, expected: str) -> None:
+def expect(config: object, name: str, test: Callable[[Any], bool], expected: str) -> None:
+    """Raise ValueError, with the option's name, unless its value is finite and passes the test."""
     value = getattr(config, name)
     if (isinstance(value, float) and not math.isfinite(value)) or not test(value):
         raise ValueError(f"{name}: expected {expected}, found {value}")

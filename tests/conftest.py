@@ -1,6 +1,17 @@
 """Settings of the whole suite: no network, no deadline that a busy machine could miss."""
 
+import json
+import multiprocessing
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 
 # Before transformers or datasets is imported; tests read what is shipped or made here.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,9 +30,81 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    import pytest
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@dataclass
+class Server:
+    """An OpenAI-compatible server in a process of its own; see openai_server.py."""
+
+    log: Path
+    process: subprocess.Popen | None = None
+    port: int = 0  # any, then always the same
+
+    def start(self) -> None:
+        script = Path(__file__).with_name("openai_server.py")
+        command = [sys.executable, str(script), str(self.log), str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    @property
+    def answered(self) -> list[dict]:
+        """The body of each request that got its answer; `text` is what was asked."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def openai_server(tmp_path):
+    """A running `Server`."""
+    pytest.importorskip("openai", reason="endpoints are asked through the openai package")
+    server = Server(tmp_path / "answered.jsonl")
+    server.start()
+    yield server
+    server.stop()
+
+
+def _call(function, config):
+    torch.set_num_threads(1)
+    function(config)
+
+
+@pytest.fixture
+def killed_at_random():
+    """Call function(config) in processes that are killed (SIGKILL) soon after their journal grew,
+    until one comes to its end; returns how many were killed."""
+    context = multiprocessing.get_context("forkserver")  # imports once, forks in an instant
+    context.set_forkserver_preload(["rrhf_fast.sampling.stage", "rrhf_fast.scoring.stage"])
+
+    def run(function, config, kills, seed):
+        rng, killed = random.Random(seed), 0
+        journal = Path(config.output + ".journal")
+        while True:
+            process = context.Process(target=_call, args=(function, config))
+            before = journal.stat().st_size if journal.exists() else 0
+            process.start()
+            while killed < kills and process.is_alive():
+                if journal.exists() and journal.stat().st_size > before:
+                    time.sleep(rng.random() * 0.05)
+                    process.kill()
+                    process.join()
+                    killed += process.exitcode == -signal.SIGKILL
+                    break
+                time.sleep(0.001)
+            process.join()
+            if process.exitcode != -signal.SIGKILL:
+                assert process.exitcode == 0
+                return killed
+
+    return run

@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from rrhf_fast.config import ExportConfig, TrainConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.evaluation.config import EvaluateConfig
+from rrhf_fast.rounds.config import IterateConfig
+from rrhf_fast.sampling.config import SampleConfig
+from rrhf_fast.scoring.config import ScoreConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -31,21 +36,32 @@ def test_the_row_shown_is_a_row():
     assert len(parse_row(json.loads(row), "README.md").responses) == 2
 
 
+CONFIGS = {
+    "train": TrainConfig,
+    "export": ExportConfig,
+    "sample": SampleConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+    "iterate": IterateConfig,
+}
+
+
 def test_commands_and_options_exist():
     commands = "\n".join(text for language, text in BLOCKS if language == "bash")
     found = re.findall(r"-m rrhf_fast\.(\w+) (.*?)'?\n", commands.replace("\\\n", ""))
-    assert len(found) >= 7
-    for command, options in found:
-        config_class = {"train": TrainConfig, "export": ExportConfig}[command]
-        config = parse_config(config_class, options.replace("--config run.yaml", "").split())
-        assert command != "train" or config.validate() is None
+    assert {name for name, _ in found} == set(CONFIGS)
+    for name, arguments in found:
+        config = parse_config(
+            CONFIGS[name], shlex.split(arguments.replace("--config run.yaml", ""))
+        )
+        assert name == "export" or config.validate() is None
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
-    about_training = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
-    named = set(re.findall(r"--(\w+_\w+)", about_training))
-    known = {**TrainConfig.__dataclass_fields__, **ExportConfig.__dataclass_fields__}
-    assert named and named <= known.keys() | {"print_config", "nproc_per_node"}
+    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
+    named = set(re.findall(r"--(\w+_\w+)", about_ours))
+    known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
+    assert named and named <= known | {"print_config", "nproc_per_node"}
 
 
 def test_the_forest_shown_is_the_forest_built():
@@ -68,10 +84,11 @@ def test_every_file_of_the_tree_exists():
     (tree,) = (text for language, text in BLOCKS if "rrhf_fast/\n" in text)
     root, folder = Path(__file__).parents[1], ""
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = name if not line.startswith(" ") else folder
-        path = root / (name if not line.startswith(" ") else folder + name)
-        assert path.exists(), path
+        names = re.findall(r"[\w/]+(?:\.py|/)", re.split(r"\s{3,}", line.strip())[0])
+        folder = names[0] if not line.startswith(" ") else folder
+        for name in names:
+            path = root / (name if not line.startswith(" ") else folder + name)
+            assert path.exists(), path
 
 
 @pytest.mark.parametrize("module", [rrhf_fast.losses.rrhf, rrhf_fast.engine.loop])

@@ -11,12 +11,17 @@ read as k = 2. Other fields are ignored.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # The released format stores the data set's own two responses last; the ones before are sampled.
 NUM_PROVIDED = 2
+# How the sources of a data set's own responses begin; the last two name those of a pair.
+PROVIDED = ("provided", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,20 @@ class Row:
     responses: list[str]
     scores: list[float]
     sources: list[str] | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row on its way to the trainer: what `sample` and `score` read. Responses may be missing,
+    too few or empty, and scores do not matter yet."""
+
+    prompt: str | list[dict]
+    responses: list[str] | None
+    sources: list[str] | None
+    # Per response "stop" or "length" (cut off by a limit) as a sampler reported it, else None.
+    finish_reasons: list[str | None] | None
+    others: dict  # fields that the stages pass on as they are
     where: str
 
 
@@ -67,9 +86,9 @@ def load_rows(
             split "train"); a local folder that `datasets` can load works too.
         on_bad_rows: "error" stops at the first bad row; "skip" leaves bad rows out and counts them
             by kind.
-        use_responses: "all"; "provided" keeps the responses whose source starts with "provided"
-            (rows without
-            `sources`: the last two, as in the released format); "sampled" keeps the others.
+        use_responses: "all"; "provided" keeps the responses whose source starts with "provided",
+            "chosen" or "rejected" (rows without `sources`: the last two, as in the released
+            format); "sampled" keeps the others.
         stop_strings: each response is cut at the first of these strings that it contains.
 
     Returns:
@@ -80,13 +99,29 @@ def load_rows(
         BadRow: (a ValueError) a row is bad and `on_bad_rows` is "error"; names file, line, field
             and what was expected.
     """
+
+    def parse(record: object, where: str) -> Row:
+        return _choose_responses(parse_row(record, where), use_responses, stop_strings or [])
+
+    return _load(sources, on_bad_rows, parse)
+
+
+def load_drafts(
+    sources: str | list[str], *, on_bad_rows: str = "error"
+) -> tuple[list[Draft], RowReport]:
+    """Read prompts, with or without responses, from what `load_rows` reads; it raises the same."""
+    return _load(sources, on_bad_rows, parse_draft)
+
+
+def _load(
+    sources: str | list[str], on_bad_rows: str, parse: Callable[[object, str], T]
+) -> tuple[list[T], RowReport]:
     rows, report = [], RowReport()
     for source in [sources] if isinstance(sources, str) else sources:
         for where, record in _records(source):
             report.read += 1
             try:
-                row = parse_row(record, where)
-                rows.append(_choose_responses(row, use_responses, stop_strings or []))
+                rows.append(parse(record, where))
             except BadRow as error:
                 report.skip(error, on_bad_rows)
     if not rows:
@@ -97,21 +132,40 @@ def load_rows(
     return rows, report
 
 
+def parse_draft(record: object, where: str) -> Draft:
+    """Check one record and turn it into a `Draft`; raises `BadRow` like `parse_row`."""
+    if _is_pair(_check_object(record, where)):
+        pair = _parse_pair(record, where)
+        prompt, responses, sources = pair.prompt, pair.responses, pair.sources
+    else:
+        prompt = _find_prompt(record, where)
+        responses = sources = None
+        if record.get("responses") is not None:
+            responses = _check_list(record, "responses", where)
+        if record.get("sources") is not None:
+            sources = _check_list(record, "sources", where)
+    for i, response in enumerate(responses or []):
+        _check_text(response, f"responses[{i}]", where)
+    for i, source in enumerate(sources or []):
+        _check_text(source, f"sources[{i}]", where)
+    finish_reasons = None
+    if record.get("finish_reasons") is not None:
+        finish_reasons = _check_list(record, "finish_reasons", where)
+    for name, values in (("sources", sources), ("finish_reasons", finish_reasons)):
+        if values is not None and len(values) != len(responses or []):
+            raise _unequal(name, len(values), len(responses or []), where)
+    used = {"prompt", "query", "responses", "scores", "sources", "finish_reasons"}
+    used |= {"chosen", "rejected"} if _is_pair(record) else set()
+    others = {name: value for name, value in record.items() if name not in used}
+    return Draft(prompt, responses, sources, finish_reasons, others, where)
+
+
 def parse_row(record: object, where: str) -> Row:
     """Check one record and turn it into a `Row`; raises `BadRow` that names the field and what was
     expected."""
-    if isinstance(record, BadRow):  # a line that is no JSON
-        raise record
-    if not isinstance(record, dict):
-        raise BadRow("not an object", where, f"expected a JSON object, found {_show(record)}")
-    if "chosen" in record and "rejected" in record and "responses" not in record:
+    if _is_pair(_check_object(record, where)):
         return _parse_pair(record, where)
-    name = "prompt" if record.get("prompt") is not None else "query"
-    if record.get(name) is None:
-        raise BadRow(
-            "missing field", where, "prompt: missing (a string or a list of messages was expected)"
-        )
-    prompt = _check_prompt(record[name], name, where)
+    prompt = _find_prompt(record, where)
     responses = _check_list(record, "responses", where)
     scores = _check_list(record, "scores", where)
     sources = None if record.get("sources") is None else _check_list(record, "sources", where)
@@ -120,15 +174,10 @@ def parse_row(record: object, where: str) -> Row:
     for i, score in enumerate(scores):
         scores[i] = _check_score(score, f"scores[{i}]", where)
     for i, source in enumerate(sources or []):
-        if not isinstance(source, str):
-            raise BadRow(
-                "wrong type", where, f"sources[{i}]: expected a string, found {_show(source)}"
-            )
+        _check_text(source, f"sources[{i}]", where)
     for other, values in (("scores", scores), ("sources", sources)):
         if values is not None and len(values) != len(responses):
-            expected = f"expected one for each of the {len(responses)} responses"
-            problem = f"{other}: {expected}, found {len(values)}"
-            raise BadRow("unequal lengths", where, problem)
+            raise _unequal(other, len(values), len(responses), where)
     if len(responses) < 2:
         raise BadRow(
             "fewer than 2 responses",
@@ -188,6 +237,32 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
                     )
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _check_object(record: object, where: str) -> dict:
+    if isinstance(record, BadRow):  # a line that is no JSON
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow("not an object", where, f"expected a JSON object, found {_show(record)}")
+    return record
+
+
+def _is_pair(record: dict) -> bool:
+    return "chosen" in record and "rejected" in record and "responses" not in record
+
+
+def _find_prompt(record: dict, where: str) -> str | list[dict]:
+    name = "prompt" if record.get("prompt") is not None else "query"
+    if record.get(name) is None:
+        raise BadRow(
+            "missing field", where, "prompt: missing (a string or a list of messages was expected)"
+        )
+    return _check_prompt(record[name], name, where)
+
+
+def _unequal(name: str, found: int, num_responses: int, where: str) -> BadRow:
+    expected = f"expected one for each of the {num_responses} responses"
+    return BadRow("unequal lengths", where, f"{name}: {expected}, found {found}")
 
 
 def _parse_pair(record: dict, where: str) -> Row:
@@ -256,13 +331,17 @@ def _check_messages(messages: list, name: str, where: str) -> list[dict]:
 
 
 def _check_response(response: object, name: str, where: str) -> None:
-    if not isinstance(response, str):
-        raise BadRow("wrong type", where, f"{name}: expected a string, found {_show(response)}")
+    _check_text(response, name, where)
     if not response.strip():
         raise BadRow(
             "empty response", where, f"{name}: empty, expected at least one visible character"
         )
-    _check_unicode(response, name, where)
+
+
+def _check_text(text: object, name: str, where: str) -> None:
+    if not isinstance(text, str):
+        raise BadRow("wrong type", where, f"{name}: expected a string, found {_show(text)}")
+    _check_unicode(text, name, where)
 
 
 def _check_unicode(text: str, name: str, where: str) -> None:
@@ -293,15 +372,19 @@ def _check_score(score: object, name: str, where: str) -> float:
     return score
 
 
+def provided_mask(row: Row | Draft) -> list[bool]:
+    """For each response, whether it is the data set's own: its source says so, or, in rows without
+    sources, it is one of the last two."""
+    if row.sources is not None:
+        return [source.startswith(PROVIDED) for source in row.sources]
+    return [i >= len(row.responses) - NUM_PROVIDED for i in range(len(row.responses))]
+
+
 def _choose_responses(row: Row, use_responses: str, stop_strings: list[str]) -> Row:
     """Apply `use_responses` and `stop_strings`; raises `BadRow` when too little is left."""
     keep = range(len(row.responses))
     if use_responses != "all":
-        is_provided = (
-            [source.startswith("provided") for source in row.sources]
-            if row.sources is not None
-            else [i >= len(row.responses) - NUM_PROVIDED for i in keep]
-        )
+        is_provided = provided_mask(row)
         keep = [i for i in keep if is_provided[i] == (use_responses == "provided")]
         if len(keep) < 2:
             problem = (
@@ -310,16 +393,19 @@ def _choose_responses(row: Row, use_responses: str, stop_strings: list[str]) -> 
             raise BadRow("fewer than 2 responses", row.where, problem)
     responses = []
     for i in keep:
-        cut = min(
-            (at for stop in stop_strings if (at := row.responses[i].find(stop)) >= 0), default=None
-        )
-        responses.append(row.responses[i][:cut])
+        responses.append(cut_at(stop_strings, row.responses[i]))
         if not responses[-1].strip():
             raise BadRow(
                 "empty response", row.where, f"responses[{i}]: empty once cut at a stop string"
             )
     sources = None if row.sources is None else [row.sources[i] for i in keep]
     return Row(row.prompt, responses, [row.scores[i] for i in keep], sources, row.where)
+
+
+def cut_at(stop_strings: list[str], response: str) -> str:
+    """The response up to the first of the stop strings that it holds."""
+    found = (at for stop in stop_strings if (at := response.find(stop)) >= 0)
+    return response[: min(found, default=None)]
 
 
 def _show(value: object) -> str:

@@ -151,15 +151,14 @@ def _score(reward_fn: RewardFn, prompts: list, responses: list[str], name: str) 
     return rewards
 
 
-def load_reward_fn(name: str) -> RewardFn:
-    """Import package.module:function. Raises ValueError when there is no such function."""
+def load_reward_fn(name: str, option: str = "eval_reward_fn") -> RewardFn:
+    """Import package.module:function. Raises ValueError, with the option's name, when there is no
+    such function."""
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(import_module(module_name), attribute)
     except Exception as error:  # importing runs the user's module
-        raise ValueError(
-            f"eval_reward_fn: {name}: expected package.module:function ({error})"
-        ) from error
+        raise ValueError(f"{option}: {name}: expected package.module:function ({error})") from error
     if not callable(function):
-        raise ValueError(f"eval_reward_fn: {name}: not a function")
+        raise ValueError(f"{option}: {name}: not a function")
     return function

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.rows import BadRow, load_rows, parse_row
+from rrhf_fast.data.rows import BadRow, load_rows, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -230,3 +231,34 @@ def test_any_record_gives_a_sound_row_or_one_line(record):
         assert len(row.responses) == len(row.scores) >= 2
         assert all(text.strip() for text in row.responses)
         assert all(math.isfinite(score) for score in row.scores)
+
+
+def test_pairs_are_provided(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    assert load_rows(str(path), use_responses="provided")[0][0].responses == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    "record, problem",
+    [
+        ({"responses": ["a"]}, "prompt: missing"),
+        ({"prompt": "a", "responses": "b"}, "responses: expected a list"),
+        ({"prompt": "a", "responses": ["b", 1]}, "responses[1]: expected a string"),
+        ({"prompt": "a", "responses": ["b"], "sources": []}, "sources: expected one for each"),
+        ({"prompt": "a", "finish_reasons": ["stop"]}, "finish_reasons: expected one for each"),
+        ({"prompt": "a", "finish_reasons": 1}, "finish_reasons: expected a list"),
+        ({"prompt": "a", "responses": ["b"], "sources": [1]}, "sources[0]: expected a string"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_drafts_are_checked_where_they_are_used(record, problem):
+    with pytest.raises(BadRow, match=re.escape(problem)):
+        parse_draft(record, "here")
+
+
+def test_a_draft_needs_no_more_than_a_prompt():
+    draft = parse_draft({"query": "a", "id": 7}, "here")
+    assert (draft.prompt, draft.responses, draft.others) == ("a", None, {"id": 7})
+    draft = parse_draft({"prompt": "a", "responses": ["", "b"], "scores": None}, "here")
+    assert draft.responses == ["", "b"] and draft.others == {}

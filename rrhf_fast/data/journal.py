@@ -1,0 +1,116 @@
+"""Work that survives `kill -9`: a journal of finished units beside the file that is being made.
+
+Each finished unit of work is one line, appended and synced before the next begins. A line that a
+crash tore has no newline, so it is dropped when the journal is read again and its unit is done
+anew. The final file is made from the journal alone, in the order of the input, and moved into place
+in one step. So wherever a run is cut off, running it again ends with the same file, as long as a
+unit's result depends on nothing but its key and the options.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Finished units of the file `output`, kept in `<output>.journal`; use it in a `with` block.
+
+    done: results by key; every key and result is JSON.
+    """
+
+    def __init__(self, output: str | Path, fingerprint: str, *, overwrite: bool = False):
+        """Open the journal, or begin one.
+
+        Args:
+            output: the final file.
+            fingerprint: of everything that results depend on; a journal with another one is
+                refused.
+            overwrite: give up an earlier output and the journal of other options.
+
+        Raises:
+            ValueError: the output is there already, another process is at work on it, or the
+                journal belongs to other options or is damaged.
+        """
+        self.output, self.path = Path(output), Path(f"{output}.journal")
+        self.done: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        if self.output.exists() and not self.path.exists() and not overwrite:
+            raise ValueError(
+                f"output: {output} exists already (choose another, or set --overwrite true)"
+            )
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"output: {output} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ValueError(f"output: another process is writing {output}") from error
+        self._read(fingerprint, overwrite)
+
+    def _read(self, fingerprint: str, overwrite: bool) -> None:
+        self._file.seek(0)
+        whole, _, torn = self._file.read().rpartition(b"\n")
+        if torn:
+            self._file.truncate(len(whole) + 1 if whole else 0)
+        lines = whole.splitlines()
+        try:
+            records = [json.loads(line) for line in lines]
+            self.done = {record["key"]: record["result"] for record in records[1:]}
+            found = records[0]["fingerprint"] if records else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"output: {self.path} is damaged (delete it to start over)") from error
+        if found is not None and found != fingerprint:
+            if not overwrite:
+                raise ValueError(
+                    f"output: {self.path} is the unfinished work of a run with other options or "
+                    "other rows (repeat that run to finish it, or set --overwrite true)"
+                )
+            self._file.truncate(0)
+            self.done, found = {}, None
+        if found is None:
+            self._append({"fingerprint": fingerprint})
+
+    def write(self, key: str, result: Any) -> None:
+        """Keep a finished unit; on disk when this returns. Threads may call it at once."""
+        with self._lock:
+            assert key not in self.done, key
+            self._append({"key": key, "result": result})
+            self.done[key] = result
+
+    def _append(self, record: dict) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, rows: list[dict]) -> None:
+        """Write the final file; the journal has served."""
+        write_rows(self.output, rows)
+        self.path.unlink()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name for JSON values: equal values have equal names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write JSONL beside the target and move it into place: the file is never half-written."""
+    staging = path.with_name(path.name + ".saving")
+    with staging.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)

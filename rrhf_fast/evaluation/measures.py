@@ -1,0 +1,77 @@
+"""Measures of samples by prompt, each with a 95 % bootstrap interval over prompts.
+
+A measure here is always a ratio of two sums over prompts (a mean, an accuracy, a rate), or a
+function of one (a perplexity). Prompts are drawn, not samples: samples of a prompt resemble each
+other, and it is other prompts that a model will meet.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval; nan where there is nothing to measure."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Bootstrap:
+    """Intervals from the same `draws` of prompts, so that measures of a run can be compared."""
+
+    def __init__(self, num_prompts: int, draws: int, seed: int):
+        rng = np.random.default_rng(seed)
+        # How often each draw holds each prompt.
+        self._counts = rng.multinomial(num_prompts, [1 / num_prompts] * num_prompts, size=draws)
+
+    def ratio(
+        self,
+        numerators: Sequence[float],
+        denominators: Sequence[float] | None = None,
+        transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
+    ) -> Estimate:
+        """transform(sum of numerators / sum of denominators): [P], [P] (default: ones)."""
+        above = np.asarray(numerators, dtype=np.float64)
+        below = np.ones_like(above) if denominators is None else np.asarray(denominators, float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = transform(above.sum() / below.sum())
+            drawn = transform((self._counts @ above) / (self._counts @ below))
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
+        return Estimate(float(value), float(low), float(high))
+
+
+def best_of(rewards: np.ndarray, n: int) -> float:
+    """The expected best of n of these rewards [N], drawn without putting back (n <= N)."""
+    ordered = np.sort(rewards)
+    total = comb(len(ordered), n)
+    # The i-th smallest is the best of n where the other n - 1 are among the i smaller ones.
+    return float(sum(comb(i, n - 1) / total * value for i, value in enumerate(ordered)))
+
+
+def win_tie_lose(rewards: np.ndarray, baseline: np.ndarray) -> tuple[float, float, float]:
+    """Shares of the pairs (a sample of each, [N] and [M]) that the first wins, ties and loses."""
+    differences = np.sign(rewards[:, None] - baseline[None, :])
+    return tuple(float((differences == sign).mean()) for sign in (1, 0, -1))
+
+
+def pairs_in_order(p: np.ndarray, scores: np.ndarray) -> tuple[int, int]:
+    """(correct, pairs): of the pairs with different scores, how many p orders alike; [k], [k]."""
+    better = scores[:, None] > scores[None, :]
+    return int((better & (p[:, None] > p[None, :])).sum()), int(better.sum())
+
+
+def within_correlation(lengths: Sequence[np.ndarray], rewards: Sequence[np.ndarray]) -> float:
+    """Correlation of length and reward among the samples of a prompt, over all prompts."""
+    x = np.concatenate([values - values.mean() for values in lengths])
+    y = np.concatenate([values - values.mean() for values in rewards])
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")

@@ -1,0 +1,279 @@
+"""The stage `evaluate`: fresh samples of a model, scored, measured, compared with a baseline's."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from rrhf_fast.data.rows import Draft, load_drafts, load_rows
+from rrhf_fast.evaluation.config import EvaluateConfig
+from rrhf_fast.evaluation.measures import (
+    Bootstrap,
+    Estimate,
+    best_of,
+    pairs_in_order,
+    win_tie_lose,
+    within_correlation,
+)
+from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.sampling.config import Policy, SampleConfig, identity
+from rrhf_fast.sampling.stage import sample
+from rrhf_fast.scoring.config import ScoreConfig, ScorerConfig
+from rrhf_fast.scoring.logprobs import LogProbs, generated
+from rrhf_fast.scoring.stage import score
+
+# What `sources` calls the two sides.
+MODEL, BASELINE = "model", "baseline"
+
+
+@dataclass
+class Side:
+    """The scored samples of a model: lists by prompt."""
+
+    prompts: list
+    responses: list[list[str]]
+    rewards: list[np.ndarray]
+    finish_reasons: list[list[str | None]]
+
+    def pick(self, keep: Sequence[int]) -> "Side":
+        """The same for these prompts."""
+        return Side(*([getattr(self, f.name)[i] for i in keep] for f in fields(self)))
+
+
+@dataclass
+class Evaluation:
+    """Measures of a model, of its baseline, and of the two against each other, by name."""
+
+    model: dict[str, Estimate]
+    baseline: dict[str, Estimate]
+    comparison: dict[str, Estimate]
+    best_of_n: dict[str, list[Estimate]]  # by side, for n = 1, 2, ...
+    sides: dict[str, Side]
+    prompts: int
+    dropped: int  # prompts without a scored sample of every side
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Sample, score and measure; writes samples.jsonl, scored.jsonl and evaluation.json to
+    `output_dir`.
+
+    Raises:
+        ValueError: a mistake in options, files or rows.
+        EndpointDown: the judge stopped answering; the same call goes on.
+    """
+    config.validate()
+    folder = claim(config.output_dir, identity(config))
+    samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
+    against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
+    if not scored.exists():
+        if not samples.exists():
+            sides = {MODEL: config.model_name_or_path}
+            sides |= {BASELINE: config.baseline} if against_model else {}
+            sample(_sample_config(config, sides, samples))
+        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored)))
+
+    sides = {MODEL: read_side(scored, MODEL)}
+    if against_model:
+        sides[BASELINE] = read_side(scored, BASELINE)
+    elif config.baseline is not None:
+        sides[BASELINE] = _same_prompts(read_side(config.baseline, MODEL), sides[MODEL], config)
+    total = len(sides[MODEL].prompts)
+    keep = [i for i in range(total) if all(len(side.rewards[i]) for side in sides.values())]
+    if not keep:
+        raise ValueError(f"data: no prompt of {scored} has a scored sample of each model")
+    sides = {name: side.pick(keep) for name, side in sides.items()}
+
+    bootstrap = Bootstrap(len(keep), config.num_bootstrap, config.seed)
+    tokenizer = load_tokenizer(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    measures = {name: _measure(side, tokenizer, bootstrap) for name, side in sides.items()}
+    if config.reference_model_name_or_path is not None:
+        reference = LogProbs(config.reference_model_name_or_path, config)
+        for name, side in sides.items():
+            measures[name]["perplexity"] = _perplexity(side, reference, bootstrap)
+        del reference  # before the next model is loaded
+    if config.ranking_data is not None:
+        measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config)
+    evaluation = Evaluation(
+        model=measures[MODEL],
+        baseline=measures.get(BASELINE, {}),
+        comparison=_compare(sides, bootstrap) if BASELINE in sides else {},
+        best_of_n={name: _best_of_n(side, bootstrap) for name, side in sides.items()},
+        sides=sides,
+        prompts=len(keep),
+        dropped=total - len(keep),
+    )
+    _write(evaluation, folder / "evaluation.json")
+    return evaluation
+
+
+def claim(output_dir: str, options: dict) -> Path:
+    """Make the folder of a run, or find it as the run with these very options left it.
+
+    Raises:
+        ValueError: it cannot be written, or holds a run with other options.
+    """
+    folder, file = Path(output_dir), Path(output_dir, "options.json")
+    text = json.dumps(options, indent=2, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            before, now = json.loads(file.read_text()), json.loads(text)
+            if changed := [name for name in now if before.get(name) != now[name]]:
+                raise ValueError(
+                    f"output_dir: {output_dir} holds a run with another {', '.join(changed)} "
+                    "(choose another folder)"
+                )
+        staging = file.with_suffix(".saving")
+        staging.write_text(text)
+        os.replace(staging, file)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {output_dir} cannot be written ({error.strerror})"
+        ) from error
+    return folder
+
+
+def pass_on(config: ScorerConfig, target: type, **options):
+    """A `target` config with the options that it shares with `config`, and these."""
+    names = {f.name for f in fields(target)} & {f.name for f in fields(config)} - set(options)
+    return target(**{name: getattr(config, name) for name in names}, **options)
+
+
+def _sample_config(config: EvaluateConfig, sides: dict[str, str], output: Path) -> SampleConfig:
+    policies = [
+        Policy(
+            model=model,
+            source=name,
+            num_responses=config.num_samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        for name, model in sides.items()
+    ]
+    # What is empty or said twice counts too.
+    return pass_on(config, SampleConfig, output=str(output), policies=policies, keep_all=True)
+
+
+def read_side(path: str | Path, source: str) -> Side:
+    """The scored samples of one source, prompt by prompt. Raises ValueError where they are none."""
+    drafts, _ = load_drafts(str(path))
+    side = Side([], [], [], [])
+    for draft, record in zip(drafts, _records(path), strict=True):
+        sources = draft.sources or []
+        keep = [i for i, name in enumerate(sources) if name == source]
+        side.prompts.append(draft.prompt)
+        side.responses.append([draft.responses[i] for i in keep])
+        side.rewards.append(np.array([record["scores"][i] for i in keep], dtype=np.float64))
+        reasons = draft.finish_reasons or [None] * len(sources)
+        side.finish_reasons.append([reasons[i] for i in keep])
+    if not any(side.responses):
+        raise ValueError(f"{path}: holds no scored samples of an evaluated model")
+    return side
+
+
+def _records(path: str | Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _same_prompts(baseline: Side, model: Side, config: EvaluateConfig) -> Side:
+    if baseline.prompts != model.prompts:
+        raise ValueError(f"baseline: {config.baseline} is about other prompts than data")
+    return baseline
+
+
+def _measure(side: Side, tokenizer, bootstrap: Bootstrap) -> dict[str, Estimate]:
+    tokens = [
+        np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        for texts in side.responses
+    ]
+    counts = [len(texts) for texts in side.responses]
+    cut = [sum(reason == "length" for reason in reasons) for reasons in side.finish_reasons]
+    distinct = [len(set(texts)) for texts in side.responses]
+    every = np.concatenate(tokens)
+    return {
+        "reward": bootstrap.ratio([rewards.mean() for rewards in side.rewards]),
+        "best_of_n": bootstrap.ratio([rewards.max() for rewards in side.rewards]),
+        "distinct": bootstrap.ratio(distinct, counts),
+        "tokens": bootstrap.ratio([lengths.sum() for lengths in tokens], counts),
+        "tokens_median": _plain(np.median(every)),
+        "tokens_p95": _plain(np.quantile(every, 0.95)),
+        "cut_off": bootstrap.ratio(cut, counts),
+        "length_reward_correlation": _plain(within_correlation(tokens, side.rewards)),
+    }
+
+
+def _plain(value: float) -> Estimate:
+    """A value without an interval."""
+    return Estimate(float(value), float("nan"), float("nan"))
+
+
+def _perplexity(side: Side, reference: LogProbs, bootstrap: Bootstrap) -> Estimate:
+    """exp of minus the mean log-prob of the samples' tokens under the reference, given the
+    prompt."""
+    drafts = [
+        Draft(prompt, responses, None, None, {}, "")
+        for prompt, responses in zip(side.prompts, side.responses, strict=True)
+    ]
+    kept = [
+        [generated(logps, reason) for logps, reason in zip(row, reasons, strict=True)]
+        for row, reasons in zip(reference(drafts), side.finish_reasons, strict=True)
+    ]
+    sums = [sum(float(logps.sum()) for logps in row) for row in kept]
+    counts = [sum(len(logps) for logps in row) for row in kept]
+    return bootstrap.ratio(sums, counts, transform=lambda mean: np.exp(-mean))
+
+
+def _ranking_accuracy(config: EvaluateConfig) -> Estimate:
+    rows, _ = load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+    model = LogProbs(config.model_name_or_path, config)
+    drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
+    pairs = [
+        pairs_in_order(np.array([logps.mean() for logps in found]), np.array(row.scores))
+        for row, found in zip(rows, model(drafts), strict=True)
+    ]
+    correct, total = zip(*pairs, strict=True)
+    return Bootstrap(len(rows), config.num_bootstrap, config.seed).ratio(correct, total)
+
+
+def _compare(sides: dict[str, Side], bootstrap: Bootstrap) -> dict[str, Estimate]:
+    both = list(zip(sides[MODEL].rewards, sides[BASELINE].rewards, strict=True))
+    shares = np.array([win_tie_lose(model, baseline) for model, baseline in both])
+    names = ("win", "tie", "lose")
+    gain = [model.mean() - baseline.mean() for model, baseline in both]
+    return {"reward_gain": bootstrap.ratio(gain)} | {
+        name: bootstrap.ratio(column) for name, column in zip(names, shares.T, strict=True)
+    }
+
+
+def _best_of_n(side: Side, bootstrap: Bootstrap) -> list[Estimate]:
+    """For n up to the fewest samples that a prompt has."""
+    fewest = min(len(rewards) for rewards in side.rewards)
+    return [
+        bootstrap.ratio([best_of(rewards, n) for rewards in side.rewards])
+        for n in range(1, fewest + 1)
+    ]
+
+
+def _write(evaluation: Evaluation, path: Path) -> None:
+    names = ("model", "baseline", "comparison", "best_of_n", "prompts", "dropped")
+    record = asdict(replace(evaluation, sides={}))
+    text = json.dumps({name: _finite(record[name]) for name in names}, indent=2)
+    staging = path.with_suffix(".saving")
+    staging.write_text(text + "\n")
+    os.replace(staging, path)
+
+
+def _finite(value):
+    """JSON has no nan: null stands for it."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,108 @@
+"""Options of `python -m rrhf_fast.iterate`."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from rrhf_fast import demo
+from rrhf_fast.config import TrainConfig, expect
+from rrhf_fast.evaluation.config import EvaluationOptions
+from rrhf_fast.sampling.config import Policy, SampleConfig
+
+
+def _paper_policies() -> list[Policy]:
+    """The paper's DP: diverse beams of the model, and the data set's own responses."""
+    return [
+        Policy(method="diverse_beam", temperature=0.8),
+        Policy(method="provided", use_responses="provided"),
+    ]
+
+
+@dataclass
+class IterateConfig(EvaluationOptions):
+    """Options of `python -m rrhf_fast.iterate`; without model and data it runs the demo."""
+
+    output_dir: str | None = None
+    """Where every round's files and the report go; default runs/<date>-<time>. The same command
+    goes on where it was."""
+    rounds: int = 2
+    """How often to sample, score, train and evaluate (the paper's IP-n). More may be asked for
+    later."""
+    steps_per_round: int | None = None
+    """The paper's OP-k: a round is this many optimizer steps over fresh prompts, at a constant
+    rate, and the optimizer's state is carried on."""
+
+    data: str | list[str] | None = None
+    """Rows to sample for: JSONL files or Hugging Face data sets as name or name:split."""
+    eval_data: str | list[str] | None = None
+    """Held-out rows, whose prompts are sampled for at each evaluation."""
+    ranking_data: str | list[str] | None = None
+    """Held-out rows with scores: how often does the model's p rank two responses as they do?"""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """Stop at the first bad row, or leave bad rows out. Rows with fewer than 2 scored responses are
+    always left out of training."""
+    policies: list[Policy] = field(default_factory=_paper_policies)
+    """Where responses come from; policies without a model use that of the round."""
+    max_prompt_length: int | None = None
+    """Tokens; a longer prompt keeps its tail when it is sampled for."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Cut each new response at the first of these."""
+    finished_only: bool = False
+    """Train on no response that max_new_tokens cut off."""
+    kl_coef: float = 0.0
+    """Takes kl_coef * log(model / reference) from the scores that are trained on, to guard against
+    reward hacking; 0.01 in the paper."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Options of the trainer; its model, data and output_dir are set by the rounds."""
+
+    def __post_init__(self):
+        # A file or a command line gives plain dicts.
+        self.policies = [
+            policy if isinstance(policy, Policy) else Policy(**policy) for policy in self.policies
+        ]
+        if isinstance(self.train, dict):
+            self.train = TrainConfig(**self.train)
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        super().validate()
+        for name in ("model_name_or_path", "data", "eval_data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing")
+        for name in ("rounds", "steps_per_round"):
+            expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+        expect(self, "kl_coef", lambda value: value >= 0, "0 or more")
+        SampleConfig(
+            data="data", output="output", model_name_or_path="model", policies=self.policies
+        ).validate()
+        self.train.validate()
+
+
+# Options of the default run, wherever the caller leaves them at their default.
+DEMO = {
+    "model_name_or_path": str(demo.MODEL_DIR),
+    "data": str(demo.TRAIN_FILE),
+    "eval_data": str(demo.EVAL_FILE),
+    "ranking_data": str(demo.EVAL_FILE),
+    "reward_fn": demo.SETTINGS["eval_reward_fn"],
+    "max_new_tokens": 96,
+    "policies": [
+        Policy(method="diverse_beam", temperature=0.8, max_new_tokens=96),
+        Policy(method="sample", num_responses=2, max_new_tokens=96),
+        Policy(method="provided", use_responses="provided"),
+    ],
+    "train": TrainConfig(learning_rate=1e-3, train_batch_size=16, num_train_epochs=2.0),
+}
+
+
+def with_demo(config: IterateConfig) -> IterateConfig:
+    """The demo's settings for every option that is at its default, the trainer's too."""
+    untouched = {name: value for name, value in DEMO.items() if name not in _changes(config)}
+    train = replace(DEMO["train"], **_changes(config.train))
+    return replace(config, **untouched | {"train": train})
+
+
+def _changes(config: IterateConfig | TrainConfig) -> dict:
+    """The options that are not at their default."""
+    defaults, names = type(config)(), [f.name for f in fields(config)]
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}

@@ -1,0 +1,159 @@
+"""The rounds: every stage leaves a file, and a stage whose file is there is done.
+
+output_dir/
+  options.json  rounds.jsonl  rounds.png  report.html
+  round-0/evaluation/                  the model as it came
+  round-1/samples.jsonl  scored.jsonl  model/  trained.json  evaluation/
+  ...
+"""
+
+import gc
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rrhf_fast.data.journal import write_rows
+from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.engine.loop import train
+from rrhf_fast.evaluation.config import EvaluateConfig
+from rrhf_fast.evaluation.report import write_report
+from rrhf_fast.evaluation.stage import claim, evaluate, pass_on
+from rrhf_fast.rounds.config import IterateConfig, with_demo
+from rrhf_fast.rounds.report import read_round, write_rounds
+from rrhf_fast.sampling.config import SampleConfig, identity
+from rrhf_fast.sampling.stage import sample
+from rrhf_fast.scoring.config import ScoreConfig
+from rrhf_fast.scoring.stage import score
+
+
+def iterate(config: IterateConfig) -> list[dict]:
+    """Run the rounds that are not done yet; returns each round's measures, round 0 first.
+
+    Raises:
+        ValueError: a mistake in options, files or rows.
+        EndpointDown, NotFinite: a stage failed; the same call goes on.
+        KeyboardInterrupt: Ctrl-C; training saves what it has, but its round will train anew.
+    """
+    if config.model_name_or_path is None and config.data is None:
+        config = with_demo(config)
+    config.validate()
+    reference = config.reference_model_name_or_path or config.model_name_or_path
+    output_dir = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    config = replace(config, reference_model_name_or_path=reference, output_dir=output_dir)
+    # More rounds are no other run.
+    folder = claim(
+        output_dir,
+        {name: value for name, value in identity(config).items() if name != "rounds"},
+    )
+    records, model = [_evaluate(config, 0, config.model_name_or_path)], config.model_name_or_path
+    for number in range(1, config.rounds + 1):
+        here = folder / f"round-{number}"
+        here.mkdir(exist_ok=True)
+        _say(f"round {number} of {config.rounds}")
+        samples, scored = here / "samples.jsonl", here / "scored.jsonl"
+        if not samples.exists():
+            data = config.data
+            if config.steps_per_round is not None:
+                data = str(_slice(config, number, here / "prompts.jsonl"))
+            stage = pass_on(
+                config, SampleConfig, data=data, output=str(samples), model_name_or_path=model
+            )
+            _report("sampled", sample(replace(stage, seed=config.seed + number)))
+        if not scored.exists():
+            stage = pass_on(
+                config,
+                ScoreConfig,
+                data=str(samples),
+                output=str(scored),
+                model_name_or_path=model,
+            )
+            _report("scored", score(stage))
+        if not (here / "trained.json").exists():
+            _train(config, number, model, here)
+        model = str(here / "model")
+        records.append(_evaluate(config, number, model))
+        table = write_rounds(folder, records)
+    _say(table)
+    return records
+
+
+def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
+    options = {
+        "model_name_or_path": model,
+        "train_data": str(here / "scored.jsonl"),
+        "output_dir": str(here / "model"),
+        # What an interrupted attempt left is of no use.
+        "overwrite_output_dir": True,
+        "on_bad_rows": "skip",
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.train.seed + number,
+    }
+    if config.steps_per_round is not None:
+        steps = config.steps_per_round
+        options |= {"max_steps": steps, "save_steps": steps, "save_total_limit": 1}
+        # A schedule that decays would end with every round.
+        options["lr_scheduler_type"] = "constant_with_warmup"
+        if number > 1:
+            before = here.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
+            options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}
+    result = train(replace(config.train, **options))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    write_rows(here / "trained.json", [{"steps": result.steps}])
+    _free()
+
+
+def _evaluate(config: IterateConfig, number: int, model: str) -> dict:
+    """Measures of a round's model, against round 0's samples."""
+    folder = Path(config.output_dir, f"round-{number}", "evaluation")
+    if not (folder / "evaluation.json").exists():
+        baseline = Path(config.output_dir, "round-0", "evaluation", "scored.jsonl")
+        stage = pass_on(
+            config,
+            EvaluateConfig,
+            data=config.eval_data,
+            output_dir=str(folder),
+            model_name_or_path=model,
+            baseline=str(baseline) if number else None,
+        )
+        write_report(evaluate(stage), folder)
+        _free()
+    record = read_round(folder, number)
+    _say(f"round {number}: reward {record['reward']}, perplexity {record['perplexity']}")
+    return record
+
+
+def _slice(config: IterateConfig, number: int, path: Path) -> Path:
+    """The prompts of one round of k steps: the next ones of a shuffle, over and over."""
+    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    count = config.steps_per_round * config.train.train_batch_size
+    start, stop = (number - 1) * count, number * count
+    order = []
+    for epoch in range(stop // len(drafts) + 1):
+        order += np.random.default_rng([config.seed, epoch]).permutation(len(drafts)).tolist()
+    write_rows(path, [_record(drafts[i]) for i in order[start:stop]])
+    return path
+
+
+def _record(draft: Draft) -> dict:
+    named = {f.name: getattr(draft, f.name) for f in fields(draft)}
+    kept = ("prompt", "responses", "sources", "finish_reasons")
+    return draft.others | {name: named[name] for name in kept if named[name] is not None}
+
+
+def _report(what: str, counts: dict[str, int]) -> None:
+    _say(f"{what}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _free() -> None:
+    """The next stage loads a model of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""A model of Hugging Face transformers as a source of responses."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from rrhf_fast.data.journal import fingerprint
+from rrhf_fast.data.rows import Draft, Row, RowReport, cut_at
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
+from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
+from rrhf_fast.sampling.config import Policy, SampleConfig
+from rrhf_fast.sampling.generate import batches_by_length, generate_batch
+
+
+class LocalModel:
+    """Weights, tokenizer and tokenised prompts; answers them batch by batch.
+
+    batches: lists of row numbers, of like length; a row that does not fit the window is in none.
+    """
+
+    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig):
+        """Raises ValueError when there is no such model or a prompt does not fit its window."""
+        code = {"trust_remote_code": config.trust_remote_code}
+        self.name, self.config = name, config
+        self.tokenizer = load_tokenizer(name, **code)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.lm = load_model(name, **code).to(device, inference_dtype(config.dtype))
+        # The policy says how to decode: nothing comes from the checkpoint (temperature, penalties).
+        self.lm.generation_config = GenerationConfig()
+        self.max_length = max_positions(self.lm)
+        rows = [Row(draft.prompt, [], [], None, draft.where) for draft in drafts]
+        queries, _ = tokenise_rows(
+            rows,
+            self.tokenizer,
+            RowReport(),
+            max_length=self.max_length or 10**9,
+            max_prompt_length=config.max_prompt_length,
+            on_bad_rows=config.on_bad_rows,
+        )
+        self.end_token_ids = end_token_ids(self.tokenizer, rows)
+        numbers = {id(row): i for i, row in enumerate(rows)}
+        self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
+        usable = list(self.prompts)
+        self.batches = [
+            [usable[i] for i in batch]
+            for batch in batches_by_length(
+                [len(self.prompts[i]) for i in usable], config.batch_size
+            )
+        ]
+
+    def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
+        """For each prompt of this batch its responses, as {"text", "finish_reason"}."""
+        pad = self.tokenizer.pad_token_id
+        stop_strings = self.config.stop_strings
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = generate_batch(
+                self.lm,
+                [self.prompts[i] for i in self.batches[batch]],
+                policy,
+                max_length=self.max_length,
+                end_token_ids=self.end_token_ids,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                stop_strings=stop_strings,
+                tokenizer=self.tokenizer,
+            )
+        return [[self._response(ids) for ids in responses] for responses in found]
+
+    def _response(self, ids) -> dict:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        cut = cut_at(self.config.stop_strings, text)
+        ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
+        return {"text": cut, "finish_reason": "stop" if ended else "length"}
+
+
+def inference_dtype(name: str) -> torch.dtype:
+    """The torch dtype of "auto" (bfloat16 on a GPU that has it, else float32) or of a name."""
+    if name == "auto":
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of 62 bits for this place in a run, unrelated to those of its neighbours."""
+    return int(fingerprint(*parts)[:15], 16)

@@ -1,0 +1,188 @@
+"""The stage `sample`: rows in, the same rows with responses out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rrhf_fast.data.journal import Journal, fingerprint
+from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
+from rrhf_fast.sampling.config import Policy, SampleConfig, identity
+from rrhf_fast.sampling.endpoint import Endpoint, Refused, ask_all
+from rrhf_fast.sampling.local import LocalModel, seed_of
+
+
+def sample(config: SampleConfig) -> Counter:
+    """Add responses to rows; writes `config.output`.
+
+    A row keeps its fields and gains `responses`, `sources` and `finish_reasons` ("stop", "length"
+    or null), and `failures` where an endpoint refused. A run that was killed goes on where it was.
+
+    Returns:
+        What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
+        (rows with fewer than 2 responses), and an endpoint's requests, prompt_tokens and
+        completion_tokens.
+
+    Raises:
+        ValueError: a mistake in options, files or rows.
+        EndpointDown: an endpoint stopped answering; the same call goes on.
+    """
+    config.validate()
+    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    prompts = [[draft.prompt, draft.responses, draft.sources] for draft in drafts]
+    with Journal(
+        config.output, fingerprint("sample", identity(config), prompts), overwrite=config.overwrite
+    ) as journal:
+        local: LocalModel | None = None
+        for number, policy in enumerate(config.policies):
+            if policy.method == "openai":
+                _ask_endpoint(journal, number, policy, drafts, config)
+            elif policy.method != "provided":
+                local = _decode(journal, number, policy, drafts, config, local)
+        rows, counts = _merge(journal, drafts, config)
+        journal.finish(rows)
+    return counts
+
+
+def _decode(
+    journal: Journal,
+    number: int,
+    policy: Policy,
+    drafts: Sequence[Draft],
+    config: SampleConfig,
+    local: LocalModel | None,
+) -> LocalModel | None:
+    """Decode the batches that the journal lacks; returns the model for the policies to come."""
+    if f"{number}/all" in journal.done:
+        return local
+    name = policy.model or config.model_name_or_path
+    if local is None or local.name != name:
+        local = None  # the old weights go before the new ones come
+        local = LocalModel(name, drafts, config)
+    title = source_of(policy)
+    with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
+        for index, batch in enumerate(local.batches):
+            key = f"{number}/batch {index}"
+            if key not in journal.done:
+                found = local.answer(policy, index, seed_of(config.seed, number, index))
+                journal.write(key, dict(zip(map(str, batch), found, strict=True)))
+            progress.update(len(batch))
+    journal.write(f"{number}/all", None)  # a run that goes on need not load this model
+    return local
+
+
+def _ask_endpoint(
+    journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
+) -> None:
+    endpoint = Endpoint(policy.base_url, policy.api_key_env, config)
+    model = policy.model or config.model_name_or_path
+    options = {"temperature": policy.temperature, "top_p": policy.top_p}
+    options["max_tokens"] = policy.max_new_tokens
+    # top_k is not OpenAI's own, but local servers have it.
+    options["extra_body"] = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
+    if config.stop_strings:
+        options["stop"] = config.stop_strings
+
+    def ask(row: int, copy: int) -> dict:
+        prompt, seed = drafts[row].prompt, seed_of(config.seed, number, row, copy) % 2**31
+        try:
+            answer = endpoint.ask(model, prompt, chat=policy.chat, seed=seed, **options)
+        except Refused as error:
+            return {"error": str(error)}
+        text = cut_at(config.stop_strings, answer.text)
+        reason = "length" if answer.finish_reason == "length" else "stop"
+        return {"text": text, "finish_reason": reason, "usage": answer.usage}
+
+    work = {
+        f"{number}/{row}/{copy}": partial(ask, row, copy)
+        for row in range(len(drafts))
+        for copy in range(policy.count)
+    }
+    with tqdm(total=len(work), unit="response", desc=source_of(policy), disable=None) as progress:
+        missing = {key: function for key, function in work.items() if key not in journal.done}
+        progress.update(len(work) - len(missing))
+        ask_all(missing, journal, config.max_concurrency, progress)
+    if all("error" in journal.done[key] for key in work):
+        problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
+        raise ValueError(f"policies[{number}]: {problem}")
+
+
+def source_of(policy: Policy) -> str:
+    """What `sources` records for a new response of this policy."""
+    if policy.source is not None:
+        return policy.source
+    if policy.method == "openai":
+        return f"openai:{policy.model}" if policy.model else "openai"
+    return f"{policy.method}:{Path(policy.model).name}" if policy.model else policy.method
+
+
+def _merge(
+    journal: Journal, drafts: Sequence[Draft], config: SampleConfig
+) -> tuple[list[dict], Counter]:
+    """The final rows, in the order of the input, from the journal alone."""
+    found = [[[] for _ in drafts] for _ in config.policies]  # [policy][row] -> results
+    counts = Counter(rows=len(drafts))
+    for key, result in journal.done.items():
+        number, _, unit = key.partition("/")
+        if unit.startswith("batch"):
+            for row, responses in result.items():
+                found[int(number)][int(row)] = responses
+        elif unit != "all":
+            counts.update(result.get("usage", {}))
+    for number, policy in enumerate(config.policies):
+        for row, draft in enumerate(drafts):
+            if policy.method == "openai":
+                keys = [f"{number}/{row}/{copy}" for copy in range(policy.count)]
+                found[number][row] = [journal.done[key] for key in keys]
+            elif policy.method == "provided":
+                found[number][row] = _provided(draft, policy)
+
+    rows = []
+    for row, draft in enumerate(drafts):
+        out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
+        failures = []
+        for number, policy in enumerate(config.policies):
+            for result in found[number][row]:
+                source = result.get("source", source_of(policy))
+                if "error" in result:
+                    failures.append({"source": source, "error": result["error"]})
+                    continue
+                problem = _problem(result, out["responses"], config)
+                counts[problem or "responses"] += 1
+                if problem is None:
+                    out["responses"].append(result["text"])
+                    out["sources"].append(source)
+                    out["finish_reasons"].append(result["finish_reason"])
+        counts["failures"] += len(failures)
+        counts["unrankable"] += len(out["responses"]) < 2
+        out |= {"failures": failures} if failures else {}
+        rows.append(draft.others | out)
+    return rows, counts
+
+
+def _provided(draft: Draft, policy: Policy) -> list[dict]:
+    responses = draft.responses or []
+    keep = [True] * len(responses)
+    if policy.use_responses != "all" and responses:
+        keep = [own == (policy.use_responses == "provided") for own in provided_mask(draft)]
+    sources = draft.sources or [policy.source or "provided"] * len(responses)
+    reasons = draft.finish_reasons or [None] * len(responses)
+    parts = zip(responses, sources, reasons, keep, strict=True)
+    return [
+        {"text": text, "source": source, "finish_reason": reason}
+        for text, source, reason, kept in parts
+        if kept
+    ]
+
+
+def _problem(result: dict, earlier: list[str], config: SampleConfig) -> str | None:
+    """Why a response is left out, as the name that it is counted by."""
+    if config.finished_only and result["finish_reason"] == "length":
+        return "unfinished"
+    if config.keep_all:
+        return None
+    if not result["text"].strip():
+        return "empty"
+    return "duplicates" if result["text"] in earlier else None

@@ -1,0 +1,1 @@
+"""What responses are worth: reward models, functions, judges, the policy itself."""

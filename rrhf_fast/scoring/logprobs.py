@@ -1,0 +1,82 @@
+"""Log-probs of given responses under a model, through the trainer's packed forest."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rrhf_fast.config import LossConfig
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.rows import Draft, Row, RowReport
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.sampling.local import inference_dtype
+from rrhf_fast.scoring.config import ScorerConfig
+
+# Of prompt and response, for a model whose config names no window.
+DEFAULT_WINDOW = 4096
+
+
+class LogProbs:
+    """A causal LM that rates the responses of rows, token by token."""
+
+    def __init__(self, name: str, config: ScorerConfig):
+        """Raises ValueError when there is no such model, or the forest cannot serve it."""
+        code = {"trust_remote_code": config.trust_remote_code}
+        self.tokenizer = load_tokenizer(name, **code)
+        lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.max_length = max_positions(lm) or DEFAULT_WINDOW
+        self.config = config
+        self.model = RRHFModel(
+            lm,
+            LossConfig(),
+            packing=config.packing,
+            max_length=self.max_length,
+            compute_dtype=inference_dtype(config.dtype),
+        )
+
+    @torch.no_grad()
+    def __call__(self, drafts: Sequence[Draft]) -> list[list[np.ndarray]]:
+        """For each row and each of its responses the log-probs [R] of its tokens, the end token
+        last.
+
+        A prompt keeps its tail of half the window, a response what that leaves.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in drafts]
+        numbers = [i for i, draft in enumerate(drafts) if draft.responses]
+        rows = [
+            Row(draft.prompt, draft.responses, [0.0] * len(draft.responses), None, draft.where)
+            for draft in (drafts[i] for i in numbers)
+        ]
+        if not rows:
+            return found
+        queries, _ = tokenise_rows(
+            rows,
+            self.tokenizer,
+            RowReport(),
+            max_length=self.max_length,
+            max_prompt_length=self.max_length // 2,
+        )
+        planner = PackPlanner(
+            queries,
+            packing=self.config.packing,
+            max_tokens_per_pack=self.config.max_tokens_per_pack,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        dtype = self.model.compute_dtype
+        for ids in planner.plan(range(len(queries))):
+            pack = planner.build(ids).to(self.model.lm.device)
+            with torch.autocast(self.model.lm.device.type, dtype, enabled=dtype != torch.float32):
+                edges = self.model.edge_logps(pack)
+            logps = edges[pack.path_edges].float().cpu().numpy()
+            parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))
+            for i in ids:
+                found[numbers[i]] = [next(parts) for _ in queries[i].response_ids]
+        return found
+
+
+def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:
+    """The log-probs of the tokens that the sampler drew: a response that was cut off had no end
+    token."""
+    return logps[:-1] if finish_reason == "length" else logps

@@ -1,0 +1,239 @@
+"""The stage `score`: rows with responses in, the same rows with scores out."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from rrhf_fast.data.journal import Journal, fingerprint
+from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.engine.evaluate import load_reward_fn
+from rrhf_fast.sampling.config import identity
+from rrhf_fast.sampling.endpoint import ask_all
+from rrhf_fast.sampling.generate import batches_by_length
+from rrhf_fast.scoring.config import ScoreConfig, ScorerConfig
+from rrhf_fast.scoring.judge import Judge
+from rrhf_fast.scoring.logprobs import LogProbs, generated
+from rrhf_fast.scoring.reward_model import Prompt, RewardModel
+
+
+def score(config: ScoreConfig) -> Counter:
+    """Add scores to rows; writes `config.output`.
+
+    A row keeps its fields and gains `scores`; with kl_coef also `rewards` (the scores before the
+    penalty) and `log_ratios`; from a judge `criteria`. Responses that could not be scored move to
+    `unscored`, each with its source and the reason, so that every response left has a score. A run
+    that was killed goes on where it was.
+
+    Returns:
+        What happened: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses),
+        and a judge's requests, prompt_tokens and completion_tokens.
+
+    Raises:
+        ValueError: a mistake in options, files or rows, or a reward function that failed.
+        EndpointDown: the judge stopped answering; the same call goes on.
+    """
+    config.validate()
+    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    for draft in drafts:
+        if draft.responses is None:
+            raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
+    texts = [[draft.prompt, draft.responses, draft.finish_reasons] for draft in drafts]
+    with Journal(
+        config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
+    ) as journal:
+        pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
+        if config.judge_model:
+            results = _judge(journal, drafts, pairs, config)
+        elif config.reward_model_name_or_path:
+            results = _reward_model(journal, drafts, pairs, config)
+        elif config.reward_fn:
+            results = _reward_fn(journal, drafts, pairs, config)
+        else:
+            logps = _logps(journal, config.model_name_or_path, drafts, config)
+            results = [{"score": logps[row][i][0]} for row, i in pairs]
+        ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
+        rows, counts = _merge(drafts, pairs, results, ratios, config.kl_coef)
+        if pairs and not counts["scored"]:
+            reason = rows[0]["unscored"][0]["error"]
+            raise ValueError(f"no response could be scored: {reason}")
+        journal.finish(rows)
+    return counts
+
+
+def _in_batches(
+    journal: Journal,
+    name: str,
+    batches: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], list],
+    unit: str,
+) -> dict[int, object]:
+    """Results of `work` by item number, a journal entry for each batch that it lacks."""
+    found = {}
+    total = sum(map(len, batches))
+    with tqdm(total=total, unit=unit, desc=name, disable=None) as progress:
+        for number, batch in enumerate(batches):
+            key = f"{name}/{number}"
+            if key not in journal.done:
+                journal.write(key, work(batch))
+            found |= dict(zip(batch, journal.done[key], strict=True))
+            progress.update(len(batch))
+    return found
+
+
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _texts(
+    drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]]
+) -> tuple[list[Prompt], list[str]]:
+    return (
+        [drafts[row].prompt for row, _ in pairs],
+        [drafts[row].responses[i] for row, i in pairs],
+    )
+
+
+def _reward_model(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    model = RewardModel(config)
+    rows = model.encode(*_texts(drafts, pairs))
+    batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
+    scores = _in_batches(
+        journal,
+        "reward model",
+        batches,
+        lambda batch: model.score([rows[i] for i in batch]),
+        "response",
+    )
+    return [_checked(scores[i]) for i in range(len(pairs))]
+
+
+def _reward_fn(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    function, name = load_reward_fn(config.reward_fn, "reward_fn"), config.reward_fn
+
+    def call(batch: Sequence[int]) -> list[float]:
+        prompts, responses = _texts(drafts, [pairs[i] for i in batch])
+        try:
+            scores = np.asarray(function(prompts, responses), dtype=np.float64)
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
+        if scores.shape != (len(responses),):
+            expected = f"expected {len(responses)} numbers, one a response"
+            raise ValueError(f"reward_fn: {name}: {expected}, found shape {scores.shape}")
+        return scores.tolist()
+
+    batches = _chunks(len(pairs), config.batch_size)
+    scores = _in_batches(journal, "reward function", batches, call, "response")
+    return [_checked(scores[i]) for i in range(len(pairs))]
+
+
+def _checked(value: float) -> dict:
+    return {"score": value} if math.isfinite(value) else {"error": f"a score of {value}"}
+
+
+def _judge(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    judge = Judge(config)
+    work = {
+        f"{row}/{i}": partial(judge.judge, drafts[row].prompt, drafts[row].responses[i])
+        for row, i in pairs
+    }
+    with tqdm(total=len(work), unit="response", desc="judge", disable=None) as progress:
+        missing = {key: function for key, function in work.items() if key not in journal.done}
+        progress.update(len(work) - len(missing))
+        ask_all(missing, journal, config.max_concurrency, progress)
+    return [journal.done[key] for key in work]
+
+
+def _logps(
+    journal: Journal, name: str, drafts: Sequence[Draft], config: ScorerConfig
+) -> list[list[list[float]]]:
+    """[row][response] -> [p, sum of the log-probs of the tokens that were drawn] under a model."""
+    model: LogProbs | None = None
+
+    def work(batch: Sequence[int]) -> list:
+        nonlocal model
+        model = model or LogProbs(name, config)
+        found = model([drafts[row] for row in batch])
+        out = []
+        for row, responses in zip(batch, found, strict=True):
+            reasons = drafts[row].finish_reasons or [None] * len(responses)
+            out.append(
+                [
+                    [float(logps.mean()), float(generated(logps, reason).sum())]
+                    for logps, reason in zip(responses, reasons, strict=True)
+                ]
+            )
+        return out
+
+    batches = _chunks(len(drafts), config.batch_size)
+    found = _in_batches(journal, f"log-probs of {name}", batches, work, "row")
+    return [found[row] for row in range(len(drafts))]
+
+
+def _log_ratios(
+    journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
+) -> list[list[float]]:
+    """[row][response] -> log(policy / reference)."""
+    policy = _logps(journal, config.model_name_or_path, drafts, config)
+    if config.model_name_or_path == config.reference_model_name_or_path:
+        reference = policy
+    else:
+        reference = _logps(journal, config.reference_model_name_or_path, drafts, config)
+    return [
+        [p[1] - r[1] for p, r in zip(policy[row], reference[row], strict=True)]
+        for row in range(len(drafts))
+    ]
+
+
+def _merge(
+    drafts: Sequence[Draft],
+    pairs: Sequence[tuple[int, int]],
+    results: Sequence[dict],
+    ratios: list[list[float]] | None,
+    kl_coef: float,
+) -> tuple[list[dict], Counter]:
+    by_pair = dict(zip(pairs, results, strict=True))
+    counts, rows = Counter(rows=len(drafts)), []
+    for row, draft in enumerate(drafts):
+        found = [by_pair[row, i] for i in range(len(draft.responses))]
+        keep = [i for i, result in enumerate(found) if "score" in result]
+        out = {"prompt": draft.prompt, "responses": [draft.responses[i] for i in keep]}
+        scores = [found[i]["score"] for i in keep]
+        if ratios is not None:
+            out |= {"rewards": scores, "log_ratios": [ratios[row][i] for i in keep]}
+            scores = [
+                reward - kl_coef * ratio
+                for reward, ratio in zip(scores, out["log_ratios"], strict=True)
+            ]
+        out["scores"] = scores
+        for name in ("sources", "finish_reasons"):
+            if (values := getattr(draft, name)) is not None:
+                out[name] = [values[i] for i in keep]
+        if any("criteria" in found[i] for i in keep):
+            out["criteria"] = [found[i]["criteria"] for i in keep]
+        unscored = [
+            {
+                "response": draft.responses[i],
+                "source": draft.sources[i] if draft.sources else None,
+                "error": result["error"],
+            }
+            | ({"answer": result["answer"]} if "answer" in result else {})
+            for i, result in enumerate(found)
+            if "error" in result
+        ]
+        rows.append(draft.others | out | ({"unscored": unscored} if unscored else {}))
+        for result in found:
+            counts.update(result.get("usage", {}))
+        counts["scored"] += len(keep)
+        counts["unscored"] += len(unscored)
+        counts["unrankable"] += len(keep) < 2
+    return rows, counts

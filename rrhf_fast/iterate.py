@@ -22,13 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: IterateConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.engine.loop import NotFinite
+    from rrhf_fast.engine.loop import NotFinite, OutOfMemory
+    from rrhf_fast.engine.save import SaveFailed
     from rrhf_fast.rounds.loop import iterate
     from rrhf_fast.sampling.endpoint import EndpointDown
 
     try:
         iterate(config)
-    except (EndpointDown, NotFinite) as error:
+    except (EndpointDown, NotFinite, OutOfMemory, SaveFailed) as error:
         return fail("iterate", f"{error}; what is done is kept: run the same command again", 1)
     return 0
 

@@ -34,7 +34,7 @@ def iterate(config: IterateConfig) -> list[dict]:
 
     Raises:
         ValueError: a mistake in options, files or rows.
-        EndpointDown, NotFinite: a stage failed; the same call goes on.
+        EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; the same call goes on.
         KeyboardInterrupt: Ctrl-C; training saves what it has, but its round will train anew.
     """
     if config.model_name_or_path is None and config.data is None:
@@ -100,7 +100,7 @@ def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
             before = here.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
             options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}
     result = train(replace(config.train, **options))
-    if result.interrupted:
+    if result.interrupted or result.preempted:
         raise KeyboardInterrupt
     write_rows(here / "trained.json", [{"steps": result.steps}])
     _free()

@@ -63,13 +63,12 @@ class LogProbs:
             packing=self.config.packing,
             max_tokens_per_pack=self.config.max_tokens_per_pack,
             pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_to_multiple_of=self.model.pad_to_multiple_of,
+            plan=self.model.plan,
         )
-        dtype = self.model.compute_dtype
         for ids in planner.plan(range(len(queries))):
-            pack = planner.build(ids).to(self.model.lm.device)
-            with torch.autocast(self.model.lm.device.type, dtype, enabled=dtype != torch.float32):
-                edges = self.model.edge_logps(pack)
-            logps = edges[pack.path_edges].float().cpu().numpy()
+            pack = planner.build(ids).to(self.model.device)
+            logps = self.model.edge_logps(pack)[pack.path_edges].float().cpu().numpy()
             parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))
             for i in ids:
                 found[numbers[i]] = [next(parts) for _ in queries[i].response_ids]

@@ -1,10 +1,17 @@
-"""What the engine is measured against, written from descriptions of the peers' behaviour."""
+"""What the engine is measured against, written from descriptions of the peers' behaviour, each at
+its best."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
+from rrhf_fast import reference, rrhf_loss
+from rrhf_fast.data.forest import PackedForest, build_forest, offsets
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model.rrhf import RRHFModel
 
 
 def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
@@ -14,7 +21,7 @@ def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
     log-softmax over the full vocabulary, scores divided by the padded width (in this project:
     `--compat official`).
     """
-    batch = build_padded([query])
+    batch = build_padded([query]).to(lm.device)
     width = batch.input_ids.shape[1]
     labels = torch.full_like(batch.input_ids, -100)
     labels.view(-1)[batch.edge_rows] = batch.edge_targets
@@ -27,3 +34,50 @@ def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
     wrong = (batch.rewards.unsqueeze(1) < batch.rewards.unsqueeze(0)) & (gaps > 0)
     best = batch.rewards.argmax()
     return gaps[wrong].sum() - picked[best].mean()
+
+
+def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], **options):
+    """A pack without padding in which every response carries its own copy of the prompt: what
+    training without shared prefixes computes. Arguments and result as for `build_forest`."""
+    alone = [
+        TokenisedQuery(query.prompt_ids, [ids], query.rewards[i : i + 1])
+        for query in queries
+        for i, ids in enumerate(query.response_ids)
+    ]
+    pack = build_forest(alone, **options)
+    sizes = [len(query.response_ids) for query in queries]
+    return replace(
+        pack,
+        group_offsets=offsets(sizes),
+        prompt_lengths=torch.tensor([len(query.prompt_ids) for query in queries]),
+        query_ids=torch.tensor(list(query_ids)),
+    )
+
+
+def two_steps(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
+    """The loss with log-probs first and the ranking after: the backward makes the logits again."""
+    return rrhf_loss(model.edge_logps(pack), pack.rewards, **model.loss_options(pack)).loss
+
+
+def every_row(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
+    """As `two_steps`, but no row's gradient is exactly 0, so none is left out."""
+    logps = model.edge_logps(pack)
+    logps.register_hook(lambda grad: grad + 1e-30)
+    return rrhf_loss(logps, pack.rewards, **model.loss_options(pack)).loss
+
+
+def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
+    """The loss by way of all logits of the pack's edges."""
+    hidden, weight, head = model.head_inputs(pack)
+    logps = reference.linear_logprob(
+        hidden, weight.to(hidden.dtype), pack.edge_rows, pack.edge_targets, **head
+    )
+    return rrhf_loss(logps.float(), pack.rewards, **model.loss_options(pack)).loss
+
+
+# Each lever off: name -> the loss of a pack.
+HEADS: dict[str, Callable[[RRHFModel, PackedForest], torch.Tensor]] = {
+    "without the one sweep": two_steps,
+    "... and without skipping rows": every_row,
+    "with a plain head": plain_head,
+}

@@ -1,7 +1,9 @@
 """Measure the engine on this machine.
 
-python benchmarks/run.py step --model M --data rows.jsonl   # engine against the released method
+python benchmarks/run.py step --preset smoke                # engine, levers off, other methods
+python benchmarks/run.py step --model M --data rows.jsonl   # the same on real rows
 python benchmarks/run.py head                               # the head's kernels against peers'
+python benchmarks/run.py attention                          # packed forests against unpacked rows
 """
 
 import argparse
@@ -25,25 +27,30 @@ def main() -> None:
     shared.add_argument("--rounds", type=int, default=3, help="each times every contender once")
     shared.add_argument("--out", type=Path, help="folder for JSON and plot")
     cases = parser.add_subparsers(dest="case", required=True)
-    step = cases.add_parser("step", parents=[shared], help="loss and gradient of real rows")
-    step.add_argument("--model", required=True, help="folder or name of a causal language model")
-    step.add_argument("--data", required=True, help="rows, JSONL")
-    step.add_argument("--num_queries", type=int, default=16)
+    step = cases.add_parser("step", parents=[shared], help="loss and gradient of whole queries")
+    step.add_argument("--preset", choices=["smoke", "paper", "full"], default="smoke")
+    step.add_argument("--model", help="folder or name of a causal language model, for --data")
+    step.add_argument("--data", help="real rows, JSONL, instead of the preset's shapes")
+    step.add_argument("--num_queries", type=int, default=8)
     step.add_argument("--max_tokens_per_pack", type=int, default=2048)
     cases.add_parser("head", parents=[shared], help="log-probs off the head, on its own")
+    attention = cases.add_parser("attention", parents=[shared], help="attention, and a decoder")
+    attention.add_argument("--tokens", type=int, default=16_384, help="of a pack, about")
     options = vars(parser.parse_args())
     out, case = options.pop("out"), options.pop("case")
 
     module = import_module(f"benchmarks.{case}")
     figures = module.run(**options)
     # Names, not paths: figures are published.
-    options = {k: Path(v).name if k in ("model", "data") else v for k, v in options.items()}
+    named = ("model", "data")
+    options = {k: Path(v).name if k in named and v else v for k, v in options.items()}
     figures |= {"environment": environment(), "options": options}
     text = json.dumps(figures, indent=1)
     print(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        names = [Path(options[key]).stem for key in ("model", "data") if key in options]
+        names = [Path(options[key]).stem for key in named if options.get(key)]
+        names = names or [options[key] for key in ("preset",) if key in options]
         device = figures["environment"]["device"].lower().replace(" ", "-")
         name = "-".join([case, *names, device])
         (out / f"{name}.json").write_text(text + "\n")

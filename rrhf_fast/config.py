@@ -102,6 +102,15 @@ class TrainConfig(LossConfig, DataConfig):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the decoder's arithmetic; weights and loss are float32. Auto: bfloat16 on a GPU that has
     it, else float32."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's moments in 8 bits (pip install rrhf-fast[lowbit])."""
+    optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of adamw's two moments: bfloat16 halves their memory, rounding at random so that small
+    changes are not lost."""
+    attn_implementation: Literal["auto", "forest_flex", "forest_flash", "forest_sdpa"] = "auto"
+    """What computes attention over packed forests. Auto: the first of these that can serve."""
+    compile: bool | None = None
+    """Compile the decoder's layers, which takes its time at the start. Default: on CUDA."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Less memory for more arithmetic. Full: keep one activation a layer and recompute the rest.
     Selective: keep the results of matrix products and attention too."""
@@ -167,6 +176,8 @@ class TrainConfig(LossConfig, DataConfig):
     """Of everything but the order of the data."""
     data_seed: int | None = None
     """Of the order of the data; default seed."""
+    full_determinism: bool = False
+    """The same bits in every run on the same machine, also on a GPU, which is slower."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for a value out of range or a combination that
@@ -228,6 +239,12 @@ class TrainConfig(LossConfig, DataConfig):
         held_out = self.eval_data is not None or self.eval_fraction > 0
         if self.eval_reward_fn is not None and self.train_data is not None and not held_out:
             raise ValueError("eval_reward_fn: needs held-out rows (eval_data or eval_fraction)")
+        if self.packing == "none" and self.attn_implementation != "auto":
+            raise ValueError(
+                "packing, attn_implementation: padded rows use the model's own attention"
+            )
+        if self.optim == "adamw_8bit" and self.optimizer_state_dtype != "float32":
+            raise ValueError("optim, optimizer_state_dtype: adamw_8bit keeps its state in 8 bits")
         if self.compat == "official" and self.sft_reduction != "sum":
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"

@@ -26,6 +26,39 @@ def logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def forest_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    subtree_end: Tensor,
+    depths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention over a packed forest: row i sees row j <=> j <= i < subtree_end[j], and
+    depths[i] - depths[j] < window.
+
+    [H, N, D], [H_kv, N, D], [H_kv, N, D_v], [N], [N] -> [N, H, D_v]; `sinks` [H] are logits that
+    join each softmax and attend to nothing.
+    """
+    groups = len(query) // len(key)
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    row = torch.arange(query.shape[1], device=query.device)
+    seen = (row <= row[:, None]) & (row[:, None] < subtree_end)
+    if window is not None:
+        seen = seen & (depths[:, None] - depths < window)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
+    return (scores.softmax(-1)[..., : query.shape[1]] @ value).transpose(0, 1)
+
+
 def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, **head) -> Tensor:
     """log P(targets[e] | hidden[rows[e]]): [N, H], [V, H], [E], [E] -> [E]; `head` as for
     `logits`."""

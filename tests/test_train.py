@@ -74,6 +74,15 @@ MISTAKES = {
     "not finite": (["--margin", ".inf"], "margin: expected 0 or more, found inf"),
     "nothing to train": (["--rank_weight", "0", "--sft_weight", "0"], "nothing to train"),
     "two held-out sets": (["--eval_data", DATA, "--eval_fraction", "0.1"], "not both"),
+    "an attention for GPUs": (["--attn_implementation", "forest_flex"], "forest_flex has no back"),
+    "an attention for forests": (
+        ["--packing", "none", "--attn_implementation", "forest_sdpa"],
+        "packing, attn_implementation: padded rows",
+    ),
+    "two precisions": (
+        ["--optim", "adamw_8bit", "--optimizer_state_dtype", "bfloat16"],
+        "optim, optimizer_state_dtype: adamw_8bit",
+    ),
     "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is none"),
     "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
     "no held-out rows to sample for": (
@@ -137,6 +146,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path, monkeypatch):
         {"train_data": Path("rows.jsonl")},
         {"length_penalty": float("inf")},
         {"activation_checkpointing": 1},
+        {"compile": "yes"},
     ],
 )
 def test_the_python_interface_checks_types_too(option):

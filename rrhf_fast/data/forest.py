@@ -11,10 +11,10 @@ Legend: N tokens in the pack, E edges (distinct predictions), R response tokens 
 each response, S responses, G queries (groups).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +22,31 @@ import torch
 from rrhf_fast.data.tokenise import TokenisedQuery
 
 
+class Movable:
+    """A dataclass whose tensors, also those of Movables within it or in its tuples, move as one."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on `device`; copies from pinned memory do not wait."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, function: Callable) -> Self:
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(moved(item) for item in value)
+            if isinstance(value, Movable):
+                return value._each(function)
+            return function(value) if isinstance(value, torch.Tensor) else value
+
+        parts = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.init}
+        return replace(self, **parts)
+
+
 @dataclass(frozen=True)
-class Pack:
+class Pack(Movable):
     """What the loss needs of a micro-batch of whole queries, however the tokens are laid out."""
 
     input_ids: torch.Tensor  # int64, the tokens that the decoder reads
@@ -48,17 +71,6 @@ class Pack:
         """G; 0 for a filler, which runs beside other ranks' packs and counts for nothing."""
         return len(self.query_ids)
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same pack on `device`; copies from pinned memory do not wait."""
-        return replace(
-            self,
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)},
-        )
-
-    def pin_memory(self) -> Self:
-        """The same pack in page-locked memory."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
-
 
 @dataclass(frozen=True)
 class PackedForest(Pack):
@@ -66,6 +78,9 @@ class PackedForest(Pack):
 
     position_ids: torch.Tensor  # [N] int64, depth in the tree = the position unpacked
     subtree_end: torch.Tensor  # [N] int32, one past the last token below token j
+    # How an attention backend computes this pack, made on the host while packs are built, because
+    # there it costs the device no wait.
+    plan: Movable | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,8 @@ def build_forest(
     query_ids: Sequence[int] | None = None,
     *,
     share_prefixes: bool = True,
+    pad_to_multiple_of: int = 1,
+    plan: Callable[[PackedForest], Movable] | None = None,
 ) -> PackedForest:
     """Lay queries out as one packed forest.
 
@@ -106,6 +123,9 @@ def build_forest(
         query_ids: a number for each query, kept in the pack for messages; default 0, 1, ...
         share_prefixes: False repeats what responses have in common below the prompt (for tests and
             benchmarks).
+        pad_to_multiple_of: N becomes a multiple of this. The padding rows stand at the end, see
+            only themselves and predict nothing.
+        plan: makes the pack's `plan`.
 
     Returns:
         The pack, on the CPU. Costs about a microsecond a token on one core.
@@ -133,11 +153,15 @@ def build_forest(
         path_lengths += [len(path) for path in trie.paths]
         group_sizes.append(len(trie.paths))
         num_rows, num_edges = int(tree_end), num_edges + len(trie.tokens)
+    padding = -num_rows % pad_to_multiple_of
+    inputs.append(np.zeros(padding, np.int64))
+    positions.append(np.zeros(padding, np.int64))
+    ends.append(num_rows + 1 + np.arange(padding))
 
     def tensor(arrays: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(dtype)
 
-    return PackedForest(
+    pack = PackedForest(
         input_ids=tensor(inputs),
         position_ids=tensor(positions),
         subtree_end=tensor(ends, torch.int32),
@@ -150,6 +174,7 @@ def build_forest(
         prompt_lengths=torch.tensor([len(query.prompt_ids) for query in queries]),
         query_ids=torch.tensor(query_ids if query_ids is not None else range(len(queries))),
     )
+    return pack if plan is None else replace(pack, plan=plan(pack))
 
 
 def _build_trie(responses: Sequence[np.ndarray], share_prefixes: bool) -> _Trie:

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from rrhf_fast.data.forest import Pack, build_forest, forest_tokens
+from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest, forest_tokens
 from rrhf_fast.data.padded import build_padded, padded_tokens
 from rrhf_fast.data.tokenise import TokenisedQuery
 
@@ -46,7 +46,10 @@ class PackPlanner:
         packing: str,
         max_tokens_per_pack: int,
         pad_token_id: int = 0,
+        pad_to_multiple_of: int = 1,
+        plan: Callable[[PackedForest], Movable] | None = None,
     ):
+        """`pad_to_multiple_of` and `plan` are those of `build_forest`."""
         self.queries = queries
         self.max_tokens = max_tokens_per_pack
         self.packing = packing
@@ -54,7 +57,7 @@ class PackPlanner:
             (forest_tokens if packing == "forest" else padded_tokens)(query) for query in queries
         ]
         self._build: Callable[..., Pack] = (
-            build_forest
+            partial(build_forest, pad_to_multiple_of=pad_to_multiple_of, plan=plan)
             if packing == "forest"
             else partial(build_padded, pad_token_id=pad_token_id)
         )

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.model.rrhf import RRHFModel, decoder_layers
+from rrhf_fast.model.layers import decoder_layers
+from rrhf_fast.model.rrhf import RRHFModel
 
 T = TypeVar("T")
 

@@ -105,7 +105,7 @@ def evaluate_samples(
     prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
     prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
     end_tokens = end_token_ids(tokenizer, [query.row for query in queries])
-    with model.generation(), gathered(model, config):
+    with model.generation(), model.autocast(), gathered(model, config):
         share = sample_responses(
             model.lm,
             prompt_ids[world.rank :: world.size],

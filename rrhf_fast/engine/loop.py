@@ -26,6 +26,7 @@ from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare
 from rrhf_fast.engine.save import gather_weights, write_model
+from rrhf_fast.model.layers import count_graphs
 
 
 class NotFinite(ArithmeticError):
@@ -212,7 +213,7 @@ def _fit(
             progress.num_tokens += totals.num_tokens
             record = {"step": step, "epoch": step / per_epoch, **totals.means()} | {
                 "grad_norm": grad_norm,
-                "learning_rate": schedule.get_last_lr()[0],
+                "learning_rate": float(schedule.get_last_lr()[0]),
                 "num_tokens": progress.num_tokens,
                 "tokens_per_second": totals.num_tokens / (time.perf_counter() - start),
             }
@@ -223,6 +224,8 @@ def _fit(
             )
             if problem:
                 record["skipped"] = progress.skipped
+            if run.model.compiled:
+                record["compiled_graphs"] = count_graphs()
             if world.device.type == "cuda":
                 record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if step % config.logging_steps == 0 or step == run.num_steps or problem:

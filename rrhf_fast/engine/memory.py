@@ -15,8 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.model.decoder import attention
+from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.lora import add_lora
-from rrhf_fast.model.rrhf import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.sharded import empty_model
 
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -86,7 +86,7 @@ def estimate(
     return Memory(
         weights=at_home * masters,
         gradients=at_home * 4 * trained / num_gpus,
-        optimizer=at_home * 8 * trained / num_gpus,  # AdamW's two moments
+        optimizer=at_home * 2 * _moment_bytes(config) * trained / num_gpus,
         gathered=gathered,
         activations=activations,
         head=HEAD_WORKSPACE + d_weight,
@@ -157,6 +157,13 @@ def _attention_shapes(module: nn.Module, query, key, value, attention_mask=None,
 
 
 AttentionInterface.register("rrhf_shapes", _attention_shapes)
+
+
+def _moment_bytes(config: TrainConfig) -> int:
+    """Of each of AdamW's two moments, a parameter."""
+    if config.optim == "adamw_8bit":
+        return 1
+    return 2 if config.optimizer_state_dtype == "bfloat16" else 4
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

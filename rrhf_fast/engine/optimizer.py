@@ -1,6 +1,8 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW, in the precision asked for, and its learning-rate schedule."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,21 +11,22 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.engine.adamw_bf16 import AdamWBF16
 
 
 def build_optimizer(
     model: nn.Module, config: TrainConfig, num_steps: int
-) -> tuple[torch.optim.AdamW, LRScheduler]:
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """AdamW over the trainable parameters, weight decay on matrices only, and a schedule of
     `num_steps` steps.
 
     Raises:
         ValueError: an unknown `lr_scheduler_type`, or one that needs options that this command does
-            not have.
+            not have; `optim adamw_8bit` without torchao.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
+    optimizer = _adamw(config)(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -31,7 +34,6 @@ def build_optimizer(
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=True,
     )
     warmup = (
         config.warmup_steps
@@ -39,7 +41,8 @@ def build_optimizer(
         else math.ceil(config.warmup_steps * num_steps)
     )
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # what resuming at a later point of a schedule needs
+        # What resuming at a later point of a schedule needs. A copy: torchao changes its in place.
+        group["initial_lr"] = float(group["lr"])
     try:
         schedule = get_scheduler(
             config.lr_scheduler_type,
@@ -54,3 +57,16 @@ def build_optimizer(
         problem = f"{config.lr_scheduler_type!r} is none that works by name ({error})"
         raise ValueError(f"lr_scheduler_type: {problem}; there are {names}") from error
     return optimizer, schedule
+
+
+def _adamw(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
+    if config.optim == "adamw_8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            problem = f"adamw_8bit needs torchao ({error}); pip install rrhf-fast[lowbit]"
+            raise ValueError(f"optim: {problem}") from error
+        return AdamW8bit
+    if config.optimizer_state_dtype == "bfloat16":
+        return AdamWBF16
+    return partial(torch.optim.AdamW, fused=True)

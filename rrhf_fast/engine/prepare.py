@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
 from rrhf_fast.config import TrainConfig
@@ -74,7 +75,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
 
     # After the mistakes that are made most.
     output_dir = world.once(lambda: _claim_output_dir(config))
-    transformers.set_seed(config.seed)
+    set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
+    set_seed(config.seed)
     tokenizer = load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
@@ -105,7 +107,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
         config,
         packing=config.packing,
         max_length=max_length,
+        max_tokens=config.max_tokens_per_pack,
         compute_dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
     )
     if world.mesh is not None:
@@ -124,6 +129,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
         "packing": config.packing,
         "max_tokens_per_pack": config.max_tokens_per_pack,
         "pad_token_id": tokenizer.pad_token_id or 0,
+        "pad_to_multiple_of": model.pad_to_multiple_of,
+        "plan": model.plan,
     }
     train = PackPlanner(queries, **planner_options)
     per_epoch = steps_per_epoch(len(queries), config.train_batch_size)

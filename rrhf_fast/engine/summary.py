@@ -39,6 +39,7 @@ def describe(
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
         "device": f"{model.lm.device}, {config.dtype} arithmetic, packing {config.packing}",
+        **_attention_lines(model),
         "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out"
         + skipped,
         "responses": f"{num_responses}, k = {ks}",
@@ -57,6 +58,14 @@ def describe(
             f"get a pack each, the largest {max(oversized):,} tokens"
         )
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def _attention_lines(model: RRHFModel) -> dict[str, str]:
+    choice = model.attention
+    kind = "the model's own" if choice is None else f"{choice.name} ({choice.reason})"
+    layers = "compiled" if model.compiled else "not compiled"
+    lines = {"attention": f"{kind}; layers {layers}"}
+    return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
 
 
 def _short(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Forest attention on any device, chain by chain, with PyTorch's scaled_dot_product_attention.
+"""Chains: how a forest falls into pieces that ordinary causal attention can compute.
 
 A forest in depth-first order falls into *chains*, one for each leaf: a run of tokens of which each
 is the child of the one before. The first chain of a tree is its trunk and first response; every
@@ -8,69 +8,29 @@ from the root, so attention is causal, aligned at the end:
     keys     r r r r a a a      path from the root: r (shared) then a (the chain's own tokens)
     queries          a a a      query i sees the keys up to itself
 
-Chains of like shape are padded to one batch (a *bucket*), so a pack needs a few calls a layer
-instead of one a chain. A dense [N, N] mask would be correct too, but computes N^2 scores where a
-forest needs a small part of them.
-
-Legend: C chains in a bucket, Q queries, K keys, H heads, N tokens in the pack, D head size.
+Keys stand at depths 0, 1, ... of the path, so a sliding window through depths is one along them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from rrhf_fast.data.forest import PackedForest
 
-# Chains whose lengths lie within this factor share a bucket: larger means fewer calls and more
-# padding.
-BUCKET_FACTOR = 1.5
+
+@dataclass(frozen=True)
+class Chains:
+    """The C chains of a pack, in the order of its rows; together their own tokens are all rows."""
+
+    starts: np.ndarray  # [C] int64, first row of each chain ...
+    stops: np.ndarray  # [C] int64, ... and one past its last
+    depths: np.ndarray  # [N] int64, of every row of the pack
+    paths: list[np.ndarray]  # C arrays of int64: the rows from the root to the chain's last token
 
 
-@dataclass
-class Bucket:
-    """Chains of like shape. Padding repeats a chain's last query and last key, so that no row is
-    ever all masked."""
-
-    query_depths: torch.Tensor  # [C, Q] int64, padding repeats the last
-    num_keys: int  # K
-    is_plain_causal: bool  # every chain starts at its root, so padding hides behind the end
-    masks: dict = field(default_factory=dict)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive [C, 1, Q, K] mask, made once for all layers; None where plain causality is
-        enough."""
-        if self.is_plain_causal and (window is None or window >= self.num_keys):
-            return None
-        if (window, dtype) not in self.masks:
-            # Keys stand at depths 0, 1, ...
-            depth = torch.arange(self.num_keys, device=self.query_depths.device)
-            seen = depth <= self.query_depths[:, :, None]
-            if window is not None:
-                seen &= depth > self.query_depths[:, :, None] - window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-                ~seen, float("-inf")
-            )
-            self.masks[window, dtype] = mask.unsqueeze(1)
-        return self.masks[window, dtype]
-
-
-@dataclass
-class ChainPlan:
-    """How one pack's attention is computed: rows are gathered once for all buckets, laid end to
-    end."""
-
-    buckets: list[Bucket]
-    query_rows: torch.Tensor  # [sum of C * Q] int64, rows of the pack
-    key_rows: torch.Tensor  # [sum of C * K] int64
-    output_order: torch.Tensor  # [N] int64, where each row of the pack stands in query_rows
-    # The window of each attention call so far: the guard checks that every layer came by.
-    windows: list[int | None] = field(default_factory=list)
-
-
-def plan_chains(pack: PackedForest) -> ChainPlan:
-    """Cut a pack into chains and sort them into buckets."""
+def cut_chains(pack: PackedForest) -> Chains:
+    """Cut a pack into chains; on the host, so a pack on a device is copied back first."""
     ends, depths = pack.subtree_end.cpu().numpy(), pack.position_ids.cpu().numpy()
     num_rows = len(ends)
     # A row starts a chain where the row before it is a leaf, i.e. where that row's subtree has just
@@ -83,118 +43,36 @@ def plan_chains(pack: PackedForest) -> ChainPlan:
         length = int(depths[stop - 1]) + 1
         path[depths[start] : length] = np.arange(start, stop)
         paths.append(path[:length].copy())
-
-    shapes = np.stack([stops - starts, depths[stops - 1] + 1])  # [2, chains]: queries, keys
-    steps = np.ceil(np.log(shapes) / np.log(BUCKET_FACTOR)).astype(int)
-    keys = list(zip(*steps, depths[starts] == 0, strict=True))
-    buckets, query_rows, key_rows = [], [], []
-    order, num_out = np.empty(num_rows, dtype=np.int64), 0
-    for key in sorted(set(keys)):
-        chains = [c for c, other in enumerate(keys) if other == key]
-        num_queries, num_keys = shapes[:, chains].max(axis=1).tolist()
-        query = np.minimum(starts[chains, None] + np.arange(num_queries), stops[chains, None] - 1)
-        for place, c in enumerate(chains):
-            order[starts[c] : stops[c]] = num_out + place * num_queries + np.arange(shapes[0, c])
-        num_out += query.size
-        query_rows.append(query.ravel())
-        key_rows += [paths[c][np.minimum(np.arange(num_keys), len(paths[c]) - 1)] for c in chains]
-        buckets.append(
-            Bucket(
-                query_depths=_tensor(depths[query], pack),
-                num_keys=num_keys,
-                is_plain_causal=bool(key[2]),
-            )
-        )
-    rows = (_tensor(np.concatenate(parts), pack) for parts in (query_rows, key_rows))
-    return ChainPlan(buckets, *rows, _tensor(order, pack))
+    return Chains(starts, stops, depths, paths)
 
 
-def chain_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: ChainPlan,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention over a packed forest.
-
-    Args:
-        query: [1, H, N, D], already rotated by position.
-        key, value: [1, H_kv, N, D]; H must be a multiple of H_kv.
-        plan: of the pack that the tokens come from.
-        scale: of the scores, default 1 / sqrt(D).
-        window: a query sees at most the last `window` tokens of its path, itself included.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        sinks: [H] logits that join each softmax and attend to nothing (gpt-oss).
-
-    Returns:
-        [1, N, H, D], the layout that Hugging Face's attention modules expect.
-    """
-    queries = _gather(query, plan.query_rows, [b.query_depths.shape for b in plan.buckets])
-    chains_and_keys = [(len(b.query_depths), b.num_keys) for b in plan.buckets]
-    keys = _gather(key, plan.key_rows, chains_and_keys)
-    values = _gather(value, plan.key_rows, chains_and_keys)
-    outputs = []
-    for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
-        mask = bucket.mask(window, q.dtype)
-        if softcap is None and sinks is None:
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-            )
-        else:
-            out = _spelled_out(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [C * Q, H, D]
-    return torch.cat(outputs).index_select(0, plan.output_order).unsqueeze(0)
+def gather_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """states[rows]: [N, ...], [M] int64 -> [M, ...]. A row's gradients are added up in float32 or
+    better: a prompt's key collects one from every response."""
+    return _GatherRows.apply(states, rows)
 
 
-def _gather(
-    states: torch.Tensor, rows: torch.Tensor, shapes: list[tuple[int, int]]
-) -> list[torch.Tensor]:
-    """[1, H, N, D] -> one [C, H, L, D] for each of the shapes (C, L).
-
-    One gather for all buckets: its backward adds into one buffer, where a gather a bucket would
-    fill and add up as many buffers as there are buckets.
-    """
-    gathered = states[0].transpose(0, 1).index_select(0, rows)
-    parts = gathered.split([chains * length for chains, length in shapes])
-    return [
-        part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)
-    ]
+def add_rows(total: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+    """total[rows] += gradient, in the precision of `total`."""
+    total.index_add_(0, rows, gradient.to(total.dtype))
 
 
-def _spelled_out(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Softmax attention with what scaled_dot_product_attention lacks: capped scores and sinks."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.full(
-            scores.shape[2:], float("-inf"), dtype=scores.dtype, device=scores.device
-        ).triu_(1)
-    scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat(
-            [scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1
-        )
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return weights[..., : k.shape[2]] @ v
+def zero_total(num_rows: int, gradient: torch.Tensor) -> torch.Tensor:
+    """[N, ...] zeros to add gradients [M, ...] to, float32 or better."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.new_zeros(num_rows, *gradient.shape[1:], dtype=dtype)
 
 
-def _tensor(array: np.ndarray, pack: PackedForest) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(pack.input_ids.device)
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = len(states)
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        total = zero_total(ctx.num_rows, gradient)
+        add_rows(total, rows, gradient)
+        return total.to(gradient.dtype), None

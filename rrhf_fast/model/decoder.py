@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -23,12 +22,12 @@ from transformers import (
 )
 
 from rrhf_fast import reference
-from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.forest import PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.model.chains import ChainPlan, chain_attention, plan_chains
+from rrhf_fast.model import forest_sdpa
+from rrhf_fast.model.attention import FOREST, Forest
+from rrhf_fast.model.backend import AttentionSpec
 
-# Transformers takes a name that contains "sdpa" for its own and asks the model for support of that.
-FOREST = "forest_chains"
 # Largest difference of a log-prob between forest and unpacked runs, float32. Rounding gives about
 # 1e-5; an attention that sees a wrong token, 0.01 and more.
 SELF_CHECK_TOLERANCE = 1e-3
@@ -145,17 +144,9 @@ def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
     read_head(model)
 
 
-@torch.no_grad()
-def self_check(model: PreTrainedModel, max_length: int) -> float:
-    """Compare a small forest with unpacked runs of eager attention; returns the largest log-prob
-    difference. `max_length` is that of the rows to come, in tokens.
-
-    The model must be in eval mode and hold float32 or float64 weights.
-
-    Raises:
-        UnsupportedModel: the attention function was not called once a layer, or not told the
-            window of a layer that has one, or the log-probs differ.
-    """
+def check_queries(model: PreTrainedModel) -> list[TokenisedQuery]:
+    """Two small queries of random tokens, with shared prefixes and a duplicate, to try a model
+    on."""
     vocab = model.get_input_embeddings().num_embeddings
     rng = np.random.default_rng(0)
 
@@ -164,20 +155,34 @@ def self_check(model: PreTrainedModel, max_length: int) -> float:
 
     begin = draw(3)
     first = [np.append(begin, draw(n)) for n in (4, 2, 6)] + [draw(5)]
-    queries = [
-        TokenisedQuery(draw(9), [*first, first[1]], np.zeros(5, np.float32)),
-        TokenisedQuery(draw(4), [draw(3), draw(7)], np.zeros(2, np.float32)),
+    return [
+        TokenisedQuery(draw(9), [*first, first[1]], np.arange(5, dtype=np.float32)),
+        TokenisedQuery(draw(4), [draw(3), draw(7)], np.arange(2, dtype=np.float32)),
     ]
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel, max_length: int) -> list[AttentionSpec]:
+    """Compare a small forest with unpacked runs of eager attention; returns what each layer asked
+    of its attention. `max_length` is that of the rows to come, in tokens.
+
+    The model must be in eval mode and hold float32 or float64 weights.
+
+    Raises:
+        UnsupportedModel: the attention function was not called once a layer, or not told the
+            window of a layer that has one, or the log-probs differ.
+    """
+    queries = check_queries(model)
     pack = build_forest(queries).to(model.device)
-    plan = plan_chains(pack)
+    forest = Forest(forest_sdpa, forest_sdpa.plan(pack))
     with attention(model, FOREST):
-        hidden = decode_forest(model, pack, plan)
+        hidden = decode_forest(model, pack, forest)
     layers = model.config.get_text_config().num_hidden_layers
-    if len(plan.windows) != layers:
+    if len(forest.specs) != layers:
         raise UnsupportedModel(
-            model, f"its {layers} layers called the forest attention {len(plan.windows)} times"
+            model, f"its {layers} layers called the forest attention {len(forest.specs)} times"
         )
-    _check_windows(model, plan.windows, max_length)
+    _check_windows(model, [spec.window for spec in forest.specs], max_length)
     head = read_head(model)
     logps = reference.linear_logprob(
         hidden,
@@ -201,7 +206,7 @@ def self_check(model: PreTrainedModel, max_length: int) -> float:
         raise UnsupportedModel(
             model, f"a small forest gave log-probs {difference:.2g} away from unpacked runs"
         )
-    return difference
+    return forest.specs
 
 
 def _check_windows(model: PreTrainedModel, windows: list[int | None], max_length: int) -> None:
@@ -238,52 +243,15 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
-def decode_forest(model: PreTrainedModel, pack, plan: ChainPlan) -> torch.Tensor:
+def decode_forest(model: PreTrainedModel, pack: PackedForest, forest: Forest) -> torch.Tensor:
     """Hidden states [N, H] of a packed forest. The model must be set to `FOREST` attention."""
     output = model.base_model(
         input_ids=pack.input_ids[None],
         position_ids=pack.position_ids[None],
         use_cache=False,
-        forest=plan,
+        forest=forest,
     )
     return output.last_hidden_state[0]
-
-
-def _forest_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    forest: ChainPlan | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: [1, H, N, D] -> [1, N, H, D]."""
-    if forest is None:
-        return query.transpose(
-            1, 2
-        ), None  # a decoder that drops the argument; the self-check counts calls and refuses
-    forest.windows.append(sliding_window)
-    out = chain_attention(
-        query,
-        key,
-        value,
-        forest,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out, None
-
-
-# No mask function of this name is registered: transformers then builds no mask, and ours is the
-# forest itself.
-AttentionInterface.register(FOREST, _forest_attention)
 
 
 def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:

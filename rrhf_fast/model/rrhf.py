@@ -1,36 +1,50 @@
 """The root module: a pack goes in, one scalar loss comes out. Decoder, head and loss in one
 forward."""
 
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from rrhf_fast.config import LossConfig
-from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.padded import PaddedBatch
+from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
+from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
-from rrhf_fast.model.chains import plan_chains
+from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, one_line
 from rrhf_fast.model.decoder import (
-    FOREST,
     attention,
     check_causal,
     check_forest_support,
+    check_queries,
     decode_forest,
     read_head,
     self_check,
 )
+from rrhf_fast.model.layers import (
+    checkpoint_layers,
+    compile_layers,
+    compiles_by_default,
+    uncompile_layers,
+)
 from rrhf_fast.model.sharded import small_twin
+
+# Tokens of a pack are padded to a multiple of this where that lets kernels and graphs fit: the
+# block of FlexAttention.
+PADDING_MULTIPLE = 128
 
 
 class RRHFModel(nn.Module):
     """A causal LM that scores the responses of a pack and returns their RRHF loss.
 
     `packing` "forest" runs packed forests (and refuses models that it would be wrong for); "none"
-    runs padded batches.
+    runs padded batches. `attn_implementation` is a name of `rrhf_fast.model.attention.BACKENDS` or
+    "auto"; `max_tokens` the tokens of the largest pack to come, as far as they are known. `compile`
+    None compiles layers on CUDA, if they can be.
+
+    Raises:
+        ValueError: model, attention or compiler cannot do what is asked; says which and why.
     """
 
     def __init__(
@@ -40,49 +54,115 @@ class RRHFModel(nn.Module):
         *,
         packing: str = "forest",
         max_length: int,
+        max_tokens: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "auto",
+        compile: bool | None = False,
         activation_checkpointing: str = "none",
     ):
         super().__init__()
+        # An empty model cannot be run; whatever is tried is tried on one of its kind.
+        empty, lm = (lm, small_twin(lm)) if lm.device.type == "meta" else (None, lm)
         self.device = lm.device  # where packs go; sharded weights may live elsewhere
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
         self.plain_attention = lm.config._attn_implementation
-        # An empty model cannot be run, but one of its kind can.
-        runnable = small_twin(lm) if lm.device.type == "meta" else lm
+        self.attention: Choice | None = None
+        self.warnings: list[str] = []  # what was preferred, failed, and was replaced
         if packing == "forest":
             check_forest_support(lm, max_length)
-            self_check(runnable, max_length)
+            specs = self_check(lm, max_length)
+            self.attention = choose_backend(
+                attn_implementation,
+                specs,
+                device=lm.device,
+                dtype=compute_dtype if compute_dtype != torch.float32 else lm.dtype,
+                max_tokens=max_tokens,
+            )
+            if self.attention.warning is not None:
+                self.warnings.append(self.attention.warning)
             self.head = read_head(lm)
             lm.set_attn_implementation(FOREST)
         else:
-            check_causal(runnable)
+            check_causal(lm)
+        self.compiled = compiles_by_default(lm.device) if compile is None else compile
+        if self.compiled:
+            self._compile(is_optional=compile is None)
+        if empty is not None:
+            self.lm = empty
+            if packing == "forest":
+                check_forest_support(empty, max_length)
+                self.head = read_head(empty)
+                empty.set_attn_implementation(FOREST)
+            if self.compiled:
+                compile_layers(empty)
+        # Around compilation, so that the backward pass runs compiled layers too.
         if activation_checkpointing != "none":
-            for layer in decoder_layers(lm):
-                layer.forward = _checkpointed(layer.forward, activation_checkpointing)
+            checkpoint_layers(self.lm, activation_checkpointing)
 
-    def generation(self) -> AbstractContextManager[None]:
-        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as
-        one."""
-        return attention(self.lm, self.plain_attention)
+    def _compile(self, *, is_optional: bool) -> None:
+        """Compile the layers and run them once: a compiler must not fail in mid-run."""
+        compile_layers(self.lm)
+        queries = check_queries(self.lm)
+        if self.attention is None:
+            pack = build_padded(queries)
+        else:
+            # Compilers take sizes that are equal at first for equal always: a prime is no other.
+            pack = build_forest(queries, pad_to_multiple_of=61)
+        try:
+            with torch.enable_grad():
+                self(pack.to(self.lm.device)).loss.backward()
+        except Exception as error:  # a compiler's, of any type
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            problem = f"a step of compiled layers failed ({reason})"
+            if not is_optional:
+                raise ValueError(f"compile: {problem}") from error
+            uncompile_layers(self.lm)
+            self.compiled = False
+            self.warnings.append(problem)
+        self.lm.zero_grad()
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """What the token count of a packed forest should be a multiple of."""
+        fits = self.compiled or (self.attention and self.attention.name == "forest_flex")
+        return PADDING_MULTIPLE if fits else 1
+
+    def plan(self, pack: PackedForest) -> Movable:
+        """How the chosen attention computes this pack; best made on the host, before the pack moves
+        to a device."""
+        return self.attention.backend.plan(pack)
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as one.
+        Its layers are not compiled there: a cache grows with every token."""
+        with attention(self.lm, self.plain_attention), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Inside this block products of matrices are in `compute_dtype`; weights, norms and RoPE
+        stay in float32."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
     def forward(self, pack: Pack) -> RRHFLoss:
         """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
         Only `loss` carries a gradient."""
         if not isinstance(pack, PackedForest):
-            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self._loss_options(pack))
-        hidden, weight, head = self._head_inputs(pack)
+            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self.loss_options(pack))
+        hidden, weight, head = self.head_inputs(pack)
         edges = (pack.edge_rows, pack.edge_targets)
         return linear_rrhf_loss(
-            hidden, weight, *edges, pack.rewards, **head, **self._loss_options(pack)
+            hidden, weight, *edges, pack.rewards, **head, **self.loss_options(pack)
         )
 
     def edge_logps(self, pack: Pack) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest):
-            hidden, weight, head = self._head_inputs(pack)
+            hidden, weight, head = self.head_inputs(pack)
             return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
-        with self._autocast():
+        with self.autocast():
             logits = self.lm(
                 input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
             ).logits
@@ -90,10 +170,11 @@ class RRHFModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
-    def _head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
-        with self._autocast():
-            hidden = decode_forest(self.lm, pack, plan_chains(pack))
+        with self.autocast():
+            plan = self.plan(pack) if pack.plan is None else pack.plan
+            hidden = decode_forest(self.lm, pack, Forest(self.attention.backend, plan))
         if self.compute_dtype != torch.float32:
             # Autocast leaves the residual stream in float32, but the head is a product too.
             hidden = hidden.to(self.compute_dtype)
@@ -101,11 +182,7 @@ class RRHFModel(nn.Module):
         options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
         return hidden, linear.weight, {"bias": linear.bias, **options}
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
-
-    def _loss_options(self, pack: Pack) -> dict:
+    def loss_options(self, pack: Pack) -> dict:
         """The pack's layout and the configured loss, as arguments of the loss functions."""
         config = self.loss_config
         widths = None
@@ -125,37 +202,3 @@ class RRHFModel(nn.Module):
             "margin": config.margin,
             "padded_widths": widths,
         }
-
-
-def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: its longest ModuleList at the outermost level that has one."""
-    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
-    count = lm.config.get_text_config().num_hidden_layers
-    layers = next((module for module in lists if len(module) == count), None)
-    if layers is None:
-        kind = lm.config.model_type
-        raise ValueError(f"activation_checkpointing: no list of {count} layers found in {kind}")
-    return layers
-
-
-# What selective checkpointing keeps: results of matrix products and attention.
-CHECKPOINT_KEEPS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
-
-
-def _checkpointed(forward, mode: str):
-    options = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, CHECKPOINT_KEEPS)
-
-    # Around the bound method, so that parameter names (and the saved model) stay as they are.
-    def run(*args, **kwargs):
-        return checkpoint(forward, *args, **options, **kwargs)
-
-    return run

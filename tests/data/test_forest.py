@@ -79,6 +79,20 @@ def test_counts_unshared_tokens(cases):
     assert len(pack.edge_rows) == len(pack.path_edges)
 
 
+@given(queries, st.integers(1, 9))
+def test_padding_sees_itself_and_predicts_nothing(cases, multiple):
+    built = [query(*case) for case in cases]
+    plain, padded = build_forest(built), build_forest(built, pad_to_multiple_of=multiple)
+    n, total = plain.num_tokens, padded.num_tokens
+    assert total % multiple == 0 and 0 <= total - n < multiple
+    assert torch.equal(padded.input_ids[:n], plain.input_ids)
+    assert torch.equal(padded.subtree_end[:n], plain.subtree_end)
+    assert padded.subtree_end[n:].tolist() == list(range(n + 1, total + 1))
+    assert not padded.position_ids[n:].any()
+    for name in ("edge_rows", "edge_targets", "path_edges", "rewards"):
+        assert torch.equal(getattr(padded, name), getattr(plain, name))
+
+
 def test_dtypes_are_those_of_the_design():
     pack = build_forest([query([1], [[2, 3], [2, 0]])], query_ids=[7])
     int64 = "input_ids position_ids edge_rows edge_targets path_edges path_offsets group_offsets"

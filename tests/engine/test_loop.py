@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from rrhf_fast import TrainConfig, demo, reference, train
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.engine import evaluate
 from rrhf_fast.engine.loop import NotFinite, OutOfMemory
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.plot import plot_training
@@ -49,9 +51,10 @@ def run(output_dir, data, **options):
 
 
 def curves(result):
-    """The metrics, without what the machine's speed decides."""
+    """The metrics, without what machine and compiler decide."""
+    apart = {"tokens_per_second", "compiled_graphs"}
     return [
-        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        {key: value for key, value in record.items() if key not in apart}
         for record in result.metrics
     ]
 
@@ -97,6 +100,15 @@ def test_the_saved_model_gives_the_log_probs_that_training_reported(tmp_path, da
     assert result.after["rewards/accuracies"] == correct / pairs
 
 
+@pytest.fixture
+def determinism():
+    """What a run sets for its whole process, set back."""
+    with mock.patch.dict(os.environ):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -104,13 +116,17 @@ def test_the_saved_model_gives_the_log_probs_that_training_reported(tmp_path, da
         {"packing": "none", "max_tokens_per_pack": 1500},
         {"activation_checkpointing": "full"},
         {"activation_checkpointing": "selective"},
+        {"attn_implementation": "forest_sdpa", "full_determinism": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["accumulation", "padding", "checkpointing", "selective"],
+    ids=["accumulation", "padding", "checkpointing", "selective", "determinism", "compilation"],
 )
-def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change):
+def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change, determinism):
     # A large epsilon, because Adam blows rounding up where a gradient is nearly 0.
     plain = run(tmp_path / "plain", data, adam_epsilon=1e-3)
     changed = run(tmp_path / "changed", data, adam_epsilon=1e-3, **change)
+    assert torch.are_deterministic_algorithms_enabled() == change.get("full_determinism", False)
+    assert ("compiled_graphs" in changed.metrics[1]) == change.get("compile", False)
     assert_same_curves(plain, changed, rel=1e-3)
 
 
@@ -181,6 +197,30 @@ def test_bfloat16(tmp_path, data):
     assert_same_curves(result, exact, rel=0.1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fresh_samples_are_computed_in_the_runs_dtype(tmp_path, data, dtype, monkeypatch):
+    seen, right = set(), evaluate.sample_responses
+
+    def sample_responses(lm, *args, **options):
+        hook = lm.model.layers[0].mlp.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+        try:
+            return right(lm, *args, **options)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(evaluate, "sample_responses", sample_responses)
+    options = {"eval_reward_fn": "rrhf_fast.demo.reward:score", "max_steps": 1}
+    run(tmp_path, data, dtype=dtype, **options)
+    assert seen == {getattr(torch, dtype)}
+
+
+def test_optimizer_state_in_bfloat16_trains_as_well(tmp_path, data, capsys):
+    exact = run(tmp_path / "full", data)
+    ours = run(tmp_path / "half", data, optimizer_state_dtype="bfloat16")
+    assert_same_curves(ours, exact, rel=0.05)
+    assert "attention  forest_sdpa (forest_flex has no backward on cpu" in capsys.readouterr().out
 
 
 def test_compat_official_divides_by_the_padded_width(tmp_path, data):

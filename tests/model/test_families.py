@@ -1,6 +1,7 @@
 """Packed forests against one-response-at-a-time transformers runs, for every supported family."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model import forest_sdpa
+from rrhf_fast.model.attention import Choice
 from rrhf_fast.model.decoder import UnsupportedModel, attention, self_check
 from rrhf_fast.model.rrhf import RRHFModel
 
@@ -190,11 +193,41 @@ def assert_equal_to_unpacked(lm, wrapped: RRHFModel, pack, tolerance: float):
         )
 
 
+@pytest.mark.parametrize("multiple", [1, 128])
 @pytest.mark.parametrize("kind", SUPPORTED)
-def test_forest_equals_unpacked(kind):
+def test_forest_equals_unpacked(kind, multiple):
     lm = tiny_model(kind, SUPPORTED[kind])
     wrapped = RRHFModel(lm, LossConfig(), max_length=64)
-    assert_equal_to_unpacked(lm, wrapped, build_forest(queries()), 1e-5)
+    pack = build_forest(queries(), pad_to_multiple_of=multiple)
+    assert_equal_to_unpacked(lm, wrapped, pack, 1e-5)
+
+
+NO_SOFTCAP = [kind for kind in SUPPORTED if kind != "gemma2"]
+
+
+@pytest.mark.usefixtures("varlen_on_cpu")
+@pytest.mark.parametrize("kind", NO_SOFTCAP)
+def test_gathered_keys_equal_unpacked(kind):
+    lm = tiny_model(kind, SUPPORTED[kind])
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64)
+    wrapped.attention = Choice("forest_flash", "with a stand-in for its kernel")
+    pack = build_forest(queries(), pad_to_multiple_of=128, plan=wrapped.plan)
+    assert_equal_to_unpacked(lm, wrapped, pack, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_flex_equals_unpacked(kind):
+    """Forward only: FlexAttention has no backward on a CPU."""
+    lm = tiny_model(kind, SUPPORTED[kind])
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64)
+    wrapped.attention = Choice("forest_flex", "forward only")
+    pack = build_forest(queries(), pad_to_multiple_of=wrapped.pad_to_multiple_of)
+    assert pack.num_tokens == 128
+    expected, _ = unpacked_loss(lm, queries())
+    found = wrapped.edge_logps(pack)[pack.path_edges]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
@@ -266,29 +299,27 @@ def test_padding_serves_causal_models_only():
 
 def test_self_check_catches_a_wrong_mask(monkeypatch):
     """A decoder that sees a token it must not see is refused, not trained."""
-    from rrhf_fast.model import decoder
-
-    right = decoder.plan_chains
+    right = forest_sdpa.plan
 
     def wrong(pack):
         plan = right(pack)
-        plan.key_rows = plan.key_rows.flip(0)
-        return plan
+        return replace(plan, key_rows=plan.key_rows.flip(0))
 
-    monkeypatch.setattr(decoder, "plan_chains", wrong)
+    monkeypatch.setattr(forest_sdpa, "plan", wrong)
     with pytest.raises(UnsupportedModel, match=r"log-probs .* away from unpacked runs"):
         RRHFModel(tiny_model("llama", SIZES), LossConfig(), max_length=64)
 
 
 def test_activation_checkpointing_changes_nothing():
     losses = []
-    for on in (False, True):
+    for mode in ("none", "full", "selective"):
         lm = tiny_model("llama", SIZES)
-        wrapped = RRHFModel(lm, LossConfig(), max_length=64, activation_checkpointing=on)
+        wrapped = RRHFModel(lm, LossConfig(), max_length=64, activation_checkpointing=mode)
         out = wrapped(build_forest(queries()))
         losses.append((out.loss, gradients(out.loss, lm)))
         assert list(lm.state_dict()) == list(tiny_model("llama", SIZES).state_dict())
     torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
 
 
 def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
@@ -299,3 +330,72 @@ def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
     assert rounded.scores.dtype == torch.float32
     torch.testing.assert_close(rounded.scores, exact.scores, rtol=0.05, atol=0.05)
     assert torch.equal(rounded.num_pairs, exact.num_pairs)
+
+
+def test_rewards_that_bfloat16_could_not_tell_apart_are_ranked():
+    lm = tiny_model("llama", SIZES)
+    close = torch.tensor([1.0, 1.0 + 2**-20, 1.0 + 2**-19])
+    query = TokenisedQuery(np.arange(3, 9), [np.arange(i, 20) for i in (3, 4, 5)], close.numpy())
+    pack = build_forest([query])
+    assert len(close.bfloat16().unique()) == 1
+    out = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)(pack)
+    assert out.num_pairs.item() == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_in_bfloat16_products_are_rounded_and_nothing_else(kind):
+    """RoPE, norms, residual stream and log-probs are float32; weights and gradients, too."""
+    lm = tiny_model(kind, SUPPORTED[kind])
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)
+    seen = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            seen.setdefault(name, set()).update(x.dtype for x in outputs)
+
+        return hook
+
+    for name, module in lm.named_modules():
+        last = name.rpartition(".")[2]
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and "layers" not in name:
+            module.register_forward_hook(watch("norm"))
+        if last in ("input_layernorm", "ln_1", "ln_2"):
+            module.register_forward_hook(watch("norm"))
+        if last == "rotary_emb":
+            module.register_forward_hook(watch("rope"))
+        if last in ("q_proj", "c_attn", "up_proj", "c_fc"):
+            module.register_forward_hook(watch("product"))
+    pack = build_forest(queries())
+    out = wrapped(pack)
+    with wrapped.autocast():
+        assert wrapped.edge_logps(pack).dtype == torch.float32
+    assert seen.pop("product") == {torch.bfloat16}
+    assert seen.pop("norm") == {torch.float32}
+    assert seen.pop("rope", {torch.float32}) == {torch.float32}
+    assert out.loss.dtype == out.scores.dtype == torch.float32
+    assert {grad.dtype for grad in gradients(out.loss, lm).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_attention_computes_in_the_compute_dtype(compute_dtype, monkeypatch):
+    lm = tiny_model("llama", SIZES)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=compute_dtype)
+    seen, right = set(), forest_sdpa.attend
+
+    def attend(*tensors, **options):
+        seen.update(x.dtype for x in tensors[:3])
+        return right(*tensors, **options)
+
+    monkeypatch.setattr(forest_sdpa, "attend", attend)
+    wrapped(build_forest(queries()))
+    assert seen == {compute_dtype}
+
+
+def test_a_plan_made_while_packing_is_not_made_again(monkeypatch):
+    lm = tiny_model("llama", SIZES)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64)
+    expected = wrapped(build_forest(queries())).loss
+    pack = build_forest(queries(), plan=wrapped.plan)
+    monkeypatch.setattr(forest_sdpa, "plan", None)
+    torch.testing.assert_close(wrapped(pack.to("cpu")).loss, expected)

@@ -1,0 +1,108 @@
+"""What is trained on: queries in tokens, of given lengths or from real rows; and models of given
+shapes, whose weights are random because the time does not depend on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.model.decoder import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Queries of one length: tokens of the prompt and of each of k responses."""
+
+    prompt: int
+    response: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.prompt}/{self.response} k={self.k}"
+
+
+PAPER = Lengths(128, 64, 6)  # the paper's data: at most 192 tokens, 6 responses
+LONG_PROMPTS = Lengths(1024, 128, 8)
+LONG_RESPONSES = Lengths(128, 1024, 4)
+
+
+def draw(lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0) -> list[TokenisedQuery]:
+    """`count` queries of random tokens and rewards; their responses share nothing but the
+    prompt."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, length, dtype=np.int32)
+
+    return [
+        TokenisedQuery(
+            tokens(lengths.prompt),
+            [tokens(lengths.response) for _ in range(lengths.k)],
+            rng.random(lengths.k, dtype=np.float32),
+        )
+        for _ in range(count)
+    ]
+
+
+def draw_tries(
+    lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0
+) -> list[TokenisedQuery]:
+    """As `draw`, but each response follows an earlier one up to a random place, as those of beam
+    search do."""
+    rng = np.random.default_rng(seed)
+    queries = draw(lengths, count, vocab_size, seed=seed)
+    for query in queries:
+        for i in range(1, lengths.k):
+            shared = rng.integers(0, lengths.response)
+            query.response_ids[i][:shared] = query.response_ids[rng.integers(0, i)][:shared]
+    return queries
+
+
+def real(data: str, tokenizer_of: str, count: int) -> list[TokenisedQuery]:
+    """`count` queries evenly spaced over a file of rows, in the tokens of this model."""
+    rows, report = load_rows(data, on_bad_rows="skip")
+    tokenizer = load_tokenizer(tokenizer_of)
+    queries, _ = tokenise_rows(rows, tokenizer, report, max_length=2048, on_bad_rows="skip")
+    places = np.linspace(0, len(queries) - 1, min(count, len(queries))).round().astype(int)
+    return [queries[i] for i in places]
+
+
+# hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
+SHAPES = {
+    "tiny": (192, 4, 6, 2, 512, 8_192, True),
+    "SmolLM2-135M": (576, 30, 9, 3, 1_536, 49_152, True),
+    "Qwen2.5-0.5B": (896, 24, 14, 2, 4_864, 151_936, True),
+    "Llama-3.2-1B": (2_048, 16, 32, 8, 8_192, 128_256, True),
+    "Llama-3.2-3B": (3_072, 28, 24, 8, 8_192, 128_256, True),
+    "Llama-2-7B": (4_096, 32, 32, 32, 11_008, 32_000, False),
+}
+
+
+def build_model(shape: str, *, device: str, seed: int = 0) -> PreTrainedModel:
+    """A model of this shape with random float32 weights, in eval mode, as `load_model` gives it."""
+    hidden, layers, heads, kv_heads, feed_forward, vocab_size, tied = SHAPES[shape]
+    family = Qwen2Config if shape.startswith("Qwen2") else LlamaConfig
+    config = family(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=feed_forward,
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def unpacked_tokens(queries: Sequence[TokenisedQuery]) -> int:
+    """Tokens that are encoded where every response carries its prompt, without padding."""
+    return sum(
+        len(query.prompt_ids) + len(ids) - 1 for query in queries for ids in query.response_ids
+    )

@@ -1,0 +1,156 @@
+"""Compiled layers compute the same, for any length, and share their graphs."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rrhf_fast.config import LossConfig
+from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.padded import build_padded
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model import layers, rrhf
+from rrhf_fast.model.rrhf import RRHFModel
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def tiny_model(kind="llama", **sizes):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **sizes))
+    return lm.eval()
+
+
+def queries(seed, count=3):
+    rng = np.random.default_rng(seed)
+
+    def draw(n):
+        return rng.integers(3, 97, n, dtype=np.int32)
+
+    return [
+        TokenisedQuery(
+            draw(rng.integers(3, 20)),
+            [draw(rng.integers(2, 15)) for _ in range(3)],
+            np.arange(3, dtype=np.float32),
+        )
+        for _ in range(count)
+    ]
+
+
+def loss_and_gradients(model, pack):
+    model.zero_grad()
+    loss = model(pack).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch):
+    """Graphs are made and differentiated as ever, but run by PyTorch's own operators."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(layers, "COMPILER", "aot_eager")
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_made(function):
+    before = layers.count_graphs()
+    function()
+    return layers.count_graphs() - before
+
+
+@pytest.mark.parametrize(
+    ("packing", "checkpointing"),
+    [("forest", "none"), ("forest", "full"), ("forest", "selective"), ("none", "none")],
+)
+def test_compilation_changes_nothing(packing, checkpointing):
+    options = {"max_length": 64, "packing": packing, "activation_checkpointing": checkpointing}
+    plain = RRHFModel(tiny_model(), LossConfig(), **options)
+    compiled = RRHFModel(tiny_model(), LossConfig(), compile=True, **options)
+    build = build_forest if packing == "forest" else build_padded
+    for seed in range(2):
+        pack = build(queries(seed, count=seed + 1))
+        expected = loss_and_gradients(plain, pack)
+        torch.testing.assert_close(loss_and_gradients(compiled, pack), expected)
+    assert list(compiled.lm.state_dict()) == list(plain.lm.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("llama", {}), ("gemma2", {"head_dim": 8, "sliding_window": 6})]
+)
+def test_graphs_are_shared_by_layers_and_lengths(kind, sizes):
+    """All graphs are made at start-up and in the first evaluation, whatever comes."""
+    models = []
+    options = {"max_length": 64, "compile": True}
+    start = graphs_made(
+        lambda: models.append(RRHFModel(tiny_model(kind, **sizes), LossConfig(), **options))
+    )
+    model = models[0]
+    with torch.no_grad():
+        start += graphs_made(lambda: model(build_forest(queries(0))))
+    # Three parts of a layer, before and behind attention and around it, with and without gradient,
+    # for each of at most two kinds of layer.
+    assert 0 < start <= 3 * 2 * 2
+    for seed in range(1, 6):
+        pack = build_forest(queries(seed, count=seed), pad_to_multiple_of=1 + 127 * (seed % 2))
+        assert graphs_made(lambda pack=pack: loss_and_gradients(model, pack)) == 0
+        with torch.no_grad():
+            assert graphs_made(lambda pack=pack: model(pack)) == 0
+
+
+def test_generation_is_not_compiled():
+    model = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
+    ids = torch.arange(3, 9)[None]
+
+    def generate():
+        with model.generation():
+            model.lm.generate(ids, max_new_tokens=4, do_sample=False)
+
+    assert graphs_made(generate) == 0
+
+
+def test_the_default_on_a_cpu_is_not_to_compile():
+    model = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=None)
+    assert not model.compiled and model.pad_to_multiple_of == 1
+    compiled = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
+    assert compiled.compiled and compiled.pad_to_multiple_of == 128
+
+
+def test_a_compiler_that_fails_is_refused_or_replaced(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(layers, "COMPILER", broken)
+    with pytest.raises(ValueError, match="^compile: a step of compiled.* failed .*no compiler"):
+        RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
+    monkeypatch.setattr(rrhf, "compiles_by_default", lambda device: True)
+    model = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=None)
+    assert not model.compiled
+    assert len(model.warnings) == 1 and "\n" not in model.warnings[0]
+    plain = RRHFModel(tiny_model(), LossConfig(), max_length=64)
+    pack = build_forest(queries(0))
+    torch.testing.assert_close(loss_and_gradients(model, pack), loss_and_gradients(plain, pack))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", {}), ("granite", {"residual_multiplier": 0.3, "embedding_multiplier": 2.5})],
+)
+def test_inductor_changes_nothing_beyond_rounding(kind, sizes, monkeypatch):
+    monkeypatch.setattr(layers, "COMPILER", "inductor")
+    plain = RRHFModel(tiny_model(kind, **sizes), LossConfig(), max_length=64)
+    compiled = RRHFModel(tiny_model(kind, **sizes), LossConfig(), max_length=64, compile=True)
+    for seed in (0, 1):
+        pack = build_forest(queries(seed), pad_to_multiple_of=128)
+        expected = loss_and_gradients(plain, pack)
+        torch.testing.assert_close(
+            loss_and_gradients(compiled, pack), expected, rtol=1e-4, atol=1e-5
+        )

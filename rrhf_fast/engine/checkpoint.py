@@ -169,7 +169,7 @@ class Checkpoints:
             "config": asdict(run.config),
         }
         with (folder / STATE_FILE).open("w") as file:
-            json.dump(state, file, indent=2)
+            json.dump(state, file, indent=2, default=float)  # a rate may be a tensor
             file.flush()
             os.fsync(file.fileno())
 

@@ -86,7 +86,7 @@ def estimate(
     return Memory(
         weights=at_home * masters,
         gradients=at_home * 4 * trained / num_gpus,
-        optimizer=at_home * 8 * trained / num_gpus,  # AdamW's two moments
+        optimizer=at_home * 2 * _moment_bytes(config) * trained / num_gpus,
         gathered=gathered,
         activations=activations,
         head=HEAD_WORKSPACE + d_weight,
@@ -157,6 +157,13 @@ def _attention_shapes(module: nn.Module, query, key, value, attention_mask=None,
 
 
 AttentionInterface.register("rrhf_shapes", _attention_shapes)
+
+
+def _moment_bytes(config: TrainConfig) -> int:
+    """Of each of AdamW's two moments, a parameter."""
+    if config.optim == "adamw_8bit":
+        return 1
+    return 2 if config.optimizer_state_dtype == "bfloat16" else 4
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

@@ -195,7 +195,7 @@ def tiny_model(kind, device):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["auto", "forest_flash"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_compiled_decoder_in_bfloat16_follows_float32(kind, name, checkpointing):
     exact = RRHFModel(tiny_model(kind, "cpu"), LossConfig(), max_length=1024)
     try:

@@ -312,13 +312,14 @@ def test_self_check_catches_a_wrong_mask(monkeypatch):
 
 def test_activation_checkpointing_changes_nothing():
     losses = []
-    for on in (False, True):
+    for mode in ("none", "full", "selective"):
         lm = tiny_model("llama", SIZES)
-        wrapped = RRHFModel(lm, LossConfig(), max_length=64, activation_checkpointing=on)
+        wrapped = RRHFModel(lm, LossConfig(), max_length=64, activation_checkpointing=mode)
         out = wrapped(build_forest(queries()))
         losses.append((out.loss, gradients(out.loss, lm)))
         assert list(lm.state_dict()) == list(tiny_model("llama", SIZES).state_dict())
     torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
 
 
 def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():

@@ -67,7 +67,8 @@ def graphs_made(function):
 
 
 @pytest.mark.parametrize(
-    ("packing", "checkpointing"), [("forest", False), ("forest", True), ("none", False)]
+    ("packing", "checkpointing"),
+    [("forest", "none"), ("forest", "full"), ("forest", "selective"), ("none", "none")],
 )
 def test_compilation_changes_nothing(packing, checkpointing):
     options = {"max_length": 64, "packing": packing, "activation_checkpointing": checkpointing}

@@ -116,6 +116,10 @@ class TrainConfig(LossConfig, DataConfig):
     """Less memory for more arithmetic. Full: keep one activation a layer and recompute the rest.
     Selective: keep the results of matrix products and attention too."""
 
+    active_set: Literal["auto", "on", "off"] = "auto"
+    """Score each step's responses first, then train on the part with a gradient alone, which gives
+    the same step. Auto: while that is less work, as the metric active_fraction tells."""
+
     # --- LoRA
     use_peft: bool = False
     """Train LoRA adapters (pip install rrhf-fast[peft]) and leave the model as it is."""
@@ -228,6 +232,8 @@ class TrainConfig(LossConfig, DataConfig):
         if not self.dry_run and (self.model_name_or_path is None) != (self.train_data is None):
             missing = "model_name_or_path" if self.model_name_or_path is None else "train_data"
             raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")
+        if self.active_set == "on" and self.packing == "none":
+            raise ValueError("active_set: works on forests only (--packing forest)")
         if self.rank_weight == self.sft_weight == 0:
             raise ValueError("rank_weight, sft_weight: both are 0, so there is nothing to train")
         if self.eval_data is not None and self.eval_fraction > 0:

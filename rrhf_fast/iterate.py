@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: IterateConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.engine.loop import NotFinite, OutOfMemory
+    from rrhf_fast.engine.backward import OutOfMemory
+    from rrhf_fast.engine.loop import NotFinite
     from rrhf_fast.engine.save import SaveFailed
     from rrhf_fast.rounds.loop import iterate
     from rrhf_fast.sampling.endpoint import EndpointDown

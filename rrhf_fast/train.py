@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: TrainConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.engine.loop import NotFinite, OutOfMemory, train
+    from rrhf_fast.engine.backward import OutOfMemory
+    from rrhf_fast.engine.loop import NotFinite, train
     from rrhf_fast.engine.memory import memory_table
     from rrhf_fast.engine.prepare import with_demo
     from rrhf_fast.engine.save import SaveFailed

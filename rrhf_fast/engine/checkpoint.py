@@ -59,6 +59,11 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     skipped: int = 0  # steps in a row up to this one
+    active_fraction: float = 1.0  # of tokens, about: a running mean over steps
+
+    def update(self, active_fraction: float) -> None:
+        """Take a step's active fraction into account."""
+        self.active_fraction += 0.2 * (active_fraction - self.active_fraction)
 
 
 class Checkpoints:

@@ -23,7 +23,7 @@ class Totals:
     """Sums of `RRHFLoss` over packs, kept on the device; `means` brings them to the host once."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.sums = torch.zeros(9, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(11, dtype=torch.float64, device=device)
 
     def add(self, out: RRHFLoss, pack: Pack) -> None:
         """Add one pack, if it is no filler."""
@@ -42,6 +42,18 @@ class Totals:
         ]
         self.sums[:7] += torch.stack([part.double() for part in parts])
         self.sums[7] += pack.num_tokens
+
+    def add_kept(self, num_kept: torch.Tensor, pack: Pack) -> None:
+        """Add how many of a pack's tokens have a gradient."""
+        if pack.num_queries:
+            self.sums[9] += num_kept
+            self.sums[10] += pack.num_tokens
+
+    @property
+    def active_fraction(self) -> float:
+        """The share of tokens that have a gradient; nan where nobody counted."""
+        kept, tokens = self.sums[9:].tolist()
+        return kept / tokens if tokens else float("nan")
 
     def flag(self) -> None:
         """Raise a flag that `sum` hands to all ranks: the same all-reduce carries it."""

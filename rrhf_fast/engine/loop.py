@@ -18,8 +18,13 @@ from tqdm import tqdm
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import Batch, ahead, batches, steps_per_epoch
+from rrhf_fast.engine.backward import (
+    backward_active,
+    backward_whole,
+    is_worthwhile,
+)
 from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options, find_checkpoint
-from rrhf_fast.engine.distributed import World, join_world, prepare_backward, whole
+from rrhf_fast.engine.distributed import World, join_world, whole
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
@@ -31,10 +36,6 @@ from rrhf_fast.model.layers import count_graphs
 
 class NotFinite(ArithmeticError):
     """The loss or its gradient was infinite or NaN for several steps in a row; names the rows."""
-
-
-class OutOfMemory(RuntimeError):
-    """A pack did not fit the device; says how large it was and what to lower."""
 
 
 @dataclass
@@ -205,7 +206,7 @@ def _fit(
     with tqdm(loader, unit="step", **bar) as progress_bar:
         for step, batch in enumerate(progress_bar, progress.step + 1):
             start = time.perf_counter()
-            totals, grad_norm, problem = _step(run, batch, optimizer, step, signals)
+            totals, grad_norm, problem = _step(run, batch, optimizer, step, progress, signals)
             progress.skipped = progress.skipped + 1 if problem else 0
             if progress.skipped == config.max_skipped_steps:
                 raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
@@ -222,6 +223,9 @@ def _fit(
                 f"loss {record['loss']:.3f}, accuracy {record['rewards/accuracies']:.2f}, "
                 f"{record['tokens_per_second']:,.0f} tokens/s"
             )
+            if config.packing == "forest":
+                record["active_fraction"] = totals.active_fraction
+                progress.update(totals.active_fraction)
             if problem:
                 record["skipped"] = progress.skipped
             if world.device.type == "cuda":
@@ -243,23 +247,21 @@ def _fit(
 
 
 def _step(
-    run: Run, batch: Batch, optimizer: torch.optim.Optimizer, step: int, signals: _Signals
+    run: Run,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    progress: Progress,
+    signals: _Signals,
 ) -> tuple[Totals, float, str | None]:
     """One optimizer step over the packs of one batch of queries; returns sums over all ranks'
     packs, the gradient norm, and why the step was skipped, if it was."""
     model, world = run.model, run.world
     totals = Totals(model.device)
-    for number, pack in enumerate(batch.packs, 1):
-        prepare_backward(model, run.config, is_last=number == len(batch.packs))
-        try:
-            pack = pack.to(model.device)
-            out = model(pack)
-            # The mean over the step's queries, however they are packed and dealt to ranks: FSDP
-            # takes the mean over ranks.
-            (out.loss * (pack.num_queries / batch.num_queries * world.size)).backward()
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_does_not_fit(run, pack)) from error
-        totals.add(out, pack)
+    backward = (
+        backward_active if is_worthwhile(run.config, progress.active_fraction) else backward_whole
+    )
+    backward(model, batch, run.config, world, totals)
     if signals.stop:
         totals.flag()
     world.sum(totals.sums)
@@ -282,15 +284,6 @@ def _not_finite(
     rows = ", ".join(run.train.queries[i].row.where for i in some)
     problem = f"loss {totals.means()['loss']}, gradient norm {grad_norm}"
     return f"step {step}: {problem}; its rows include {rows} (try a lower --learning_rate)"
-
-
-def _does_not_fit(run: Run, pack: Pack) -> str:
-    problem = f"a pack of {pack.num_tokens:,} tokens ({pack.num_queries} queries) does not fit"
-    advice = "--max_tokens_per_pack"
-    if pack.num_tokens > run.config.max_tokens_per_pack:
-        advice = "--max_length (a single query is larger than max_tokens_per_pack)"
-    others = "--activation_checkpointing full, or shard over more processes"
-    return f"out of memory on {run.model.device}: {problem}; lower {advice}, or use {others}"
 
 
 def _evaluate(run: Run, packs: Sequence[Pack], log: MetricsLog, step: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rrhf_fast.config import LossConfig
+from rrhf_fast.data.active import WeightedForest
 from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
@@ -135,7 +136,7 @@ class RRHFModel(nn.Module):
         fits = self.compiled or (self.attention and self.attention.name == "forest_flex")
         return PADDING_MULTIPLE if fits else 1
 
-    def plan(self, pack: PackedForest) -> Movable:
+    def plan(self, pack: PackedForest | WeightedForest) -> Movable:
         """How the chosen attention computes this pack; best made on the host, before the pack moves
         to a device."""
         return self.attention.backend.plan(pack)
@@ -153,9 +154,23 @@ class RRHFModel(nn.Module):
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
-    def forward(self, pack: Pack) -> RRHFLoss:
+    def forward(
+        self, pack: Pack | WeightedForest, *, wants_weights: bool = False
+    ) -> RRHFLoss | tuple[RRHFLoss, torch.Tensor] | torch.Tensor:
         """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
-        Only `loss` carries a gradient."""
+        Only `loss` carries a gradient.
+
+        With `wants_weights` nothing does, and d loss / d logp [E] is returned too. Of a
+        `WeightedForest` the loss is the weighted sum of its log-probs.
+        """
+        if wants_weights:
+            with torch.no_grad():
+                logps = self.edge_logps(pack)
+            with torch.enable_grad():
+                out = rrhf_loss(logps.requires_grad_(), pack.rewards, **self.loss_options(pack))
+                return out, torch.autograd.grad(out.loss, logps)[0]
+        if isinstance(pack, WeightedForest):
+            return (self.edge_logps(pack) * pack.edge_weights).sum()
         if not isinstance(pack, PackedForest):
             return rrhf_loss(self.edge_logps(pack), pack.rewards, **self.loss_options(pack))
         hidden, weight, head = self.head_inputs(pack)
@@ -164,9 +179,9 @@ class RRHFModel(nn.Module):
             hidden, weight, *edges, pack.rewards, **head, **self.loss_options(pack)
         )
 
-    def edge_logps(self, pack: Pack) -> torch.Tensor:
+    def edge_logps(self, pack: Pack | WeightedForest) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
-        if isinstance(pack, PackedForest):
+        if isinstance(pack, PackedForest | WeightedForest):
             hidden, weight, head = self.head_inputs(pack)
             return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
@@ -178,7 +193,9 @@ class RRHFModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
-    def head_inputs(self, pack: PackedForest) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def head_inputs(
+        self, pack: PackedForest | WeightedForest
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
         with self.autocast():
             plan = self.plan(pack) if pack.plan is None else pack.plan

@@ -32,6 +32,7 @@ CASES = {
     "accumulation": {"max_tokens_per_pack": 250},
     "gathered once": {"max_tokens_per_pack": 250, "reshard_after_forward": False},
     "checkpointing": {"activation_checkpointing": "full", "max_tokens_per_pack": 250},
+    "active set": {"active_set": "on", "max_tokens_per_pack": 250},
     "padding": {"packing": "none", "max_tokens_per_pack": 1500},
     "offload": {"cpu_offload": True},
     "lora": {"use_peft": True, "learning_rate": 1e-2},
@@ -41,6 +42,7 @@ CASES = {
 # Which of them give the same run.
 SAME_AS = {
     "accumulation": "tied", "gathered once": "tied", "checkpointing": "tied", "offload": "tied",
+    "active set": "tied",
     "replicated": "tied", "resumed": "tied", "replicated and checkpointed": "tied",
 }  # fmt: skip
 

@@ -18,7 +18,8 @@ from rrhf_fast import TrainConfig, demo, reference, train
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.engine import evaluate
-from rrhf_fast.engine.loop import NotFinite, OutOfMemory
+from rrhf_fast.engine.backward import OutOfMemory
+from rrhf_fast.engine.loop import NotFinite
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.model.rrhf import RRHFModel
@@ -114,12 +115,21 @@ def determinism():
     [
         {"max_tokens_per_pack": 200},
         {"packing": "none", "max_tokens_per_pack": 1500},
+        {"active_set": "on", "max_tokens_per_pack": 400},
         {"activation_checkpointing": "full"},
         {"activation_checkpointing": "selective"},
         {"attn_implementation": "forest_sdpa", "full_determinism": True},
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["accumulation", "padding", "checkpointing", "selective", "determinism", "compilation"],
+    ids=[
+        "accumulation",
+        "padding",
+        "active",
+        "checkpointing",
+        "selective",
+        "determinism",
+        "compilation",
+    ],
 )
 def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, data, change, determinism):
     # A large epsilon, because Adam blows rounding up where a gradient is nearly 0.

@@ -1,0 +1,88 @@
+"""The two ways to a step's gradient: equal in float64, chosen by what they cost."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rrhf_fast import TrainConfig
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.engine.backward import backward_active, backward_whole, is_worthwhile
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.evaluate import Totals
+from rrhf_fast.model.rrhf import RRHFModel
+
+
+@pytest.fixture(scope="module")
+def lm():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+def step(lm, backward, config, ranked_right=0.5, max_tokens=80):
+    """Gradient, and Totals, of nine queries in several packs; the scores of some of them agree with
+    their rewards, but for the best response's likelihood."""
+    g = torch.Generator().manual_seed(1)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (), generator=g))
+        return torch.randint(0, 97, (length,), generator=g, dtype=torch.int32).numpy()
+
+    queries = [
+        TokenisedQuery(
+            tokens(3, 9),
+            [tokens(2, 12) for _ in range(4)],
+            torch.randperm(4, generator=g).float().numpy(),
+        )
+        for _ in range(9)
+    ]
+    model = RRHFModel(lm, config, max_length=64)
+    planner = PackPlanner(queries, packing="forest", max_tokens_per_pack=max_tokens)
+    with torch.no_grad():
+        for i in range(round(ranked_right * len(queries))):
+            scores = model(planner.build([i])).scores
+            queries[i].rewards[:] = scores.argsort().argsort().float().numpy()
+    batch, totals = planner.batch(range(len(queries))), Totals()
+    assert len(batch.packs) > 2
+    lm.zero_grad()
+    backward(model, batch, config, World(torch.device("cpu")), totals)
+    return torch.cat([p.grad.flatten() for p in lm.parameters()]), totals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sft_weight": 0.0}, {"margin": 0.2, "length_penalty": 0.5}, {"compat": "official"}],
+    ids=["plain", "ranking alone", "margin", "official"],
+)
+def test_both_ways_give_the_same_step(lm, options):
+    config = TrainConfig(max_tokens_per_pack=80, **options)
+    whole, whole_totals = step(lm, backward_whole, config)
+    active, active_totals = step(lm, backward_active, config)
+    assert (whole - active).norm() < 1e-12 * whole.norm()
+    assert whole_totals.means() == pytest.approx(active_totals.means(), rel=1e-12)
+    # The whole way counts by responses, the active one by edges: those whose weights cancel out on
+    # a shared edge are rare.
+    fractions = whole_totals.active_fraction, active_totals.active_fraction
+    assert fractions[0] == pytest.approx(fractions[1], abs=0.02) and 0.2 < fractions[0] < 0.95
+
+
+def test_a_step_without_any_gradient_has_a_gradient_of_zero(lm):
+    config = TrainConfig(sft_weight=0.0)
+    gradient, totals = step(lm, backward_active, config, ranked_right=1.0)
+    assert totals.active_fraction == 0 and not gradient.any()
+
+
+def test_the_cheaper_way_is_taken():
+    auto = TrainConfig()
+    assert is_worthwhile(auto, 0.6) and not is_worthwhile(auto, 0.64)
+    full = TrainConfig(activation_checkpointing="full")
+    assert is_worthwhile(full, 0.69) and not is_worthwhile(full, 0.72)
+    assert not is_worthwhile(TrainConfig(packing="none"), 0.1)
+    assert is_worthwhile(TrainConfig(active_set="on"), 1.0)
+    assert not is_worthwhile(TrainConfig(active_set="off"), 0.0)
+    with pytest.raises(ValueError, match="active_set: works on forests only"):
+        TrainConfig(active_set="on", packing="none").validate()

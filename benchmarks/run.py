@@ -3,6 +3,7 @@
 python benchmarks/run.py step --preset smoke                # engine, levers off, other methods
 python benchmarks/run.py step --model M --data rows.jsonl   # the same on real rows
 python benchmarks/run.py head                               # the head's kernels against peers'
+python benchmarks/run.py active                             # backward of the active set alone
 python benchmarks/run.py attention                          # packed forests against unpacked rows
 """
 
@@ -33,6 +34,10 @@ def main() -> None:
     step.add_argument("--data", help="real rows, JSONL, instead of the preset's shapes")
     step.add_argument("--num_queries", type=int, default=8)
     step.add_argument("--max_tokens_per_pack", type=int, default=2048)
+    active = cases.add_parser("active", parents=[shared], help="backward of what has a gradient")
+    active.add_argument("--preset", choices=["smoke", "paper"], default="smoke")
+    active.add_argument("--num_queries", type=int, default=20)
+    active.add_argument("--max_tokens_per_pack", type=int, default=4096)
     cases.add_parser("head", parents=[shared], help="log-probs off the head, on its own")
     attention = cases.add_parser("attention", parents=[shared], help="attention, and a decoder")
     attention.add_argument("--tokens", type=int, default=16_384, help="of a pack, about")

@@ -104,7 +104,8 @@ class TrainConfig(LossConfig, DataConfig):
     """Of the decoder's arithmetic; weights and loss are float32. Auto: bfloat16 on a GPU that has
     it, else float32."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps AdamW's moments in 8 bits (pip install rrhf-fast[lowbit])."""
+    """adamw_8bit keeps AdamW's moments in 8 bits (pip install rrhf-fast[lowbit]); no
+    checkpoints."""
     optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of adamw's two moments: bfloat16 halves their memory, rounding at random so that small
     changes are not lost."""
@@ -227,6 +228,9 @@ class TrainConfig(LossConfig, DataConfig):
         expect(self, "lora_dropout", lambda value: value == 0, "0 (log-probs must not be random)")
         if self.resume_from_checkpoint == "latest" and self.output_dir is None:
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
+        for name in ("save_steps", "resume_from_checkpoint", "init_optimizer_from"):
+            if self.optim == "adamw_8bit" and getattr(self, name) is not None:
+                raise ValueError(f"{name}, optim: the moments of adamw_8bit cannot be saved")
         if self.resume_from_checkpoint is not None and self.init_optimizer_from is not None:
             raise ValueError("resume_from_checkpoint, init_optimizer_from: choose one")
         if not self.dry_run and (self.model_name_or_path is None) != (self.train_data is None):

@@ -83,6 +83,12 @@ MISTAKES = {
         ["--optim", "adamw_8bit", "--optimizer_state_dtype", "bfloat16"],
         "optim, optimizer_state_dtype: adamw_8bit",
     ),
+    "moments that cannot be saved": (
+        ["--optim", "adamw_8bit", "--save_steps", "9"],
+        "save_steps, optim: the moments of adamw_8bit cannot be saved",
+    ),
+    "latest of nowhere": (["--resume_from_checkpoint", "latest"], "latest needs an output_dir"),
+    "dropout": (["--lora_dropout", "0.1"], "lora_dropout: expected 0"),
     "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is none"),
     "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
     "no held-out rows to sample for": (

@@ -89,6 +89,17 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, unharme
     assert not (tmp_path / "out/checkpoint-50").exists()
 
 
+def test_moments_rounded_at_random_resume_too(tmp_path, data):
+    options = {"optimizer_state_dtype": "bfloat16", "eval_reward_fn": None}
+    run(tmp_path / "whole", data, **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoint-6")
+    run(tmp_path / "part", data, resume_from_checkpoint="latest", **options)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+    name = "model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+
+
 def test_adapters_resume_too(tmp_path, data):
     options = {"use_peft": True, "lora_r": 4, "eval_reward_fn": None}
     run(tmp_path / "whole", data, **options)

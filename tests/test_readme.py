@@ -48,12 +48,19 @@ CONFIGS = {
 
 def test_commands_and_options_exist():
     commands = "\n".join(text for language, text in BLOCKS if language == "bash")
-    found = re.findall(r"-m rrhf_fast\.(\w+) (.*?)'?\n", commands.replace("\\\n", ""))
+    lines = commands.replace("\\\n", "").splitlines()
+    # The command of a batch script ends with the quote of an earlier line.
+    lines = (shlex.split(line.strip("'") if line.count("'") % 2 else line) for line in lines)
+    found = [
+        (word.removeprefix("rrhf_fast."), line[i + 2 :])
+        for line in lines
+        for i, word in enumerate(line[1:])
+        if line[i] == "-m" and word.startswith("rrhf_fast.")
+    ]
     assert {name for name, _ in found} == set(CONFIGS)
     for name, arguments in found:
-        config = parse_config(
-            CONFIGS[name], shlex.split(arguments.replace("--config run.yaml", ""))
-        )
+        arguments = [word for word in arguments if word not in ("--config", "run.yaml")]
+        config = parse_config(CONFIGS[name], arguments)
         assert name == "export" or config.validate() is None
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):

@@ -328,8 +328,10 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
         command += [f"--{name}", str(value)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        # A suite in a shell's background would hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = tmp_path / "out" / "metrics.jsonl"
     give_up = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
@@ -339,7 +341,8 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
     time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # a second one costs nothing
     out, errors = process.communicate(timeout=60)
-    assert b"Traceback" not in errors
+    # One that comes while Python tidies up is reported and ignored.
+    assert errors.count(b"Traceback") == errors.count(b"Exception ignored")
     assert (tmp_path / "out" / "training.png").exists()
     assert process.returncode == 130
     assert b"stopped early after" in out

@@ -69,13 +69,12 @@ def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url
     )
     counts = sample(config)
     assert counts["requests"] == 16 and counts["failures"] == 0
+    assert counts["responses"] + counts["duplicates"] + counts["empty"] == 16
     rows = [json.loads(line) for line in Path(config.output).read_text().splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS
     texts = [text for row in rows for text in row["responses"]]
     assert len(set(texts)) > 8  # it sampled
-    words = ("the", "a", "take", "use", "i", "you", "hold")
-    assert all({word.strip(".!,").lower() for word in text.split()} & set(words) for text in texts)
-
+    assert "the" in " ".join(texts).split()  # and the demo's model, at that
     judging = ScoreConfig(
         data=config.output,
         output=str(tmp_path / "scored.jsonl"),

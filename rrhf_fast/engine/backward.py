@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.data.active import active_part, join, kept_rows, without_weight
+from rrhf_fast.data.active import active_part, join, without_weight
 from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.data.packs import Batch
 from rrhf_fast.engine.distributed import World, prepare_backward
@@ -50,7 +50,7 @@ def backward_whole(
             (out.loss * _share(pack, batch, world)).backward()
         totals.add(out, pack)
         if isinstance(pack, PackedForest):
-            totals.add_kept(kept_rows(pack, _has_gradient(out, pack, model)).sum(), pack)
+            totals.add_active(pack, _has_gradient(out, pack, model))
 
 
 def backward_active(
@@ -64,7 +64,7 @@ def backward_active(
             out, weights = model(pack, wants_weights=True)
         totals.add(out, pack)
         parts.append(active_part(pack, weights * _share(pack, batch, world)))
-        totals.add_kept(torch.tensor(parts[-1].num_tokens), pack)
+        totals.add_active(pack, weights != 0)
     options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
     packs = join(parts, max_tokens=config.max_tokens_per_pack, **options)
     # Every rank gathers weights as often as the others, and some gradient there must be.

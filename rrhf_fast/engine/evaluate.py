@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_fast.config import TrainConfig
-from rrhf_fast.data.forest import Pack
+from rrhf_fast.data.active import kept_rows
+from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids
 from rrhf_fast.engine.distributed import World, gathered
 from rrhf_fast.losses import RRHFLoss
@@ -43,11 +44,12 @@ class Totals:
         self.sums[:7] += torch.stack([part.double() for part in parts])
         self.sums[7] += pack.num_tokens
 
-    def add_kept(self, num_kept: torch.Tensor, pack: Pack) -> None:
-        """Add how many of a pack's tokens have a gradient."""
+    def add_active(self, pack: PackedForest, is_active: torch.Tensor) -> None:
+        """Add how many of a pack's tokens lead to an edge that `is_active` [E]; padding leads to
+        none."""
         if pack.num_queries:
-            self.sums[9] += num_kept
-            self.sums[10] += pack.num_tokens
+            self.sums[9] += kept_rows(pack, is_active).sum()
+            self.sums[10] += kept_rows(pack, torch.ones_like(is_active)).sum()
 
     @property
     def active_fraction(self) -> float:

@@ -15,10 +15,10 @@ RANK = int(os.environ["RANK"])
 def main() -> int:
     folder, step = Path(sys.argv[1]), loop._step
 
-    def failing(run, batch, optimizer, number, signals):
+    def failing(run, batch, optimizer, number, *rest):
         if RANK == 1 and number == 3:
             raise RuntimeError("rank 1 fails")
-        return step(run, batch, optimizer, number, signals)
+        return step(run, batch, optimizer, number, *rest)
 
     loop._step = failing
     data = {"train_data": str(folder / "train.jsonl"), "output_dir": str(folder / "failing")}

@@ -18,7 +18,7 @@ from rrhf_fast.model.rrhf import RRHFModel
 
 # Of the queries, ranked backwards: all their responses have a gradient. Of the others the best one
 # alone has.
-SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)
+SHARES = (0.0, 0.25, 0.5, 1.0)
 SHAPES = {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"}
 
 

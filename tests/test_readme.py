@@ -4,6 +4,8 @@ import doctest
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,8 @@ def test_docstring_examples(module, tmp_path):
     for example in examples:
         runner.run(example, out=lambda text: None, clear_globs=False)
     assert runner.summarize(verbose=False).failed == 0
+
+
+def test_the_section_on_speed_is_what_the_figures_say():
+    script = Path(__file__).parents[1] / "benchmarks" / "readme.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0

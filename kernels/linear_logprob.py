@@ -182,7 +182,6 @@ def dlogits_of_exps_kernel(
         edge = tl.load(active + i, mask=exists, other=0)
         top = tl.load(tops + tile * num_edges + edge, mask=exists, other=0.0)
         log_total = tl.load(lse + edge, mask=exists, other=float("inf"))
-        logp = tl.load(logps + edge, mask=exists, other=0.0)
         upstream = tl.load(grad + edge, mask=exists, other=0.0) * logit_scale
         target = tl.load(targets + edge, mask=exists, other=-1)
         here = exists[:, None] & inside
@@ -190,12 +189,16 @@ def dlogits_of_exps_kernel(
         e = e.to(tl.float32)
         tl.debug_barrier()  # another thread may store where this one loads
         at_target = column[None, :] == target[:, None]
-        # Rounding has cost e its last digits, which 1 - p of a likely target would consist of.
-        p = tl.where(at_target, tl.exp(logp)[:, None], e * tl.exp(top - log_total)[:, None])
+        # Rounding cost e its last digits, but not where 1 - p would consist of them: a likely
+        # target is the maximum of its tile, and its e is exactly 1.
+        p = e * tl.exp(top - log_total)[:, None]
         d = (tl.where(at_target, 1.0, 0.0) - p) * upstream[:, None]
         if HAS_SOFTCAP:
-            # What underflowed has no gradient, but its logarithm would be infinite.
-            z = tl.where(e > 0, tl.log(tl.maximum(e, 1e-38)) + top[:, None], 0.0)
+            # What underflowed has no gradient, but its logarithm would be infinite. The bound is
+            # a normal float32: Triton takes anything smaller for a float64.
+            z = tl.where(e > 0, tl.log(tl.maximum(e, 1.2e-38)) + top[:, None], 0.0)
+            # The target has one, however small its e.
+            logp = tl.load(logps + edge, mask=exists, other=0.0)
             z = tl.where(at_target, (logp + log_total)[:, None], z)
             ratio = z * (1 / softcap)
             d *= 1 - ratio * ratio

@@ -23,7 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-VARIANTS = ("plain", "bias", "softcap")
+VARIANTS = ("plain", "bias", "softcap", "bias softcap")
 INTEGERS = (
     "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width", "row_stride",
 )  # fmt: skip
@@ -43,6 +43,7 @@ class Usage:
     spills: int  # instructions
     shared: int  # bytes
     matrix: str  # the matrix instruction, or ""
+    doubles: int  # lines of PTX that compute in float64
 
 
 def compile_all() -> Iterator[Usage]:
@@ -56,10 +57,10 @@ def compile_all() -> Iterator[Usage]:
         for variant in VARIANTS:
             tile = {"TILE_N": 128, "BLOCK_M": linear_logprob.EXPS_BLOCK_M}
             constants = tile | {
-                "BLOCK_N": linear_logprob.EXPS_BLOCK_N, "HAS_SOFTCAP": variant == "softcap",
-                "WANTS_BIAS": variant == "bias",
+                "BLOCK_N": linear_logprob.EXPS_BLOCK_N, "HAS_SOFTCAP": "softcap" in variant,
+                "WANTS_BIAS": "bias" in variant,
             }  # fmt: skip
-            if variant != "bias":
+            if "bias" not in variant:
                 constants["bias_sums"] = None
             kernel = linear_logprob.dlogits_of_exps_kernel
             yield _compile(kernel, constants, {"exps": "*bf16"}, arch, f"keep bf16 {variant}", {})
@@ -84,10 +85,10 @@ def _compile_head(
     if not tile.tma:
         blocks |= {"states": f"*{element}", "weight": f"*{element}"}
     for variant in VARIANTS:
-        has_bias = variant == "bias"
+        has_bias = "bias" in variant
         constants = {
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-            "GROUP_M": tile.group_m, "HAS_BIAS": has_bias, "HAS_SOFTCAP": variant == "softcap",
+            "GROUP_M": tile.group_m, "HAS_BIAS": has_bias, "HAS_SOFTCAP": "softcap" in variant,
             "PRECISION": "ieee" if itemsize == 4 else "tf32", "TMA": tile.tma, "KEEPS": keeps,
             "WANTS_BIAS": has_bias,
         }  # fmt: skip
@@ -130,6 +131,7 @@ def _compile(
         spills=code.count(" LDL") + code.count(" STL"),
         shared=compiled.metadata.shared,
         matrix=next((name for name in MATRIX_INSTRUCTIONS if name in ptx), ""),
+        doubles=sum(".f64" in line for line in ptx.splitlines()),
     )
 
 

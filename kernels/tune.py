@@ -22,11 +22,11 @@ from rrhf_fast.kernels import linear_logprob
 from rrhf_fast.kernels.configs import Tile
 
 
-def candidates() -> Iterator[Tile]:
-    """Tiles worth a try on any of the architectures."""
+def candidates(capability: int) -> Iterator[Tile]:
+    """Tiles worth a try on a device of this compute capability (90 for 9.0)."""
     sizes = itertools.product((64, 128, 256), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5))
     for block_m, block_n, block_k, num_warps, num_stages in sizes:
-        yield Tile(block_m, block_n, block_k, num_warps, num_stages)
+        yield Tile(block_m, block_n, block_k, num_warps, num_stages, tma=capability >= 90)
 
 
 def tune(
@@ -93,7 +93,7 @@ def main() -> None:
     shapes = ((options.edges, options.hidden_size), (options.vocab_size, options.hidden_size))
     states, weight = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
     targets = torch.randint(options.vocab_size, (options.edges,), device="cuda")
-    rows = tune(states, weight, targets, candidates())
+    rows = tune(states, weight, targets, candidates(linear_logprob.capability(states)))
     options.file.write_text(json.dumps(rows, indent=1) + "\n")
 
 

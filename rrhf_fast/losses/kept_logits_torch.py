@@ -29,10 +29,12 @@ class KeptLogits:
         copies = 1 if softcap is None else 2  # the slope of the cap needs as much again
         fitting = int(workspace_mb * 2**20) // (len(weight) * weight.itemsize * copies)
         self.capacity = min(fitting, num_edges)
-        self.room = weight.new_empty(self.capacity, len(weight))
+        self.room: Tensor | None = None  # made when it is needed
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
         """logp [E] of targets [E] after states [E, H], E at most `capacity`."""
+        if self.room is None:
+            self.room = states.new_empty(self.capacity, len(self.weight))
         z = chunk_logits(
             states, self.weight, self.bias, slice(None), self.softcap, self.logit_scale,
             out=self.room[: len(states)],
@@ -40,7 +42,7 @@ class KeptLogits:
         top = z.amax(1)
         target = z.gather(1, targets[:, None]).squeeze(1)
         total = z.sub_(top[:, None]).exp_().sum(1)
-        self.kept = (states, targets, z, top, total)
+        self.kept = (states, targets, z, top, total, target)
         return (target - top) - total.log()
 
     def add_gradients(
@@ -55,17 +57,20 @@ class KeptLogits:
         active = grad.nonzero().squeeze(1)
         if len(active) == 0:
             return
-        states, targets, exps, top, total = self.kept
+        states, targets, exps, top, total, target = self.kept
         exps, top, total = _move_up(exps, active), top[active], total[active]
+        rows, targets = torch.arange(len(active), device=grad.device), targets[active]
         slope = None
         if self.softcap is not None:
-            # What underflowed has no gradient, but its logarithm would be infinite.
+            # What underflowed has no gradient, but its logarithm would be infinite. The target has
+            # one, however small its exponential.
             z = exps.clamp(min=torch.finfo(exps.dtype).tiny).log_().add_(top[:, None])
+            z[rows, targets] = target[active]
             slope = z.div_(self.softcap).square_().neg_().add_(1)
         # grad * (onehot - softmax), in place of the exponentials.
         upstream = grad[active] * self.logit_scale
         d_z = exps.mul_((-upstream / total)[:, None])
-        d_z[torch.arange(len(active), device=grad.device), targets[active]] += upstream
+        d_z[rows, targets] += upstream
         if slope is not None:
             d_z *= slope
         if d_states is not None:

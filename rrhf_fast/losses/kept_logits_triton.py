@@ -31,10 +31,12 @@ class KeptLogits:
         width = -(-len(weight) // 8) * 8  # descriptors ask for rows of a multiple of 16 bytes
         fitting = int(workspace_mb * 2**20) // (width * weight.itemsize)
         self.capacity = min(fitting, num_edges)
-        self.room = weight.new_empty(self.capacity, width)
+        self.width, self.room = width, None  # made when it is needed
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
         """logp [E] of targets [E] after states [E, H], E at most `capacity`."""
+        if self.room is None:
+            self.room = states.new_empty(self.capacity, self.width)
         self.exps = self.room[: len(states), : len(self.weight)]
         logp, lse, tops = kernels.forward(
             states, self.weight, self.bias, targets, self.softcap, self.logit_scale, self.exps

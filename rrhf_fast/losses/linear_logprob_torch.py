@@ -54,7 +54,9 @@ def forward(
         inside = (targets >= chunk.start) & (targets < chunk.stop)
         target[inside] = z[inside, targets[inside] - chunk.start]
         new_top = torch.maximum(top, z.amax(1))
-        total = total * (top - new_top).exp() + z.sub_(new_top[:, None]).exp_().sum(1)
+        # A bias may be -inf, and so may be all of a chunk.
+        shift = new_top.masked_fill(new_top == float("-inf"), 0.0)
+        total = total * (top - shift).exp() + z.sub_(shift[:, None]).exp_().sum(1)
         top = new_top
     log_total = total.log()
     return (target - top) - log_total, top + log_total

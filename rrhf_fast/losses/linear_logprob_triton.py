@@ -32,6 +32,7 @@ def forward(
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     states = hidden.index_select(0, rows)
     head = weight.to(states.dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
     return kernels.forward(states, head, bias, targets.contiguous(), softcap, logit_scale)[:2]
 
 
@@ -69,6 +70,7 @@ def backward(
     rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active].float()
     states = hidden.index_select(0, rows)
     head = weight.to(states.dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
     tile = kernels.dlogits_tile(states)
     width = _slice_width(len(active), len(weight), states.itemsize, workspace_mb, tile.block_n)
     dlogits = states.new_empty(len(active), width)

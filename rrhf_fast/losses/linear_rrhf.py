@@ -78,7 +78,7 @@ def linear_rrhf_loss(
             sft_weight=sft_weight, sft_reduction=sft_reduction, margin=margin,
             padded_widths=padded_widths, backend=backend,
         )  # fmt: skip
-    check_layout(rewards, path_offsets, group_offsets)
+    check_layout(len(rows), rewards, path_edges, path_offsets, group_offsets)
     scales, sft_scales = loss_scales(
         path_offsets,
         group_offsets,
@@ -149,6 +149,9 @@ def linear_rrhf_op(
     """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; a gradient that is not wanted is
     empty."""
     kept_logits, logprob, ranking = _modules(backend)
+    # The kernels count on rows that lie end to end.
+    rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
+    bias = None if bias is None else bias.contiguous()
     dtype = scales.dtype if backend == "torch" else hidden.dtype
     states = hidden.index_select(0, rows).to(dtype)
     matrix = weight.to(dtype).contiguous()
@@ -210,9 +213,11 @@ def _(
         scales.new_empty(()), group, torch.empty_like(group), torch.empty_like(scales),
         count, torch.empty_like(count), torch.empty_like(group),
         *(
-            torch.empty_like(tensor) if wanted else scales.new_empty(0)
-            for tensor, wanted in (
-                (hidden, wants_hidden), (weight, wants_weight), (bias, wants_bias)
+            like if wanted else scales.new_empty(0)
+            for like, wanted in (
+                (torch.empty_like(hidden), wants_hidden),
+                (weight.new_empty(weight.shape), wants_weight),
+                (None if bias is None else torch.empty_like(bias), wants_bias),
             )
         ),
     )  # fmt: skip

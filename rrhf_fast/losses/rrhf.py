@@ -99,7 +99,7 @@ def rrhf_loss(
         )
     path_edges, path_offsets, group_offsets = packed
     check_backend(backend)
-    check_layout(rewards, path_offsets, group_offsets)
+    check_layout(len(logps), rewards, path_edges, path_offsets, group_offsets)
     scales, sft_scales = loss_scales(
         path_offsets,
         group_offsets,
@@ -141,9 +141,14 @@ def check_backend(backend: str) -> None:
 
 
 def check_layout(
-    rewards: torch.Tensor, path_offsets: torch.Tensor, group_offsets: torch.Tensor
+    num_edges: int,
+    rewards: torch.Tensor,
+    path_edges: torch.Tensor,
+    path_offsets: torch.Tensor,
+    group_offsets: torch.Tensor,
 ) -> None:
-    """Raise ValueError where shapes disagree and, on the CPU, for NaN rewards or empty spans."""
+    """Raise ValueError where shapes disagree and, on the CPU, for NaN rewards or indices that lie
+    outside."""
     num_responses = len(path_offsets) - 1
     if rewards.shape != (num_responses,):
         expected = f"expected shape ({num_responses},), one a response"
@@ -153,8 +158,18 @@ def check_layout(
         if rewards.isnan().any():
             raise ValueError("rewards: expected numbers, found NaN")
         for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):
-            if (spans.diff() < 1).any():
-                raise ValueError(f"{name}: expected rising offsets, found an empty span")
+            if len(spans) < 2 or spans[0] != 0 or (spans.diff() < 1).any():
+                raise ValueError(f"{name}: expected offsets that rise from 0, no span empty")
+        for name, spans, end in (
+            ("path_offsets", path_offsets, len(path_edges)),
+            ("group_offsets", group_offsets, num_responses),
+        ):
+            if spans[-1] != end:
+                raise ValueError(f"{name}: expected to end at {end}, found {int(spans[-1])}")
+        low, high = path_edges.aminmax()
+        if low < 0 or high >= num_edges:
+            found = f"found {int(low)} to {int(high)}"
+            raise ValueError(f"path_edges: expected edges in [0, {num_edges}), {found}")
 
 
 def loss_scales(

@@ -134,6 +134,45 @@ def test_flat_peaked_and_huge_logits(backend, size):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_is_far_below_the_largest_logit_of_a_high_cap(backend):
+    """Its exponential underflows, its gradient does not."""
+    assert_exact(case(size=30.0, dtype=torch.float32), backend, head={"softcap": 50.0})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace_mb", WORKSPACES)
+def test_a_bias_may_forbid_tokens(backend, workspace_mb):
+    (hidden, weight, bias), (rows, targets, rewards), layout = case(v=300, dtype=torch.float32)
+    with torch.no_grad():
+        bias[:200] = float("-inf")  # whole chunks of nothing
+    indices = (rows, 200 + targets % 100, rewards)
+    out = linear_rrhf_loss(
+        hidden, weight, *indices, bias=bias, backend=backend, workspace_mb=workspace_mb, **layout
+    )
+    expected = plain(hidden, weight, *indices, bias=bias, layout=layout).loss
+    torch.testing.assert_close(out.loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(out.loss, [hidden, weight]),
+        torch.autograd.grad(expected, [hidden, weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    (hidden, weight, bias), indices, layout = case(dtype=torch.float32)
+    other = torch.stack([bias.detach(), bias.detach() + 1], 1)[:, 0].requires_grad_()
+    strided = [torch.stack([t, t + 1], 1)[:, 0] for t in indices]
+    expected = linear_rrhf_loss(hidden, weight, *indices, bias=bias, backend=backend, **layout)
+    found = linear_rrhf_loss(hidden, weight, *strided, bias=other, backend=backend, **layout)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(
+        torch.autograd.grad(found.loss, other)[0], torch.autograd.grad(expected.loss, bias)[0]
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_agree_bit_for_bit(backend):
     inputs = case((5, 6, 3), dtype=torch.float32)
     runs = [both(inputs, backend, workspace_mb=0.02)[0] for _ in range(2)]
@@ -254,3 +293,11 @@ def test_edges_that_are_no_spans_are_refused():
     layout["path_edges"] = layout["path_edges"].flip(0)
     with pytest.raises(ValueError, match="path_edges: expected each query's edges to be one span"):
         linear_rrhf_loss(hidden, weight, *indices, **layout)
+    for name, change, message in (
+        ("path_edges", 50, r"path_edges: expected edges in \[0, "),
+        ("group_offsets", 1, "group_offsets: expected offsets that rise from 0"),
+    ):
+        _, indices, layout = case()
+        layout[name] = layout[name] + change
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            linear_rrhf_loss(hidden, weight, *indices, **layout)

@@ -12,15 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
-STEP, HEAD, ACTIVE = "step-smollm2-pandalm_human-cpu", "head-cpu", "active-paper-cpu"
+STEP, HEAD = "step-smollm2-pandalm_human-cpu", "head-cpu"
 
 
 def speed_section(results: Path = RESULTS) -> str:
-    """The section in Markdown, from the JSON files of the three benchmarks."""
-    step, head, active = (
-        json.loads((results / f"{name}.json").read_text()) for name in (STEP, HEAD, ACTIVE)
-    )
-    return "\n".join([_step(step), _head(head), _active(active)])
+    """The section in Markdown, from the JSON files of two benchmarks."""
+    step, head = (json.loads((results / f"{name}.json").read_text()) for name in (STEP, HEAD))
+    return "\n".join([_step(step), _head(head)])
 
 
 def _step(figures: dict) -> str:
@@ -71,28 +69,6 @@ once; two steps make them again in the backward, and so keep nothing between the
 
 ```bash
 {_command("head", figures)}
-```
-"""
-
-
-def _active(figures: dict) -> str:
-    rows = [
-        f"| {case['checkpointing']} | {case['active_fraction']:.2f} | "
-        f"{case['speedup']['median']:.2f} | {case['auto']} |"
-        for case in figures["cases"]
-    ]
-    worst = max(case["gradient_difference"] for case in figures["cases"])
-    return f"""\
-Scoring first and training on the active part alone, against training on everything: times as fast,
-by the share of tokens that has a gradient ({figures["model"]} of random weights,
-{figures["workload"]}). The two gradients differ by at most {worst:.0e}, relatively.
-
-| activation checkpointing | active tokens | times as fast | `auto` takes |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-```bash
-{_command("active", figures)}
 ```
 """
 

@@ -28,8 +28,8 @@ class Tile:
 
 # (kernel, compute capability of the family's first member, bytes an element).
 TILES = {
-    # Ampere has no TMA. The largest tiles that do not spill, in the backward with a bias or a
-    # softcap too (both spill a little); 96 KB of shared memory fit the consumer cards (8.6, 8.9, 12.0) as well.
+    # Ampere has no TMA. The largest tiles that do not spill, with a bias or a softcap too; 96 KB of
+    # shared memory fit the consumer cards (8.6, 8.9, 12.0) as well.
     ("forward", 80, 2): Tile(128, 128, 64, num_warps=8, num_stages=4, tma=False),
     ("dlogits", 80, 2): Tile(128, 128, 64, num_warps=8, num_stages=4, tma=False),
     # Float32 is for exactness: small tiles, because IEEE products run on the ordinary cores, which

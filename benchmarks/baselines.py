@@ -59,14 +59,6 @@ def two_steps(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
     return rrhf_loss(model.edge_logps(pack), pack.rewards, **model.loss_options(pack)).loss
 
 
-def every_row(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
-    """As `two_steps`, but no row's gradient is exactly 0, so none is left out."""
-    logps = model.edge_logps(pack)
-    # Far below every other gradient, and far above what makes processors slow (denormal numbers).
-    logps.register_hook(lambda grad: grad + 1e-10)
-    return rrhf_loss(logps, pack.rewards, **model.loss_options(pack)).loss
-
-
 def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
     """The loss by way of all logits of the pack's edges."""
     hidden, weight, head = model.head_inputs(pack)
@@ -79,6 +71,5 @@ def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
 # Each lever off: name -> the loss of a pack.
 HEADS: dict[str, Callable[[RRHFModel, PackedForest], torch.Tensor]] = {
     "without the one sweep": two_steps,
-    "... and without skipping rows": every_row,
     "with a plain head": plain_head,
 }

@@ -35,7 +35,8 @@ def _step(figures: dict) -> str:
     return f"""\
 Loss and gradient of {case["queries"]} queries spread over `{case["workload"]}`, {case["model"]},
 {_plain(case["dtype"])}, medians of {len(released["seconds"])} interleaved rounds
-({_machine(figures)}). The released method pads k rows a query, repeats the prompt in each, and
+({_machine(figures)}).
+The released method pads k rows a query, repeats the prompt in each, and
 takes a log-softmax over the whole vocabulary; from "one query a pack" on, one thing at a time is
 taken from rrhf_fast. Every gradient is within {worst:.0e} of float64.
 

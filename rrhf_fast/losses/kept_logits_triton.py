@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
-from rrhf_fast.losses.linear_logprob_triton import product
-from rrhf_fast.losses.matrix_sum import MatrixSum
+from rrhf_fast.losses.matrix_sum import MatrixSum, product
 
 
 class KeptLogits:

@@ -3,6 +3,7 @@
 import torch
 
 from rrhf_fast.losses.linear_logprob_torch import ChunkedLinearLogprob
+from rrhf_fast.losses.rrhf import check_backend
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -86,8 +87,7 @@ def check_shapes(
 
 def choose_backend(backend: str, hidden: torch.Tensor) -> str:
     """ "triton" or "torch"; raises ValueError where the one asked for does not take `hidden`."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
+    check_backend(backend)
     problem = _kernel_problem(hidden)
     if backend == "triton" and problem:
         raise ValueError(problem)

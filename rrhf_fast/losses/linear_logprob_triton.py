@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
-from rrhf_fast.losses.matrix_sum import add_product
+from rrhf_fast.losses.matrix_sum import add_product, product
 
 
 def forward(
@@ -139,12 +139,3 @@ def _slice_width(
     """Tokens of one slice: as many as the workspace holds, in whole tiles."""
     fitting = int(workspace_mb * 2**20 / (num_edges * itemsize)) // block_n
     return block_n * max(1, min(fitting, -(-vocab_size // block_n)))
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed in float32 and rounded once to dtype."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.device.type == "cuda" and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a.float() @ b.float()).to(dtype)

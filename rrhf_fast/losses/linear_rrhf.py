@@ -60,6 +60,9 @@ def linear_rrhf_loss(
             torch. A query that needs more by itself is walked in slices of the vocabulary, at the
             price of the fourth product.
 
+    Returns:
+        `RRHFLoss` (arXiv 2304.05302, eq. 1-4), in float32, or float64 for float64 input.
+
     Raises:
         ValueError: an argument that does not fit; names it, what was found and what was expected.
     """

@@ -39,3 +39,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # the interpreter: the CPU's products have one dtype
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32 and rounded once to dtype."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a.float() @ b.float()).to(dtype)

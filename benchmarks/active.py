@@ -1,12 +1,16 @@
 """The active-set backward against the whole one, by the share of tokens that has a gradient, with
 and without activation checkpointing, interleaved."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks.plots import grouped_bars
+from benchmarks.tables import text_table
+from benchmarks.timing import interleaved, ratio
 from benchmarks.workloads import PAPER, build_model, draw
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
@@ -19,23 +23,31 @@ from rrhf_fast.model.rrhf import RRHFModel
 # Of the queries, ranked backwards: all their responses have a gradient. Of the others the best one
 # alone has.
 SHARES = (0.0, 0.25, 0.5, 1.0)
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative, in the norm
 SHAPES = {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"}
 
 
-def run(*, preset: str, num_queries: int, rounds: int, max_tokens_per_pack: int) -> dict:
-    """Time both ways for queries of the paper's shape; returns the figures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def run(
+    *,
+    preset: str,
+    device: str,
+    rounds: int,
+    max_tokens_per_pack: int = 2048,
+    num_queries: int | None = None,
+) -> dict:
+    """Time both ways for queries of the paper's lengths; returns the figures."""
+    num_queries = num_queries or (64 if device == "cuda" else 4)
     cases = []
     for checkpointing in ("none", "full"):
         config = TrainConfig(
             activation_checkpointing=checkpointing, max_tokens_per_pack=max_tokens_per_pack
         )
         model = RRHFModel(
-            build_model(SHAPES[preset], device=str(device)),
+            build_model(SHAPES[preset], device=device),
             config,
             max_length=4096,
             max_tokens=max_tokens_per_pack,
-            compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             compile=None,
             activation_checkpointing=checkpointing,
         )
@@ -44,8 +56,8 @@ def run(*, preset: str, num_queries: int, rounds: int, max_tokens_per_pack: int)
         for share in SHARES:
             for i, query in enumerate(queries):
                 query.rewards[:] = -ranks[i] if i < round(share * num_queries) else ranks[i]
-            cases.append({"checkpointing": checkpointing} | _case(model, queries, config, rounds))
-            print(cases[-1], flush=True)
+            case = _case(model, queries, config, rounds)
+            cases.append({"activation_checkpointing": checkpointing} | case)
     return {"model": SHAPES[preset], "workload": str(PAPER), "cases": cases}
 
 
@@ -71,25 +83,54 @@ def _case(
 ) -> dict:
     planner = _planner(model, queries, config.max_tokens_per_pack)
     batch = planner.batch(range(len(queries)))
-    ways = {"whole": backward_whole, "active": backward_active}
-    gradients, seconds = {}, {name: [] for name in ways}
-    for number in range(rounds + 1):  # the first is a check
-        for name, backward in ways.items():
-            model.zero_grad()
-            totals = Totals(model.device)
-            start = time.perf_counter()
-            backward(model, batch, config, World(model.device), totals)
-            fraction = totals.active_fraction  # waits for the device
-            if number == 0:
-                gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
-            else:
-                seconds[name].append(time.perf_counter() - start)
-    whole, active = gradients["whole"], gradients["active"]
-    ratios = [a / b for a, b in zip(seconds["whole"], seconds["active"], strict=True)]
+
+    def step(backward: Callable) -> Totals:
+        totals = Totals(model.device)
+        backward(model, batch, config, World(model.device), totals)
+        return totals
+
+    ways = {"whole": partial(step, backward_whole), "active": partial(step, backward_active)}
+    gradients = []
+    for way in ways.values():
+        model.zero_grad()
+        fraction = way().active_fraction
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    difference = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    assert difference < TOLERANCES[model.compute_dtype], difference
+    del gradients
+    seconds = interleaved(ways, rounds, before=model.zero_grad)
     return {
         "active_fraction": fraction,
-        "gradient_difference": ((whole - active).norm() / whole.norm()).item(),
-        "speedup": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "gradient_difference": difference,
+        "speedup": ratio(seconds["whole"], seconds["active"]),
         "auto": "active" if is_worthwhile(config, fraction) else "whole",
         "seconds": seconds,
     }
+
+
+def table(figures: dict) -> str:
+    """How many times as fast as the whole backward, by the share of tokens with a gradient."""
+    rows = [
+        [
+            f"checkpointing {case['activation_checkpointing']}",
+            f"{case['active_fraction']:.0%}",
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**case["speedup"]),
+            case["auto"],
+        ]
+        for case in figures["cases"]
+    ]
+    title = f"{figures['model']}, {figures['workload']}"
+    return text_table([title, "active", "times as fast as whole", "auto takes"], rows)
+
+
+def plot(figures: dict, path: Path) -> None:
+    """A group of bars a share of active tokens, a panel a way of checkpointing."""
+    panels = []
+    for mode in dict.fromkeys(case["activation_checkpointing"] for case in figures["cases"]):
+        cases = [case for case in figures["cases"] if case["activation_checkpointing"] == mode]
+        heights = {
+            way: [median(case["seconds"][way]) for case in cases] for way in ("whole", "active")
+        }
+        groups = [f"{case['active_fraction']:.0%}" for case in cases]
+        panels.append((f"{figures['model']}, checkpointing {mode}", groups, heights))
+    grouped_bars(panels, path, ylabel="seconds a step", xlabel="tokens with a gradient")

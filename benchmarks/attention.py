@@ -9,6 +9,7 @@ or is wrong is reported as such and left out.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import ModuleType
 
@@ -17,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.head import _peak_extra_mb, _seconds
+from benchmarks.plots import grouped_bars
+from benchmarks.tables import text_table
+from benchmarks.timing import interleaved, peak_extra_mb, ratio
 from rrhf_fast import reference
 from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import Movable, PackedForest, build_forest
@@ -33,21 +36,20 @@ SMALL_SHAPES = [(128, 64, 6), (256, 32, 8)]  # for machines without a GPU
 LLAMA_8B = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, value_size=128)
 SMALL = AttentionSpec(num_heads=8, num_kv_heads=2, head_size=32, value_size=32)
 FLEX_BLOCKS = (128, 256)
+TOKENS = {"smoke": 2_048, "paper": 16_384, "full": 65_536}  # of a pack, about
 # Largest relative error of the output or a gradient, in the norm, against float64.
 TOLERANCE = 0.02
 
 
-def run(*, tokens: int, rounds: int) -> dict:
-    """Time all contenders on all shapes in packs of about `tokens`; returns the figures."""
-    on_gpu = torch.cuda.is_available()
-    cases = []
-    for shape in SHAPES if on_gpu else SMALL_SHAPES:
-        cases.append(_case(shape, LLAMA_8B if on_gpu else SMALL, tokens, rounds))
-        print(cases[-1], flush=True)
-    return {
-        "cases": cases,
-        "decoder": _decoder(SHAPES[1] if on_gpu else SMALL_SHAPES[0], tokens, rounds),
-    }
+def run(*, preset: str, device: str, rounds: int) -> dict:
+    """Time all contenders on all shapes in packs of the preset's size; returns the figures."""
+    on_gpu, tokens = device == "cuda", TOKENS[preset]
+    spec = LLAMA_8B if on_gpu else SMALL
+    cases = [
+        _case(shape, spec, tokens, device, rounds) for shape in (SHAPES if on_gpu else SMALL_SHAPES)
+    ]
+    decoder = _decoder(SHAPES[1] if on_gpu else SMALL_SHAPES[0], tokens, device, rounds)
+    return {"cases": cases, "decoder": decoder}
 
 
 @dataclass
@@ -87,8 +89,10 @@ def _response_rows(pack: PackedForest, prompt: int) -> torch.Tensor:
     return torch.cat([rows[:, :1] + torch.arange(1 - prompt, 0), rows], dim=1)
 
 
-def _case(shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, rounds: int) -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _case(
+    shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, device_name: str, rounds: int
+) -> dict:
+    device = torch.device(device_name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pack = _forest(shape, tokens)
     unpacked = _response_rows(pack, shape[0])
@@ -118,7 +122,7 @@ def _case(shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, rounds:
             attend = partial(_attend, backend, each)
             contenders[label] = _contender(attend, every, tensors, upstream)
     contenders["unpacked"] = _contender(
-        _unpacked(*unpacked.shape), unpacked.flatten().to(device), tensors, upstream
+        _unpacked(*unpacked.shape, device_name), unpacked.flatten().to(device), tensors, upstream
     )
     runnable = {}
     for name, contender in contenders.items():
@@ -132,17 +136,13 @@ def _case(shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, rounds:
             runnable[name] = contender
         else:
             results[name]["problem"] = "too far from float64"
-    seconds = {name: [] for name in runnable}
-    for _ in range(rounds):
-        for name, contender in runnable.items():
-            seconds[name].append(_seconds(contender.step))
+    seconds = interleaved({name: c.step for name, c in runnable.items()}, rounds)
     for name, times in seconds.items():
         results[name]["ms"] = median(times) * 1e3
         if "unpacked" in seconds:
-            ratios = [a / b for a, b in zip(seconds["unpacked"], times, strict=True)]
-            results[name]["speedup"] = median(ratios)
+            results[name]["speedup"] = ratio(seconds["unpacked"], times)["median"]
         if device.type == "cuda":
-            results[name]["peak_extra_mb"] = _peak_extra_mb(runnable[name].step)
+            results[name]["peak_extra_mb"] = peak_extra_mb(runnable[name].step)
     return {
         "prompt/response/k": shape,
         "tokens": {"packed": pack.num_tokens, "unpacked": unpacked.numel()},
@@ -164,10 +164,10 @@ def _contender(
     return Contender(attend, rows, inputs, share.index_select(0, rows))
 
 
-def _unpacked(num_rows: int, length: int) -> Callable:
+def _unpacked(num_rows: int, length: int, device: str) -> Callable:
     """Flash attention of the flash-attn package, else PyTorch's; rows laid end to end. Without a
     GPU, scaled_dot_product_attention on as many rows."""
-    if not torch.cuda.is_available():
+    if device == "cpu":
 
         def batched(q, k, v):
             q, k, v = (t[0].unflatten(1, (num_rows, length)).transpose(0, 1) for t in (q, k, v))
@@ -229,10 +229,10 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def _decoder(shape: tuple[int, int, int], tokens: int, rounds: int) -> dict:
+def _decoder(shape: tuple[int, int, int], tokens: int, device: str, rounds: int) -> dict:
     """Tokens/s of a decoder's forward and backward: a forest, and as many tokens in plain rows of
     the same model, which its own attention computes."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device == "cuda"
     sizes = (
         {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 4}
         | {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -240,7 +240,6 @@ def _decoder(shape: tuple[int, int, int], tokens: int, rounds: int) -> dict:
         else {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
         | {"num_attention_heads": 8, "num_key_value_heads": 2}
     )
-    device = "cuda" if on_gpu else "cpu"
     torch.manual_seed(0)
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **sizes)).to(device).eval()
     length = shape[0] + shape[1] - 1
@@ -269,13 +268,9 @@ def _decoder(shape: tuple[int, int, int], tokens: int, rounds: int) -> dict:
 
     counts = {"forest": pack.num_tokens, "plain rows": rows.numel()}
     ways = {"forest": forest, "plain rows": plain}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():  # compiles
         way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            lm.zero_grad()
-            seconds[name].append(_seconds(way))
+    seconds = interleaved(ways, rounds, before=lm.zero_grad)
     return {
         "model": sizes,
         "attention": model.attention.name,
@@ -286,3 +281,36 @@ def _decoder(shape: tuple[int, int, int], tokens: int, rounds: int) -> dict:
             name: counts[name] / median(times) for name, times in seconds.items()
         },
     }
+
+
+def table(figures: dict) -> str:
+    """Milliseconds forward and backward, and times as fast as the same responses unpacked."""
+    parts = []
+    for case in figures["cases"]:
+        rows = [
+            [name, f"{r['ms']:.1f}", f"{r['speedup']:.2f}"]
+            if "ms" in r
+            else [name, "-", r["problem"][:60]]
+            for name, r in case["contenders"].items()
+        ]
+        parts.append(text_table([_label(case), "ms", "times as fast as unpacked"], rows))
+    speeds = figures["decoder"]["tokens_per_second"]
+    rows = [[name, f"{speed:,.0f}"] for name, speed in speeds.items()]
+    parts.append(text_table(["a decoder on", "tokens/s"], rows))
+    return "\n\n".join(parts)
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Milliseconds by shape."""
+    cases = figures["cases"]
+    names = dict.fromkeys(
+        name for case in cases for name, r in case["contenders"].items() if "ms" in r
+    )
+    heights = {name: [c["contenders"].get(name, {}).get("ms") for c in cases] for name in names}
+    panels = [("attention over a pack", list(map(_label, cases)), heights)]
+    grouped_bars(panels, path, ylabel="ms, forward and backward")
+
+
+def _label(case: dict) -> str:
+    prompt, response, k = case["prompt/response/k"]
+    return f"{prompt}/{response} tokens, k = {k}"

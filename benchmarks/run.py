@@ -1,10 +1,8 @@
 """Measure the engine on this machine.
 
-python benchmarks/run.py step --preset smoke                # engine, levers off, other methods
-python benchmarks/run.py step --model M --data rows.jsonl   # the same on real rows
-python benchmarks/run.py head                               # the head's kernels against peers'
-python benchmarks/run.py active                             # backward of the active set alone
-python benchmarks/run.py attention                          # packed forests against unpacked rows
+python benchmarks/run.py step                                # engine, levers off, other methods
+python benchmarks/run.py step --model M --data rows.jsonl    # the same on real rows
+python benchmarks/run.py all --preset paper --out figures    # every case, with JSON and plots
 """
 
 import argparse
@@ -12,65 +10,108 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# Case -> what it measures; benchmarks/<case>.py has run, table and plot.
+CASES = {
+    "kernel": "log-probs off the head: this project's kernels and their peers",
+    "loss": "the ranking loss on its own",
+    "attention": "attention over packed forests, and a decoder",
+    "step": "loss and gradient of whole queries: the engine, levers off, other methods",
+    "active": "the backward of what has a gradient alone, by how much that is",
+    "memory": "peak memory of the same queries",
+    "scaling": "time and memory by k, vocabulary, prompt, response and order of the scores",
+    "data": "rows to tokens to packs",
+}
+# Options that name files: figures are published, so they show the name alone.
+FILES = ("model", "data")
 
-def main() -> None:
-    """Run one benchmark, print its figures, and write them as JSON when --out is given."""
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one case or all; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    case, out = options.pop("case"), options.pop("out")
+    options["device"] = _device(options["device"])
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        for name in CASES if case == "all" else [case]:
+            print(f"== {name}: {CASES[name]}", flush=True)
+            _run(name, options, out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    shared.add_argument(
+        "--preset",
+        choices=["smoke", "paper", "full"],
+        default="smoke",
+        help="smoke: minutes for all cases on two cores; paper: what is published; full: more",
+    )
     shared.add_argument("--rounds", type=int, default=3, help="each times every contender once")
-    shared.add_argument("--out", type=Path, help="folder for JSON and plot")
-    cases = parser.add_subparsers(dest="case", required=True)
-    step = cases.add_parser("step", parents=[shared], help="loss and gradient of whole queries")
-    step.add_argument("--preset", choices=["smoke", "paper", "full"], default="smoke")
-    step.add_argument("--model", help="folder or name of a causal language model, for --data")
-    step.add_argument("--data", help="real rows, JSONL, instead of the preset's shapes")
-    step.add_argument("--num_queries", type=int, default=8)
-    step.add_argument("--max_tokens_per_pack", type=int, default=2048)
-    active = cases.add_parser("active", parents=[shared], help="backward of what has a gradient")
-    active.add_argument("--preset", choices=["smoke", "paper"], default="smoke")
-    active.add_argument("--num_queries", type=int, default=20)
-    active.add_argument("--max_tokens_per_pack", type=int, default=4096)
-    cases.add_parser("head", parents=[shared], help="log-probs off the head, on its own")
-    attention = cases.add_parser("attention", parents=[shared], help="attention, and a decoder")
-    attention.add_argument("--tokens", type=int, default=16_384, help="of a pack, about")
-    options = vars(parser.parse_args())
-    out, case = options.pop("out"), options.pop("case")
+    shared.add_argument("--out", type=Path, help="folder for JSON and plots")
+    cases = parser.add_subparsers(dest="case", required=True, metavar="|".join([*CASES, "all"]))
+    for name, text in CASES.items():
+        case = cases.add_parser(name, parents=[shared], help=text, description=text)
+        if name in ("step", "data"):
+            case.add_argument("--model", help="causal language model, for --data")
+            case.add_argument("--data", help="real rows, JSONL, instead of the preset's lengths")
+        if name in ("step", "active"):
+            case.add_argument("--num_queries", type=int, help="default: as the preset has it")
+            case.add_argument("--max_tokens_per_pack", type=int, default=2048)
+        if name == "step":
+            case.add_argument(
+                "--profile", action="store_true", help="what the engine's step spends its time on"
+            )
+    cases.add_parser("all", parents=[shared], help="every case in turn")
+    return parser
 
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: device: cuda was asked for, and torch finds no CUDA GPU")
+    return name
+
+
+def _run(case: str, options: dict, out: Path | None) -> None:
     module = import_module(f"benchmarks.{case}")
+    options.pop("profile", False)
     figures = module.run(**options)
-    # Names, not paths: figures are published.
-    named = ("model", "data")
-    options = {k: Path(v).name if k in named and v else v for k, v in options.items()}
-    figures |= {"environment": environment(), "options": options}
-    text = json.dumps(figures, indent=1)
-    print(text)
+    print(module.table(figures), flush=True)
+    options = {k: Path(v).name if k in FILES else v for k, v in options.items()}
+    figures |= {"environment": environment(options["device"]), "case": case, "options": options}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        names = [Path(options[key]).stem for key in named if options.get(key)]
-        names = names or [options[key] for key in ("preset",) if key in options]
+        names = [Path(options[key]).stem for key in FILES if key in options]
         device = figures["environment"]["device"].lower().replace(" ", "-")
-        name = "-".join([case, *names, device])
-        (out / f"{name}.json").write_text(text + "\n")
-        if hasattr(module, "plot"):
-            module.plot(figures, out / f"{name}.png")
+        stem = "-".join([case, *(names or [options["preset"]]), device])
+        (out / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        module.plot(figures, out / f"{stem}.png")
 
 
-def environment() -> dict:
+def environment(device: str) -> dict:
     """What the figures depend on."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -93,4 +134,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,9 +2,8 @@
 that others use, interleaved. Optimizer steps are left out of all."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.baselines import HEADS, released_loss, repeat_prompts
+from benchmarks.plots import ranked_bars
+from benchmarks.tables import text_table
+from benchmarks.timing import interleaved, ratio
 from benchmarks.workloads import (
+    EQUAL,
     LONG_PROMPTS,
     LONG_RESPONSES,
     PAPER,
@@ -24,25 +27,37 @@ from benchmarks.workloads import (
     real,
     unpacked_tokens,
 )
-from rrhf_fast import reference
+from rrhf_fast import TrainConfig, reference
 from rrhf_fast.config import LossConfig
-from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.packs import Batch, PackPlanner
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.engine.backward import backward_active, is_worthwhile
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 
 RELEASED, REPEATED, ENGINE = "released method", "packed, prompts repeated", "rrhf_fast"
 # Largest relative error of the whole gradient, in the norm, against float64.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-LENGTHS = {"paper": PAPER, "long prompts": LONG_PROMPTS, "long responses": LONG_RESPONSES}
-# Model shapes and workloads of each preset, without and with a GPU.
-PRESETS = {
-    "smoke": (["tiny"], ["paper", "long prompts"]),
-    "paper": (["SmolLM2-135M"], ["paper"]),
-    "full": (["SmolLM2-135M"], [*LENGTHS, "beam search"]),
+LENGTHS = {
+    "paper": PAPER,
+    "prompt as long as responses": EQUAL,
+    "long prompts": LONG_PROMPTS,
+    "long responses": LONG_RESPONSES,
 }
-GPU_SHAPES = {"paper": ["Llama-3.2-1B"], "full": list(SHAPES)[1:]}
+# Model shapes, workloads and queries of each preset, without and with a GPU.
+PRESETS = {
+    "smoke": (["tiny"], ["paper", "long prompts"], 4),
+    "paper": (["SmolLM2-135M"], ["paper", "prompt as long as responses"], 4),
+    "full": (["SmolLM2-135M"], [*LENGTHS, "beam search"], 4),
+}
+GPU_PRESETS = {
+    "smoke": (["tiny"], ["paper", "long prompts"], 16),
+    "paper": (["Llama-3.2-1B"], ["paper", "long prompts"], 64),
+    "full": (list(SHAPES)[1:], [*LENGTHS, "beam search"], 64),
+}
 
 
 @dataclass
@@ -51,53 +66,42 @@ class Contender:
 
     lm: PreTrainedModel  # whose gradients add up
     tokens: int  # that the decoder encodes
-    parts: list[tuple]  # (what `loss` takes, its number of queries), one forward and backward each
-    loss: Callable[..., torch.Tensor]
-
-    def run(self) -> float:
-        """The mean loss; gradients are added up in the model."""
-        num_queries = sum(count for _, count in self.parts)
-        total = 0.0
-        for part, count in self.parts:
-            loss = self.loss(part) * (count / num_queries)
-            loss.backward()
-            total += loss.detach()
-        return float(total)
+    run: Callable[[], float]  # the mean loss; gradients are added up in `lm`
 
 
 def run(
     *,
     preset: str,
-    model: str | None,
-    data: str | None,
-    num_queries: int,
+    device: str,
     rounds: int,
-    max_tokens_per_pack: int,
+    max_tokens_per_pack: int = 2048,
+    num_queries: int | None = None,
+    model: str | None = None,
+    data: str | None = None,
 ) -> dict:
-    """Time all contenders on the preset's shapes, or on a real model and real rows."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Time all contenders on the preset's shapes, or on a real model and real rows.
+
+    Raises:
+        ValueError: rows without a model, or rows or model that cannot be read.
+    """
+    shapes, workloads, count = (GPU_PRESETS if device == "cuda" else PRESETS)[preset]
+    count = num_queries or count
     if data is not None:
         if model is None:
             raise ValueError("data: real rows need --model, for its tokenizer")
-        queries = real(data, model, num_queries)
-        lm = load_model(model).to(device)
-        cases = [_case(lm, queries, rounds, max_tokens_per_pack)]
-        cases[0] |= {"model": Path(model).name, "workload": Path(data).stem}
-        return {"cases": cases}
-    shapes, workloads = PRESETS[preset]
-    if device == "cuda":
-        shapes = GPU_SHAPES.get(preset, shapes)
+        queries = real(data, model, count)
+        case = _case(load_model(model).to(device), queries, rounds, max_tokens_per_pack)
+        return {"cases": [{"model": Path(model).name, "workload": Path(data).stem} | case]}
     cases = []
     for shape in shapes:
         for workload in workloads:
             lm = build_model(shape, device=device)
             if workload == "beam search":
-                queries = draw_tries(PAPER, num_queries, lm.config.vocab_size)
+                queries = draw_tries(PAPER, count, lm.config.vocab_size)
             else:
-                queries = draw(LENGTHS[workload], num_queries, lm.config.vocab_size)
+                queries = draw(LENGTHS[workload], count, lm.config.vocab_size)
             case = _case(lm, queries, rounds, max_tokens_per_pack)
             cases.append({"model": shape, "workload": workload} | case)
-            print(cases[-1], flush=True)
             del lm
     return {"cases": cases}
 
@@ -116,13 +120,10 @@ def _case(
         lm, LossConfig(compat="official"), max_tokens=max_tokens, compile=None, **options
     )
 
-    def build(queries: Sequence[TokenisedQuery]) -> dict[str, Contender]:
-        return _contenders(engine, padded, queries, max_tokens)
-
     few = sorted(queries, key=lambda query: query.padded_width)[:2]
     exact_loss, exact = _exact(plain, few)
     checks = {}
-    for name, contender in build(few).items():
+    for name, contender in contenders(engine, padded, few, max_tokens).items():
         loss = contender.run()
         gradient = _gradient(contender.lm)
         checks[name] = {
@@ -132,14 +133,12 @@ def _case(
         assert checks[name]["gradient_error"] < TOLERANCES[dtype], (name, checks[name])
     del exact
 
-    contenders = build(queries)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            plain.zero_grad()
-            lm.zero_grad()
-            seconds[name].append(_seconds(contender.run))
-    ratios = [a / b for a, b in zip(seconds[RELEASED], seconds[ENGINE], strict=True)]
+    def forget() -> None:
+        plain.zero_grad()
+        lm.zero_grad()
+
+    ways = contenders(engine, padded, queries, max_tokens)
+    seconds = interleaved({name: way.run for name, way in ways.items()}, rounds, before=forget)
     return {
         "queries": len(queries),
         "dtype": str(dtype),
@@ -147,29 +146,27 @@ def _case(
         "unpacked_tokens": unpacked_tokens(queries),
         "contenders": {
             name: {
-                "tokens": contender.tokens,
+                "tokens": way.tokens,
                 "queries_per_second": len(queries) / median(seconds[name]),
+                "times_released": ratio(seconds[RELEASED], seconds[name]),
                 "seconds": seconds[name],
-                **checks[name],
+                **checks.get(name, {}),
             }
-            for name, contender in contenders.items()
+            for name, way in ways.items()
         },
-        "speedup": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "over_repeated": ratio(seconds[REPEATED], seconds[ENGINE]),
     }
 
 
-def _contenders(
+def contenders(
     engine: RRHFModel, padded: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: int
 ) -> dict[str, Contender]:
-    device = engine.lm.device
+    """Every way, by name. `padded` is the same model on the padded layout."""
+    device = engine.device
 
     def packs(model: RRHFModel, packing: str, max_tokens: int) -> list[tuple]:
-        planner = PackPlanner(
-            queries,
-            packing=packing,
-            max_tokens_per_pack=max_tokens,
-            **({} if packing == "none" else _pack_options(model)),
-        )
+        options = {} if packing == "none" else _pack_options(model)
+        planner = PackPlanner(queries, packing=packing, max_tokens_per_pack=max_tokens, **options)
         found = planner.packs(range(len(queries)))
         return [(pack.to(device), pack.num_queries) for pack in found]
 
@@ -183,24 +180,58 @@ def _contenders(
     def forest(pack) -> torch.Tensor:
         return engine(pack).loss
 
+    def way(model: RRHFModel, loss: Callable, parts: list[tuple], tokens: int) -> Contender:
+        return Contender(model.lm, tokens, partial(_add_up, loss, parts))
+
     trees = packs(engine, "forest", max_tokens)
     repeated = _repeated(engine, queries, max_tokens)
     padded_count = sum(padded_tokens(query) for query in queries)
-    tokens = sum(pack.num_tokens for pack, _ in trees)
-    repeated_count = sum(pack.num_tokens for pack, _ in repeated)
+    tokens, repeated_count = (
+        sum(pack.num_tokens for pack, _ in parts) for parts in (trees, repeated)
+    )
+    active = partial(_active, engine, trees, len(queries), max_tokens)
+    whole = way(engine, forest, trees, tokens)
+    by_active = Contender(engine.lm, tokens, active)
     found = {
-        RELEASED: Contender(padded.lm, padded_count, [(q, 1) for q in queries], released),
-        "padded batches": Contender(
-            padded.lm, padded_count, packs(padded, "none", max_tokens), rows
-        ),
-        REPEATED: Contender(engine.lm, repeated_count, repeated, forest),
-        ENGINE: Contender(engine.lm, tokens, trees, forest),
-        "one query a pack": Contender(engine.lm, tokens, packs(engine, "forest", 1), forest),
+        RELEASED: way(padded, released, [(query, 1) for query in queries], padded_count),
+        "padded batches": way(padded, rows, packs(padded, "none", max_tokens), padded_count),
+        REPEATED: way(engine, forest, repeated, repeated_count),
     }
+    # As the trainer chooses by default, and the other way.
+    if is_worthwhile(TrainConfig(), _active_fraction(engine, trees)):
+        found |= {ENGINE: by_active, "without the active set": whole}
+    else:
+        found |= {ENGINE: whole, "active set all the same": by_active}
+    found["one query a pack"] = way(engine, forest, packs(engine, "forest", 1), tokens)
     for name, head in HEADS.items():
-        loss = partial(head, engine)
-        found[name] = Contender(engine.lm, tokens, trees, loss)
+        found[name] = way(engine, partial(head, engine), trees, tokens)
     return found
+
+
+def _add_up(loss: Callable, parts: list[tuple]) -> float:
+    """Forward and backward of each of `parts`: what `loss` takes, and its number of queries."""
+    num_queries, total = sum(count for _, count in parts), 0.0
+    for part, count in parts:
+        mean = loss(part) * (count / num_queries)
+        mean.backward()
+        total += mean.detach()
+    return float(total)
+
+
+def _active(engine: RRHFModel, trees: list[tuple], num_queries: int, max_tokens: int) -> float:
+    totals = Totals(engine.device)
+    config = replace(TrainConfig(), max_tokens_per_pack=max_tokens)
+    batch = Batch([pack for pack, _ in trees], num_queries)
+    backward_active(engine, batch, config, World(engine.device), totals)
+    return totals.means()["loss"]
+
+
+def _active_fraction(engine: RRHFModel, trees: list[tuple]) -> float:
+    totals = Totals(engine.device)
+    for pack, _ in trees:
+        _, weights = engine(pack, wants_weights=True)
+        totals.add_active(pack, weights != 0)
+    return totals.active_fraction
 
 
 def _pack_options(model: RRHFModel) -> dict:
@@ -215,7 +246,7 @@ def _repeated(engine: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: 
         if members and (query is None or size + own > max_tokens):
             chosen = [queries[j] for j in members]
             pack = repeat_prompts(chosen, members, **_pack_options(engine))
-            packs.append((pack.to(engine.lm.device), len(members)))
+            packs.append((pack.to(engine.device), len(members)))
             members, size = [], 0
         members, size = [*members, i], size + own
     return packs
@@ -248,11 +279,33 @@ def _gradient(model: PreTrainedModel) -> torch.Tensor:
     return gradient
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def table(figures: dict) -> str:
+    """Tokens, queries/s and the ratio to the released method of every contender."""
+    parts = []
+    for case in figures["cases"]:
+        header = [_title(case), "tokens", "queries/s", "times released"]
+        rows = [
+            [
+                name,
+                f"{c['tokens']:,}",
+                f"{c['queries_per_second']:.2f}",
+                "{median:.2f} ({min:.2f} to {max:.2f})".format(**c["times_released"]),
+            ]
+            for name, c in case["contenders"].items()
+        ]
+        over = "rrhf_fast over packed with repeated prompts: {median:.2f} ({min:.2f} to {max:.2f})"
+        parts.append(text_table(header, rows) + "\n" + over.format(**case["over_repeated"]))
+    return "\n\n".join(parts)
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Speed as a multiple of the released method's."""
+    panels = [
+        (_title(c), {name: w["times_released"]["median"] for name, w in c["contenders"].items()})
+        for c in figures["cases"]
+    ]
+    ranked_bars(panels, path, xlabel="queries/s, times the released method's")
+
+
+def _title(case: dict) -> str:
+    return f"{case['model']}, {case['workload']}, {case['queries']} queries"

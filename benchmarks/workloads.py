@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer
@@ -26,6 +27,7 @@ class Lengths:
 
 
 PAPER = Lengths(128, 64, 6)  # the paper's data: at most 192 tokens, 6 responses
+EQUAL = Lengths(64, 64, 6)
 LONG_PROMPTS = Lengths(1024, 128, 8)
 LONG_RESPONSES = Lengths(128, 1024, 4)
 
@@ -63,12 +65,16 @@ def draw_tries(
 
 
 def real(data: str, tokenizer_of: str, count: int) -> list[TokenisedQuery]:
-    """`count` queries evenly spaced over a file of rows, in the tokens of this model."""
+    """`count` queries of a file of rows, evenly spaced by size so that few have the lengths of
+    all, in the tokens of this model."""
     rows, report = load_rows(data, on_bad_rows="skip")
     tokenizer = load_tokenizer(tokenizer_of)
     queries, _ = tokenise_rows(rows, tokenizer, report, max_length=2048, on_bad_rows="skip")
-    places = np.linspace(0, len(queries) - 1, min(count, len(queries))).round().astype(int)
-    return [queries[i] for i in places]
+    queries.sort(key=padded_tokens)
+    count = min(count, len(queries))
+    # The middle of each of `count` equal parts.
+    places = (np.arange(count) + 0.5) * len(queries) / count
+    return [queries[int(place)] for place in places]
 
 
 # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied

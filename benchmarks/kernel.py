@@ -6,14 +6,17 @@ followed by `rrhf_loss`. Each is checked against float64 before it is timed; one
 installed, fails or is wrong is reported as such and left out.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from benchmarks.plots import grouped_bars
+from benchmarks.tables import text_table
+from benchmarks.timing import interleaved, peak_extra_mb, seconds
 from rrhf_fast import linear_logprob, linear_rrhf_loss, reference, rrhf_loss
 
 # (E, H, V): Llama 3 at four lengths, Gemma 2, Qwen 2.5, Llama 2, Qwen 2.5 0.5B.
@@ -22,6 +25,7 @@ SHAPES = [
     (8192, 2304, 256_000), (8192, 3584, 152_064), (8192, 4096, 32_000), (8192, 896, 151_936),
 ]  # fmt: skip
 CPU_SHAPES = [(1024, 576, 49_152)]  # SmolLM2 135M
+SMOKE_SHAPES = [(512, 192, 8_192)]
 FRACTIONS = (1.0, 0.5, 0.25)
 NUM_RESPONSES, RESPONSE_LENGTH = 4, 32
 # Largest relative error of a gradient, in the norm, against float64.
@@ -43,25 +47,22 @@ class Queries:
         return rrhf_loss(logps, self.rewards, sft_weight=0.0, **self.layout).loss
 
 
-def run(*, rounds: int) -> dict:
-    """Time forward, and forward and backward, of all contenders on all shapes."""
-    on_gpu = torch.cuda.is_available()
-    cases = []
-    for shape in SHAPES if on_gpu else CPU_SHAPES:
-        for fraction in FRACTIONS:
-            cases.append(_case(shape, fraction, rounds))
-            print(cases[-1], flush=True)
+def run(*, preset: str, device: str, rounds: int) -> dict:
+    """Time forward, and forward and backward, of all contenders on the preset's shapes."""
+    on_gpu = device == "cuda"
+    shapes = SMOKE_SHAPES if preset == "smoke" else SHAPES if on_gpu else CPU_SHAPES
+    cases = [_case(shape, fraction, device, rounds) for shape in shapes for fraction in FRACTIONS]
     return {"cases": cases, "peak_tflops": _peak_tflops() if on_gpu else None}
 
 
-def contenders() -> dict[str, Contender | str]:
+def contenders(device: str) -> dict[str, Contender | str]:
     """By name: a function (hidden [E, H], weight [V, H], queries) -> loss, or why it is missing."""
     found: dict[str, Contender | str] = {
         "plain torch": _of_logps(_plain),
         "rrhf_fast torch, two steps": _ours("torch"),
         "rrhf_fast torch, one sweep": _sweep("torch"),
     }
-    if torch.cuda.is_available():
+    if device == "cuda":
         found["rrhf_fast triton, two steps"] = _ours("triton")
         found["rrhf_fast triton, one sweep"] = _sweep("triton")
         found["torch.compile"] = _of_logps(torch.compile(_plain))
@@ -145,8 +146,7 @@ def _quack() -> Contender:
     )
 
 
-def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _case(shape: tuple[int, int, int], fraction: float, device: str, rounds: int) -> dict:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tensors, queries, exact = _inputs(shape, fraction, device, dtype)
 
@@ -158,7 +158,7 @@ def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
         contender(*tensors, queries)
 
     results, runnable = {}, {}
-    for name, contender in contenders().items():
+    for name, contender in contenders(device).items():
         if isinstance(contender, str):
             results[name] = {"problem": contender}
             continue
@@ -174,14 +174,12 @@ def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
         else:
             results[name]["problem"] = "too far from float64"
     del exact
-    seconds = {name: ([], []) for name in runnable}
-    for _ in range(rounds):
-        for name, contender in runnable.items():
-            for times, function in zip(seconds[name], (forward, step), strict=True):
-                times.append(_seconds(lambda f=function, c=contender: f(c)))
+    forwards = {name: partial(forward, way) for name, way in runnable.items()}
+    steps = {name: partial(step, way) for name, way in runnable.items()}
+    forward_times, step_times = (interleaved(ways, rounds) for ways in (forwards, steps))
     product = 2e-9 * shape[0] * shape[1] * shape[2]
-    for name, (forward_times, times) in seconds.items():
-        forward_ms, ms = median(forward_times) * 1e3, median(times) * 1e3
+    for name, times in step_times.items():
+        forward_ms, ms = median(forward_times[name]) * 1e3, median(times) * 1e3
         # What has to be done: one product, and two more of the edges with a gradient.
         results[name] |= {
             "forward_ms": forward_ms,
@@ -191,7 +189,7 @@ def _case(shape: tuple[int, int, int], fraction: float, rounds: int) -> dict:
             "tflops": (1 + 2 * fraction) * product / ms,
         }
         if device == "cuda":
-            results[name]["peak_extra_mb"] = _peak_extra_mb(lambda name=name: step(runnable[name]))
+            results[name]["peak_extra_mb"] = peak_extra_mb(steps[name])
     return {"shape": shape, "fraction": fraction, "dtype": str(dtype), "contenders": results}
 
 
@@ -247,62 +245,46 @@ def _exact(
     return torch.cat(logps) if upstream is None else total
 
 
+def table(figures: dict) -> str:
+    """Milliseconds forward and backward by the share of edges with a gradient."""
+    parts = []
+    for title, cases in _by_shape(figures).items():
+        names = list(cases[0]["contenders"])
+        header = [title, *(f"{case['fraction']:.0%}" for case in cases)]
+        parts.append(text_table(header, [[name, *_cells(name, cases)] for name in names]))
+    return "\n\n".join(parts)
+
+
 def plot(figures: dict, path: Path) -> None:
     """Milliseconds of forward and backward, a panel a shape, a group of bars a fraction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shapes = list(dict.fromkeys(tuple(case["shape"]) for case in figures["cases"]))
-    names = [
-        name
-        for name in figures["cases"][0]["contenders"]
-        if any("ms" in case["contenders"].get(name, {}) for case in figures["cases"])
-    ]
-    rows = -(-len(shapes) // 2)
-    size = (6 * min(2, len(shapes)), 3.4 * rows + 0.6)
-    figure, axes = plt.subplots(
-        rows, min(2, len(shapes)), figsize=size, squeeze=False, layout="constrained"
-    )
-    for axis, shape in zip(axes.flat, shapes, strict=False):
-        cases = [case for case in figures["cases"] if tuple(case["shape"]) == shape]
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            heights = [case["contenders"].get(name, {}).get("ms", 0) for case in cases]
-            places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cases))]
-            axis.bar(places, heights, width, label=name)
-        axis.set_xticks(range(len(cases)), [f"{case['fraction']:.0%}" for case in cases])
-        axis.set_title("{:,} edges, hidden {:,}, vocabulary {:,}".format(*shape), fontsize=10)
-        axis.set_ylabel("ms, forward and backward")
-        axis.set_xlabel("edges with a gradient")
-    for axis in axes.flat[len(shapes) :]:
-        axis.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels = []
+    for title, cases in _by_shape(figures).items():
+        names = [
+            name
+            for name in cases[0]["contenders"]
+            if any("ms" in case["contenders"][name] for case in cases)
+        ]
+        heights = {name: [case["contenders"][name].get("ms") for case in cases] for name in names}
+        panels.append((title, [f"{case['fraction']:.0%}" for case in cases], heights))
+    label = "edges with a gradient"
+    grouped_bars(panels, path, ylabel="ms, forward and backward", xlabel=label)
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _by_shape(figures: dict) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for case in figures["cases"]:
+        title = "{:,} edges, hidden {:,}, vocabulary {:,}".format(*case["shape"])
+        found.setdefault(title, []).append(case)
+    return found
 
 
-def _peak_extra_mb(function: Callable[[], object]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def _cells(name: str, cases: list[dict]) -> list[str]:
+    results = [case["contenders"][name] for case in cases]
+    return [f"{r['ms']:,.1f}" if "ms" in r else r["problem"][:24] for r in results]
 
 
 def _peak_tflops(size: int = 8192) -> float:
     """What cuBLAS reaches in bfloat16 on a square product: the ceiling of everything above."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = [_seconds(lambda: a @ b) for _ in range(20)]
+    times = [seconds(lambda: a @ b) for _ in range(20)]
     return 2 * size**3 / median(times[5:]) / 1e12

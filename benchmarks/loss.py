@@ -1,0 +1,111 @@
+"""The ranking loss on its own, from token log-probs to their gradient: one call for all queries
+against the ways it is usually written."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.plots import grouped_bars
+from benchmarks.tables import text_table
+from benchmarks.timing import interleaved
+from rrhf_fast import reference, rrhf_loss
+
+# Queries, responses of each, tokens of each response.
+SHAPES = {
+    "smoke": [(64, 6, 64)],
+    "paper": [(64, 6, 64), (64, 64, 64), (1024, 6, 64)],
+    "full": [(64, 6, 64), (64, 64, 64), (1024, 6, 64), (64, 512, 64)],
+}
+TOLERANCE = 1e-4  # relative, in the norm, against float64
+
+
+def run(*, preset: str, device: str, rounds: int) -> dict:
+    """Time every way on the preset's shapes; returns the figures."""
+    return {"cases": [_case(shape, device, rounds) for shape in SHAPES[preset]]}
+
+
+def _case(shape: tuple[int, int, int], device: str, rounds: int) -> dict:
+    g = torch.Generator().manual_seed(0)
+    logps = -torch.rand(shape, generator=g).to(device)
+    rewards = torch.rand(shape[:2], generator=g).to(device)
+    exact = _gradient(_query_by_query, logps.double(), rewards)
+    ways, results = {}, {}
+    for name, way in _ways(shape, device).items():
+        found = _gradient(way, logps, rewards)
+        error = ((found.double() - exact).norm() / exact.norm()).item()
+        assert error < TOLERANCE, (name, error)
+        results[name] = {"gradient_error": error}
+        ways[name] = partial(_gradient, way, logps, rewards)
+    for name, times in interleaved(ways, rounds).items():
+        results[name] |= {"ms": median(times) * 1e3, "seconds": times}
+    return {"queries/k/tokens": shape, "contenders": results}
+
+
+def _gradient(way: Callable, logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    leaf = logps.detach().requires_grad_()
+    return torch.autograd.grad(way(leaf, rewards), leaf)[0]
+
+
+def _ways(shape: tuple[int, int, int], device: str) -> dict[str, Callable]:
+    """By name: a function (logps [G, k, T], rewards [G, k]) -> mean loss over the queries."""
+    queries, k, tokens = shape
+    layout = {
+        "path_edges": torch.arange(queries * k * tokens, device=device),
+        "path_offsets": torch.arange(0, queries * k * tokens + 1, tokens, device=device),
+        "group_offsets": torch.arange(0, queries * k + 1, k, device=device),
+    }
+
+    def ours(backend: str) -> Callable:
+        def loss(logps, rewards):
+            return rrhf_loss(logps.flatten(), rewards.flatten(), backend=backend, **layout).loss
+
+        return loss
+
+    backends = ["torch", "triton"] if device == "cuda" else ["torch"]
+    found = {"a loop over queries": _query_by_query, "all pairs, [G, k, k]": _all_pairs}
+    return found | {f"rrhf_fast {backend}": ours(backend) for backend in backends}
+
+
+def _query_by_query(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    losses = [
+        reference.rrhf_loss(list(responses), scores)[0]
+        for responses, scores in zip(logps, rewards, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _all_pairs(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    scores = logps.mean(-1)
+    gaps = scores.unsqueeze(2) - scores.unsqueeze(1)  # [G, i, j] = p_i - p_j
+    wrong = rewards.unsqueeze(2) < rewards.unsqueeze(1)
+    best = rewards.argmax(1, keepdim=True)
+    sft = -logps.sum(-1).gather(1, best).squeeze(1)
+    return ((gaps.clamp(min=0) * wrong).sum((1, 2)) + sft).mean()
+
+
+def table(figures: dict) -> str:
+    """Milliseconds forward and backward."""
+    cases = figures["cases"]
+    rows = [
+        [name, *(f"{case['contenders'][name]['ms']:.2f}" for case in cases)]
+        for name in cases[0]["contenders"]
+    ]
+    return text_table(["ms, forward and backward", *map(_label, cases)], rows)
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Bars on a logarithmic scale."""
+    cases = figures["cases"]
+    heights = {
+        name: [case["contenders"][name]["ms"] for case in cases] for name in cases[0]["contenders"]
+    }
+    panels = [("ranking loss", list(map(_label, cases)), heights)]
+    grouped_bars(panels, path, ylabel="ms, forward and backward", log=True)
+
+
+def _label(case: dict) -> str:
+    queries, k, tokens = case["queries/k/tokens"]
+    return f"{queries} queries, k = {k}, {tokens} tokens"

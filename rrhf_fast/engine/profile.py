@@ -152,7 +152,7 @@ def attribute(events: Iterable) -> tuple[float, dict[str, float]]:
     (steps,) = (event for event in on_host if event.name == STEPS)
     begin, end = steps.time_range.start, steps.time_range.end
     on_host = [event for event in on_host if begin <= event.time_range.start <= end]
-    parts = _assign(on_host)
+    parts = assign_parts(on_host)
     total, seconds = (end - begin) / 1e6, defaultdict(float)
     kernels = [
         (event.time_range.start, event.time_range.end)
@@ -175,7 +175,7 @@ def attribute(events: Iterable) -> tuple[float, dict[str, float]]:
     return total, dict(seconds)
 
 
-def _assign(events: list) -> list[str]:
+def assign_parts(events: list) -> list[str]:
     """The part of each event on the host; events stand in the order of their begins."""
     parts = {None: "other"}
     makers: dict[tuple[int, int], str] = {}  # part by thread and number of a forward operator

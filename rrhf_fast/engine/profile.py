@@ -177,7 +177,7 @@ def attribute(events: Iterable) -> tuple[float, dict[str, float]]:
 
 def assign_parts(events: list) -> list[str]:
     """The part of each event on the host; events stand in the order of their begins."""
-    parts = {None: "other"}
+    parts: dict = {}
     makers: dict[tuple[int, int], str] = {}  # part by thread and number of a forward operator
     latest = defaultdict(lambda: "other")  # part of each thread's latest backward operator
     for event in events:

@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt  # the backend comes first
 
 NOTE = """\
 "At the roofline" is the time that a part's products would take at the speed of one large product,
-or its bytes at the speed of a large pass over memory, both measured on this machine; "share of roofline" is
-that over the time taken, and may exceed 100 % where data stays in a cache. "To gain" is what the
-part takes beyond it: all of its time where nothing bounds it. Work is what the result needs: not
-what activation checkpointing repeats, nor padding, nor scores that attention hides. The
-"optimizer" clips too. The profiler slows small operators down.
+or its bytes at the speed of a large pass over memory, both measured on this machine. "Share of
+roofline" is that over the time taken; it may exceed 100 % where data stays in a cache. "To gain" is
+what the part takes beyond it: all of its time where nothing bounds it. Work is what the result
+needs: not what activation checkpointing repeats, nor padding, nor scores that attention hides. The
+optimizer's part includes clipping. The profiler slows small operators down.
 """
 ON_CPU = "Seconds are the training thread's own, in operators and in the Python between them.\n"
 ON_CUDA = """\

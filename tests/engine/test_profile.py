@@ -245,18 +245,20 @@ def test_device_time():
             event(7, "flash_backward", 4.1, 4.5, forward=1, kernels=[("flash_bwd", 4)]),
             event(8, backward + "Mm", 5, 6, sequence=7, forward=1, kernels=[("gemm", 1)]),
             event(9, "FSDP::reduce", 6, 7, kernels=[("ncclReduce", 6)]),
+            event(15, "FSDP::copy_out", 7, 8, kernels=[("copy", 1)]),
             event(10, "gemm", 2, 5, DeviceType.CUDA),
             event(11, "flash_fwd", 5, 7, DeviceType.CUDA),
             event(12, "flash_bwd", 8, 12, DeviceType.CUDA),
             event(13, "ncclReduce", 10, 16, DeviceType.CUDA),
             event(14, "gemm", 12, 13, DeviceType.CUDA),
+            event(16, "copy", 16, 17, DeviceType.CUDA),
         ],
         use_device="cuda",
     )
     events._build_tree()
     total, seconds = attribute(events)
     assert total == pytest.approx(20)
-    expected = {"decoder": 4, "attention": 6, "communication": 3, "idle": 7}
+    expected = {"decoder": 4, "attention": 6, "communication": 4, "idle": 6}
     assert {part: spent for part, spent in seconds.items() if spent} == pytest.approx(expected)
 
 

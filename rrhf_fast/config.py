@@ -174,6 +174,9 @@ class TrainConfig(LossConfig, DataConfig):
     """Fresh samples a prompt, at temperature 1."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Trackers to log to beside metrics.jsonl (pip install rrhf-fast[tracking])."""
+    profile_steps: int | None = None
+    """Record so many steps after the first three: output_dir/profile gets a trace and a page on
+    where their time went."""
     run_name: str | None = None
     """The trackers' name of this run; default the name of output_dir."""
 
@@ -208,6 +211,7 @@ class TrainConfig(LossConfig, DataConfig):
             "data_parallel_replicate",
             "save_steps",
             "save_total_limit",
+            "profile_steps",
         ):
             expect(self, name, lambda value: value is None or value >= 1, "at least 1")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
@@ -238,6 +242,8 @@ class TrainConfig(LossConfig, DataConfig):
             raise ValueError(f"{missing}: missing (name a model and data, or neither for the demo)")
         if self.active_set == "on" and self.packing == "none":
             raise ValueError("active_set: works on forests only (--packing forest)")
+        if self.profile_steps is not None and self.packing == "none":
+            raise ValueError("profile_steps: works on forests only (--packing forest)")
         if self.rank_weight == self.sft_weight == 0:
             raise ValueError("rank_weight, sft_weight: both are 0, so there is nothing to train")
         if self.eval_data is not None and self.eval_fraction > 0:

@@ -30,6 +30,7 @@ from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare
+from rrhf_fast.engine.profile import StepProfiler
 from rrhf_fast.engine.save import gather_weights, write_model
 from rrhf_fast.model.layers import count_graphs
 
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> TrainResult:
             _print(world, f"ranks      {world.size}, weights in {copies} copies of {shards} parts")
         progress = _start(run, checkpoints, log)
         result = TrainResult(run.output_dir, metrics=log.records, steps=progress.step)
-        with _Signals(world) as signals:
+        with Signals(world) as signals:
             plot = run.output_dir / "training.png"
             together = True  # whether all ranks got here by the same way
             try:
@@ -109,7 +110,7 @@ def train(config: TrainConfig) -> TrainResult:
     return result
 
 
-class _Signals:
+class Signals:
     """SIGTERM and SIGUSR1 (with several ranks also Ctrl-C, which one rank cannot obey alone) ask
     the loop to stop after the step at hand."""
 
@@ -177,7 +178,7 @@ def _fit(
     progress: Progress,
     log: MetricsLog,
     result: TrainResult,
-    signals: _Signals,
+    signals: Signals,
 ) -> None:
     """Run all steps from `progress` on, keeping it and `result` up to date."""
     config, world = run.config, run.world
@@ -202,11 +203,14 @@ def _fit(
     else:
         result.before = _first_evaluation(log.records)
     loader = ahead(steps, pin_memory=world.device.type == "cuda")
+    if config.profile_steps is not None and world.is_first:
+        options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
+        loader = StepProfiler(run.model, optimizer, **options).watch(loader)
     bar = {"total": run.num_steps, "initial": progress.step, "disable": not world.is_first}
     with tqdm(loader, unit="step", **bar) as progress_bar:
         for step, batch in enumerate(progress_bar, progress.step + 1):
             start = time.perf_counter()
-            totals, grad_norm, problem = _step(run, batch, optimizer, step, progress, signals)
+            totals, grad_norm, problem = take_step(run, batch, optimizer, step, progress, signals)
             progress.skipped = progress.skipped + 1 if problem else 0
             if progress.skipped == config.max_skipped_steps:
                 raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
@@ -246,13 +250,13 @@ def _fit(
     result.after = _evaluate(run, held_out_packs, log, result.steps)
 
 
-def _step(
+def take_step(
     run: Run,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     step: int,
     progress: Progress,
-    signals: _Signals,
+    signals: Signals,
 ) -> tuple[Totals, float, str | None]:
     """One optimizer step over the packs of one batch of queries; returns sums over all ranks'
     packs, the gradient norm, and why the step was skipped, if it was."""

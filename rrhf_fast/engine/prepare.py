@@ -20,6 +20,7 @@ from rrhf_fast.data.rows import RowReport, load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
+from rrhf_fast.engine.profile import WARMUP
 from rrhf_fast.engine.summary import describe
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
@@ -135,6 +136,11 @@ def prepare(config: TrainConfig, world: World) -> Run:
     }
     train = PackPlanner(queries, **planner_options)
     per_epoch = steps_per_epoch(len(queries), config.train_batch_size)
+    num_steps = config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
+    if config.profile_steps is not None and num_steps <= WARMUP:
+        raise ValueError(
+            f"profile_steps: expected a run of more than {WARMUP} steps, found {num_steps}"
+        )
     return Run(
         config=config,
         world=world,
@@ -145,7 +151,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         train=train,
         held_out=PackPlanner(held_out, **planner_options) if held_out else None,
         reward_fn=reward_fn,
-        num_steps=config.max_steps or max(1, round(config.num_train_epochs * per_epoch)),
+        num_steps=num_steps,
         summary=describe(config, model, train, held_out, report, cut, max_length),
     )
 

@@ -29,7 +29,7 @@ CASES = {
     "tied": {"save_steps": 3},
     "untied": {"model": "untied"},
     "experts": {"model": "experts"},
-    "accumulation": {"max_tokens_per_pack": 250},
+    "accumulation": {"max_tokens_per_pack": 250, "profile_steps": 1},
     "gathered once": {"max_tokens_per_pack": 250, "reshard_after_forward": False},
     "checkpointing": {"activation_checkpointing": "full", "max_tokens_per_pack": 250},
     "active set": {"active_set": "on", "max_tokens_per_pack": 250},

@@ -13,14 +13,14 @@ RANK = int(os.environ["RANK"])
 
 
 def main() -> int:
-    folder, step = Path(sys.argv[1]), loop._step
+    folder, step = Path(sys.argv[1]), loop.take_step
 
     def failing(run, batch, optimizer, number, *rest):
         if RANK == 1 and number == 3:
             raise RuntimeError("rank 1 fails")
         return step(run, batch, optimizer, number, *rest)
 
-    loop._step = failing
+    loop.take_step = failing
     data = {"train_data": str(folder / "train.jsonl"), "output_dir": str(folder / "failing")}
     loop.train(TrainConfig(model_name_or_path=str(folder / "untied"), train_batch_size=5, **data))
     print(f"rank {RANK} survived")

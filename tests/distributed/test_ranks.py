@@ -83,6 +83,9 @@ def test_ranks_change_nothing(tmp_path):
             expected = tmp_path / "0" / cases.SAME_AS.get(name, name)
             first_step = 4 if name == "resumed" else 0
             assert_same_run(expected, tmp_path / str(num_ranks) / name, first_step=first_step)
+    for num_ranks in (2, 4):
+        page = (tmp_path / str(num_ranks) / "accumulation/profile/breakdown.md").read_text()
+        assert "| communication |" in page and "| attention |" in page
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "eval.jsonl").open()]
     for num_ranks in (0, 2, 4):
         path = tmp_path / str(num_ranks) / "samples/samples.jsonl"

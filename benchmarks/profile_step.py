@@ -1,0 +1,76 @@
+"""Where the time of one optimizer step goes: packs, forward, backward, clipping and update.
+
+Packs are built in the step here, so that their cost shows; `train` builds them in a thread beside
+it (`--profile_steps` profiles that)."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.workloads import PAPER, build_model, draw, real
+from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.engine.checkpoint import Progress
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.loop import Signals, take_step
+from rrhf_fast.engine.optimizer import build_optimizer
+from rrhf_fast.engine.prepare import Run
+from rrhf_fast.engine.profile import WARMUP, StepProfiler
+from rrhf_fast.engine.roofline import Breakdown
+from rrhf_fast.model.decoder import load_model
+from rrhf_fast.model.rrhf import RRHFModel
+
+SHAPES = {
+    "cpu": {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"},
+    "cuda": {"smoke": "tiny", "paper": "Llama-3.2-1B", "full": "Llama-3.2-3B"},
+}
+
+
+def profile(
+    *,
+    preset: str,
+    device: str,
+    out: Path,
+    model: str | None = None,
+    data: str | None = None,
+    num_queries: int = 8,
+    max_tokens_per_pack: int = 2048,
+    num_steps: int = 2,
+) -> Breakdown:
+    """Profile steps of `num_queries` queries of the paper's lengths, or of `data` (rows, JSONL) in
+    the tokens of `model`; writes trace.json.gz, breakdown.md and breakdown.png to `out`."""
+    config = TrainConfig(train_batch_size=num_queries, max_tokens_per_pack=max_tokens_per_pack)
+    if data is not None:
+        lm, queries = load_model(model).to(device), real(data, model, num_queries)
+    else:
+        lm = build_model(SHAPES[device][preset], device=device)
+        queries = draw(PAPER, num_queries, lm.config.vocab_size)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    engine = RRHFModel(
+        lm,
+        config,
+        max_length=4096,
+        max_tokens=max_tokens_per_pack,
+        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        compile=None,
+    )
+    planner = PackPlanner(
+        queries,
+        packing="forest",
+        max_tokens_per_pack=max_tokens_per_pack,
+        pad_to_multiple_of=engine.pad_to_multiple_of,
+        plan=engine.plan,
+    )
+    count = WARMUP + num_steps
+    world = World(engine.device)
+    run = Run(
+        config, world, out, engine, torch.float32, None, planner, None, None, count, summary=""
+    )
+    optimizer, _ = build_optimizer(engine, config, count)
+    progress, signals = Progress(), Signals(world)
+    profiler = StepProfiler(engine, optimizer, num_steps=num_steps, folder=out)
+    batches = (planner.batch(range(len(queries))) for _ in range(count))
+    for number, batch in enumerate(profiler.watch(batches), 1):
+        totals, *_ = take_step(run, batch, optimizer, number, progress, signals)
+        progress.update(totals.active_fraction)
+    return profiler.breakdown

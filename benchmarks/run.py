@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument("--max_tokens_per_pack", type=int, default=2048)
         if name == "step":
             case.add_argument(
-                "--profile", action="store_true", help="what the engine's step spends its time on"
+                "--profile",
+                action="store_true",
+                help="instead: trace the engine's steps, and say on one page where the time goes",
             )
     cases.add_parser("all", parents=[shared], help="every case in turn")
     return parser
@@ -90,8 +92,10 @@ def _device(name: str) -> str:
 
 
 def _run(case: str, options: dict, out: Path | None) -> None:
+    if options.pop("profile", False):
+        _profile(options, out)
+        return
     module = import_module(f"benchmarks.{case}")
-    options.pop("profile", False)
     figures = module.run(**options)
     print(module.table(figures), flush=True)
     options = {k: Path(v).name if k in FILES else v for k, v in options.items()}
@@ -103,6 +107,15 @@ def _run(case: str, options: dict, out: Path | None) -> None:
         stem = "-".join([case, *(names or [options["preset"]]), device])
         (out / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
         module.plot(figures, out / f"{stem}.png")
+
+
+def _profile(options: dict, out: Path | None) -> None:
+    from benchmarks.profile_step import profile
+
+    if out is None:
+        raise ValueError("profile: needs --out, a folder for the trace and its page")
+    num_steps = options.pop("rounds")
+    print(profile(**options, num_steps=num_steps, out=out).page())
 
 
 def environment(device: str) -> dict:

@@ -23,7 +23,7 @@ from rrhf_fast.losses import RRHFLoss, rrhf_loss
 from rrhf_fast.model.rrhf import RRHFModel
 
 # The active way has to promise at least this much less work, since its second packs are smaller.
-MARGIN = 0.05
+MARGIN = 0.1
 
 
 class OutOfMemory(RuntimeError):

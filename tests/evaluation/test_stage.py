@@ -21,7 +21,7 @@ from rrhf_fast.evaluation.report import write_report
 from rrhf_fast.evaluation.stage import evaluate
 
 MODEL = str(demo.MODEL_DIR)
-FILES = {"options.json", "samples.jsonl", "scored.jsonl", "evaluation.json"}
+FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
 
 
 def write(path, rows):

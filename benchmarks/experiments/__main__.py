@@ -20,11 +20,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.experiments.recipe import CONFIGS, load_experiment
+from benchmarks.experiments.recipe import CONFIGS, load_experiment, read_text
 from benchmarks.experiments.report import collect, failed_checks, write_index, write_results
 from benchmarks.experiments.runner import StageFailed, all_stages, read_result, run_stages
 
-EXPERIMENTS = ("sources", "rounds", "alternatives", "choices", "size", "data", "equivalence")
+EXPERIMENTS = (
+    *("sources", "rounds", "alternatives", "choices", "responses"),
+    *("size", "data", "equivalence"),
+)
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
 
 
@@ -96,9 +99,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{experiment.name}: {seconds / 60:.1f} CPU minutes, some shared with others")
         print(write_results(figures, experiment.text, options.results), flush=True)
         problems += failed_checks(figures, experiment.text.get("check", []))
-    texts = {
-        name: load_experiment(CONFIGS / f"{name}.yaml", work, roots).text for name in EXPERIMENTS
-    }
+    texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in EXPERIMENTS}
     write_index(texts, options.results)
     for problem in problems:
         _fail(problem, 1)

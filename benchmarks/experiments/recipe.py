@@ -11,10 +11,11 @@
       RRHF:                                                 # the stages as they are
       SFT: {train.rank_weight: 0}                           # an option of a stage is another
       untrained: {evaluate.model_name_or_path: "{demo.model}"}
-      DPO: {train: {dpo: {train_data: "{rows}", ...}}}      # a stage is another
+      DPO: {train: {dpo: {train_data: "{rows}", ...}}}      # a stage is another, or null: none
 
 `"{name}"`, with or without "/a path below it", is the output of a stage, the seed, a demo file, or
-a folder given on the command line ({models}, {data}). Only stages that an arm's results need are
+a folder given on the command line ({models}, {data}). A stage that is a string is another name for
+one of these. Only stages that an arm's results need are
 run. An experiment may have `series` and `points` in place of `arms`: each pair is an arm, and a
 series is drawn as a curve over the points.
 """
@@ -78,7 +79,7 @@ class Experiment:
         for name in (wanted, f"{wanted}, {arm.x}", f"{arm.series}, {wanted}"):
             if name in names:
                 return None if name == arm.name else name
-        raise ValueError(f"{self.name}.yaml: baseline: {wanted} is no arm, series or point")
+        return None
 
 
 class Missing(Exception):
@@ -99,7 +100,7 @@ def load_experiment(
     Raises:
         ValueError: a mistake in the file, as one line with its place.
     """
-    text = _read(path)
+    text = read_text(path)
     text["seeds"] = text["seeds"][:seeds]
     experiment = Experiment(path.stem, text, [])
     for name, series, x, changes in _arms(text):
@@ -109,16 +110,18 @@ def load_experiment(
         try:
             for seed in text["seeds"]:
                 resolver = _Resolver(stages, seed, work, roots, where)
-                arm.results[seed] = [resolver.stage(result) for result in text["results"]]
+                wanted = [name for name in text["results"] if stages.get(name, {}) is not None]
+                arm.results[seed] = [resolver.stage(name) for name in wanted]
         except Missing as reason:
             arm.results, arm.skipped = {}, str(reason)
         experiment.arms.append(arm)
-    for arm in experiment.arms:
-        experiment.baseline_of(arm)
+    if not any(map(experiment.baseline_of, experiment.arms)):
+        raise ValueError(f"{path.name}: baseline: {text['baseline']} is no arm, series or point")
     return experiment
 
 
-def _read(path: Path) -> dict:
+def read_text(path: Path) -> dict:
+    """The file, with its fields checked. Raises ValueError for a mistake."""
     try:
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -133,7 +136,7 @@ def _read(path: Path) -> dict:
         *(("title", str), ("question", str), ("seeds", list), ("measures", list)),
         *(("stages", dict), ("results", list), ("baseline", (str, int))),
     ):
-        if not isinstance(text.get(name), kind) or not text[name]:
+        if not isinstance(text.get(name), kind) or text[name] in ("", [], {}):
             raise ValueError(f"{path.name}: {name}: missing, or of the wrong type")
     if ("arms" in text) == ("series" in text and "points" in text):
         raise ValueError(f"{path.name}: arms: expected arms, or series and points")
@@ -163,6 +166,8 @@ def _apply(stages: dict, changes: list[dict], where: str) -> dict:
                 continue
             if stage not in stages:
                 raise ValueError(f"{where}: {name}: there is no stage {stage}")
+            if stages[stage] is None:  # an arm without it
+                continue
             target = next(iter(stages[stage].values()))
             for step in path[:-1]:
                 target = target.setdefault(step, {})
@@ -217,6 +222,8 @@ class _Resolver:
         name, below = match[1], match[2] or ""
         if name == "seed":
             return self._seed, self._seed
+        if isinstance(self._stages.get(name), str):
+            return self._resolve(self._stages[name] + below, inputs)
         if name in self._stages:
             stage = self.stage(name)
             if stage not in inputs:

@@ -42,6 +42,8 @@ class SelectConfig:
     data: str
     rows: int | None = None
     """So many, drawn by the seed; default all."""
+    responses: int | None = None
+    """As many rows as hold so many responses together, by `take`."""
     folds: int | None = None
     """Deal the rows into so many parts, and keep part `fold` or all the others."""
     fold: int = 0
@@ -57,9 +59,11 @@ class SelectConfig:
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         check_types(self)
-        for name in ("rows", "folds", "round_to"):
+        for name in ("rows", "responses", "folds", "round_to"):
             expect(self, name, lambda value: value is None or value > 0, "more than 0")
         expect(self, "noise", lambda value: value >= 0, "0 or more")
+        if self.responses is not None and (not self.take or self.rows is not None):
+            raise ValueError("responses: needs take, and no rows")
 
 
 @dataclass
@@ -82,7 +86,9 @@ class RoundConfig:
     """Options of `round`: the measures of one round of an `iterate`."""
 
     iterate: str
-    number: int
+    steps: int
+    """Optimizer steps after which, and those of each round."""
+    per_round: int
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
@@ -124,7 +130,10 @@ def _select(config: SelectConfig, folder: Path) -> None:
         # The deal is the same for every fold.
         order = np.random.default_rng(0).permutation(len(rows))
         order = order[here if config.keep == "fold" else ~here]
-    chosen = [_choose(rows[i], config, rng) for i in order[: config.rows]]
+    count = config.rows
+    if config.responses is not None:
+        count = config.responses // sum((config.take or {}).values())
+    chosen = [_choose(rows[i], config, rng) for i in order[:count]]
     write_rows(folder / "rows.jsonl", chosen)
 
 
@@ -195,7 +204,8 @@ def _name(prompt) -> str:
 
 
 def _round(config: RoundConfig, folder: Path) -> Measures:
-    return _read(Path(config.iterate, f"round-{config.number}", "evaluation"))
+    number = config.steps // config.per_round
+    return _read(Path(config.iterate, f"round-{number}", "evaluation"))
 
 
 def _best_of(config: BestOfConfig, folder: Path) -> Measures:

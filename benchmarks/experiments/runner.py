@@ -35,7 +35,7 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")  # imports once, forks in an instant
-    context.set_forkserver_preload(["benchmarks.experiments.stages"])
+    context.set_forkserver_preload(["benchmarks.experiments.report"])
     running: dict[multiprocessing.Process, Stage] = {}
     failed: list[Stage] = []
     while running or (waiting and not failed):

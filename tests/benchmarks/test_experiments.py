@@ -309,3 +309,13 @@ def test_a_stage_that_fails_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert main(arguments) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "experiments: error" in x]
     assert "select" in line and "none.jsonl" in line
+
+
+@pytest.mark.slow
+def test_the_smallest_experiment_holds(tmp_path):
+    """RRHF pays: the same check as `python -m benchmarks.experiments smallest`."""
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    assert main(["smallest", *folders]) == 0
+    figures = json.loads((tmp_path / "results" / "smallest.json").read_text())
+    assert all(arm["measures"] for arm in figures["arms"])
+    assert (tmp_path / "results" / "smallest.png").stat().st_size > 10_000

@@ -42,6 +42,7 @@ def collect(experiment: Experiment, work: Path) -> dict:
         "title": experiment.text["title"],
         "question": experiment.text["question"],
         "seeds": experiment.text["seeds"],
+        "baseline": experiment.text["baseline"],
         "environment": {name: _version(name) for name in ("torch", "transformers", "trl", "numpy")},
         "measures": names,
         "x": experiment.text.get("x"),
@@ -219,7 +220,7 @@ def plot(figures: dict, path: Path) -> None:
     names = [n for n in figures["measures"] if any(n in a["measures"] for a in figures["arms"])]
     arms = [arm for arm in figures["arms"] if arm["measures"]]
     curves = all(isinstance(arm["x"], int | float) for arm in arms)
-    columns = min(3, len(names))
+    columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
     rows = -(-len(names) // columns)
     height = 3.6 if curves else max(2.2, 1.1 + 0.27 * len(arms))
     figure, axes = plt.subplots(
@@ -231,6 +232,9 @@ def plot(figures: dict, path: Path) -> None:
     )
     for axis, name in zip(axes.flat, names, strict=False):
         (_curves if curves else _dots)(axis, arms, name)
+        for arm in arms:
+            if not curves and arm["name"] == figures["baseline"] and name in arm["measures"]:
+                axis.axvline(arm["measures"][name]["value"], color="gray", linestyle=":")
         axis.set_title(TITLES.get(name, name), fontsize="medium")
         if curves:
             axis.set_xlabel(figures["x"] or "")

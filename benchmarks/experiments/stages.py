@@ -112,6 +112,7 @@ class MakeConfig:
 
     hidden_size: int
     documents: int
+    train_prompts: int = 448
     layers: int = 4
     seed: int = 0
 
@@ -242,6 +243,7 @@ def _make(config: MakeConfig, folder: Path) -> None:
         folder / "demo",
         seed=config.seed,
         documents=config.documents,
+        train_prompts=config.train_prompts,
         hidden_size=config.hidden_size,
         layers=config.layers,
     )

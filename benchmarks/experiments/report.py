@@ -32,7 +32,7 @@ TITLES = MEASURED | {
 def collect(experiment: Experiment, work: Path) -> dict:
     """The figures of an experiment whose stages are done: by prompt, with intervals and tests."""
     names = experiment.text["measures"]
-    prompts: dict[str, list[list[str]]] = {}  # [measure][seed]
+    prompts: list[list[str]] = []  # each list once
     arms = []
     for arm in experiment.arms:
         record = {"name": arm.name, "series": arm.series, "x": arm.x, "skipped": arm.skipped}
@@ -53,22 +53,23 @@ def collect(experiment: Experiment, work: Path) -> dict:
     return figures
 
 
-def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: dict) -> dict:
-    """{measure: {"numerators": [[...] a seed], "denominators": ... or None for ones}}."""
+def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]]) -> dict:
+    """{measure: {"prompts": [a number of `prompts` for each seed], "numerators": [[...] a seed],
+    "denominators": the same, or None for ones}}."""
     found: dict[str, dict] = {}
-    for number, stages in enumerate(arm.results.values()):
+    for stages in arm.results.values():
         measures = {}
         for stage in stages:
             measures |= read_result(stage, work)["measures"]
-        for name in set(names) & set(measures):
+        for name in names:
+            if name not in measures:
+                continue
             here = measures[name]
-            known = prompts.setdefault(name, [])
-            if number == len(known):
-                known.append(here["prompts"])
-            if known[number] != here["prompts"]:
-                raise ValueError(f"{arm.name}: {name}: measured on other prompts than other arms")
-            lists = found.setdefault(name, {"numerators": [], "denominators": []})
-            for side in lists:
+            if here["prompts"] not in prompts:
+                prompts.append(here["prompts"])
+            lists = found.setdefault(name, {"prompts": [], "numerators": [], "denominators": []})
+            lists["prompts"].append(prompts.index(here["prompts"]))
+            for side in ("numerators", "denominators"):
                 lists[side].append([float(f"{value:.6g}") for value in here[side]])
     for lists in found.values():
         if all(value == 1 for row in lists["denominators"] for value in row):
@@ -81,6 +82,7 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
         arm["name"]: {name: _table(figures, arm, name) for name in arm["by_prompt"]}
         for arm in figures["arms"]
     }
+    arms = {arm["name"]: arm for arm in figures["arms"]}
     for name in figures["measures"]:
         compared, p_values = [], []
         for arm in figures["arms"]:
@@ -91,6 +93,10 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
             against = baselines[arm["name"]]
             baseline = tables[against].get(name) if against else None
             if baseline is not None:
+                sides = [arms[key]["by_prompt"][name]["prompts"] for key in (arm["name"], against)]
+                if sides[0] != sides[1]:
+                    problem = f"{name}: measured on other prompts than {against}"
+                    raise ValueError(f"{figures['name']}: {arm['name']}: {problem}")
                 record["against"] = {"arm": against, **_record(estimate(table, baseline))}
                 compared.append(record["against"])
                 p_values.append(swap_test(table, baseline))
@@ -102,10 +108,10 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
 
 def _table(figures: dict, arm: dict, name: str) -> Table:
     """Prompts that a seed did not meet stay 0 / 0."""
-    prompts = figures["prompts"][name]
+    values = arm["by_prompt"][name]
+    prompts = [figures["prompts"][number] for number in values["prompts"]]
     columns = {prompt: i for i, prompt in enumerate(sorted({p for row in prompts for p in row}))}
     numerators, denominators = np.zeros((2, len(prompts), len(columns)))
-    values = arm["by_prompt"][name]
     for seed, row in enumerate(prompts):
         at = [columns[prompt] for prompt in row]
         np.add.at(numerators[seed], at, values["numerators"][seed])

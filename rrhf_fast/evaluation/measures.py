@@ -24,6 +24,20 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def unchanged(ratio: np.ndarray) -> np.ndarray:
+    """The transform of a measure that is a plain ratio."""
+    return ratio
+
+
+@dataclass(frozen=True)
+class ByPrompt:
+    """A measure before it is added up: transform(sum of numerators / sum of denominators)."""
+
+    numerators: Sequence[float]  # [P]
+    denominators: Sequence[float] | None = None  # [P], default ones
+    transform: Callable[[np.ndarray], np.ndarray] = unchanged
+
+
 class Bootstrap:
     """Intervals from the same `draws` of prompts, so that measures of a run can be compared."""
 
@@ -36,7 +50,7 @@ class Bootstrap:
         self,
         numerators: Sequence[float],
         denominators: Sequence[float] | None = None,
-        transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
+        transform: Callable[[np.ndarray], np.ndarray] = unchanged,
     ) -> Estimate:
         """transform(sum of numerators / sum of denominators): [P], [P] (default: ones)."""
         above = np.asarray(numerators, dtype=np.float64)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from rrhf_fast.data.rows import Draft, load_drafts, load_rows
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.measures import (
     Bootstrap,
+    ByPrompt,
     Estimate,
     best_of,
     pairs_in_order,
@@ -47,6 +48,7 @@ class Side:
 class Evaluation:
     """Measures of a model, of its baseline, and of the two against each other, by name."""
 
+    by_prompt: dict[str, ByPrompt]  # the model's
     model: dict[str, Estimate]
     baseline: dict[str, Estimate]
     comparison: dict[str, Estimate]
@@ -57,8 +59,8 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Sample, score and measure; writes samples.jsonl, scored.jsonl and evaluation.json to
-    `output_dir`.
+    """Sample, score and measure; writes samples.jsonl, scored.jsonl, by_prompt.json and
+    evaluation.json to `output_dir`.
 
     Raises:
         ValueError: a mistake in options, files or rows.
@@ -86,28 +88,40 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise ValueError(f"data: no prompt of {scored} has a scored sample of each model")
     sides = {name: side.pick(keep) for name, side in sides.items()}
 
-    bootstrap = Bootstrap(len(keep), config.num_bootstrap, config.seed)
     tokenizer = load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    measures = {name: _measure(side, tokenizer, bootstrap) for name, side in sides.items()}
+    measures = {name: _measure(side, tokenizer) for name, side in sides.items()}
     if config.reference_model_name_or_path is not None:
         reference = LogProbs(config.reference_model_name_or_path, config)
         for name, side in sides.items():
-            measures[name]["perplexity"] = _perplexity(side, reference, bootstrap)
+            measures[name]["perplexity"] = _perplexity(side, reference)
         del reference  # before the next model is loaded
+    bootstrap = Bootstrap(len(keep), config.num_bootstrap, config.seed)
+    estimates = {
+        name: {
+            measure: bootstrap.ratio(*astuple(value)) if isinstance(value, ByPrompt) else value
+            for measure, value in found.items()
+        }
+        for name, found in measures.items()
+    }
     if config.ranking_data is not None:
-        measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config)
+        ranking = measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config)
+        rows = Bootstrap(len(ranking.numerators), config.num_bootstrap, config.seed)
+        estimates[MODEL]["ranking_accuracy"] = rows.ratio(*astuple(ranking))
     evaluation = Evaluation(
-        model=measures[MODEL],
-        baseline=measures.get(BASELINE, {}),
+        by_prompt={
+            name: value for name, value in measures[MODEL].items() if isinstance(value, ByPrompt)
+        },
+        model=estimates[MODEL],
+        baseline=estimates.get(BASELINE, {}),
         comparison=_compare(sides, bootstrap) if BASELINE in sides else {},
         best_of_n={name: _best_of_n(side, bootstrap) for name, side in sides.items()},
         sides=sides,
         prompts=len(keep),
         dropped=total - len(keep),
     )
-    _write(evaluation, folder / "evaluation.json")
+    _write(evaluation, folder)
     return evaluation
 
 
@@ -188,7 +202,7 @@ def _same_prompts(baseline: Side, model: Side, config: EvaluateConfig) -> Side:
     return baseline
 
 
-def _measure(side: Side, tokenizer, bootstrap: Bootstrap) -> dict[str, Estimate]:
+def _measure(side: Side, tokenizer) -> dict[str, ByPrompt | Estimate]:
     tokens = [
         np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
         for texts in side.responses
@@ -198,13 +212,13 @@ def _measure(side: Side, tokenizer, bootstrap: Bootstrap) -> dict[str, Estimate]
     distinct = [len(set(texts)) for texts in side.responses]
     every = np.concatenate(tokens)
     return {
-        "reward": bootstrap.ratio([rewards.mean() for rewards in side.rewards]),
-        "best_of_n": bootstrap.ratio([rewards.max() for rewards in side.rewards]),
-        "distinct": bootstrap.ratio(distinct, counts),
-        "tokens": bootstrap.ratio([lengths.sum() for lengths in tokens], counts),
+        "reward": ByPrompt([rewards.mean() for rewards in side.rewards]),
+        "best_of_n": ByPrompt([rewards.max() for rewards in side.rewards]),
+        "distinct": ByPrompt(distinct, counts),
+        "tokens": ByPrompt([lengths.sum() for lengths in tokens], counts),
         "tokens_median": _plain(np.median(every)),
         "tokens_p95": _plain(np.quantile(every, 0.95)),
-        "cut_off": bootstrap.ratio(cut, counts),
+        "cut_off": ByPrompt(cut, counts),
         "length_reward_correlation": _plain(within_correlation(tokens, side.rewards)),
     }
 
@@ -214,7 +228,7 @@ def _plain(value: float) -> Estimate:
     return Estimate(float(value), float("nan"), float("nan"))
 
 
-def _perplexity(side: Side, reference: LogProbs, bootstrap: Bootstrap) -> Estimate:
+def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
     """exp of minus the mean log-prob of the samples' tokens under the reference, given the
     prompt."""
     drafts = [
@@ -227,10 +241,10 @@ def _perplexity(side: Side, reference: LogProbs, bootstrap: Bootstrap) -> Estima
     ]
     sums = [sum(float(logps.sum()) for logps in row) for row in kept]
     counts = [sum(len(logps) for logps in row) for row in kept]
-    return bootstrap.ratio(sums, counts, transform=lambda mean: np.exp(-mean))
+    return ByPrompt(sums, counts, lambda mean: np.exp(-mean))
 
 
-def _ranking_accuracy(config: EvaluateConfig) -> Estimate:
+def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
     model = LogProbs(config.model_name_or_path, config)
     drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
@@ -238,8 +252,7 @@ def _ranking_accuracy(config: EvaluateConfig) -> Estimate:
         pairs_in_order(np.array([logps.mean() for logps in found]), np.array(row.scores))
         for row, found in zip(rows, model(drafts), strict=True)
     ]
-    correct, total = zip(*pairs, strict=True)
-    return Bootstrap(len(rows), config.num_bootstrap, config.seed).ratio(correct, total)
+    return ByPrompt(*zip(*pairs, strict=True))
 
 
 def _compare(sides: dict[str, Side], bootstrap: Bootstrap) -> dict[str, Estimate]:
@@ -261,12 +274,26 @@ def _best_of_n(side: Side, bootstrap: Bootstrap) -> list[Estimate]:
     ]
 
 
-def _write(evaluation: Evaluation, path: Path) -> None:
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    by_prompt = {
+        name: {
+            "numerators": np.asarray(value.numerators, dtype=float).tolist(),
+            "denominators": np.broadcast_to(
+                1.0 if value.denominators is None else value.denominators, len(value.numerators)
+            ).tolist(),
+        }
+        for name, value in evaluation.by_prompt.items()
+    }
+    _save(folder / "by_prompt.json", by_prompt)
     names = ("model", "baseline", "comparison", "best_of_n", "prompts", "dropped")
-    record = asdict(replace(evaluation, sides={}))
-    text = json.dumps({name: _finite(record[name]) for name in names}, indent=2)
+    record = asdict(replace(evaluation, sides={}, by_prompt={}))
+    # The last file: with it, the evaluation is done.
+    _save(folder / "evaluation.json", {name: _finite(record[name]) for name in names}, indent=2)
+
+
+def _save(path: Path, found: dict, indent: int | None = None) -> None:
     staging = path.with_suffix(".saving")
-    staging.write_text(text + "\n")
+    staging.write_text(json.dumps(found, indent=indent) + "\n")
     os.replace(staging, path)
 
 

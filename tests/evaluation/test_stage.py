@@ -21,7 +21,7 @@ from rrhf_fast.evaluation.report import write_report
 from rrhf_fast.evaluation.stage import evaluate
 
 MODEL = str(demo.MODEL_DIR)
-FILES = {"options.json", "samples.jsonl", "scored.jsonl", "evaluation.json"}
+FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
 
 
 def write(path, rows):
@@ -117,6 +117,14 @@ def test_every_measure_is_what_its_files_say(config, worse):
         better = [(i, j) for i in range(6) for j in range(6) if row.scores[i] > row.scores[j]]
         correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
     assert found.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
+
+    by_prompt = json.loads(Path(config.output_dir, "by_prompt.json").read_text())
+    assert len(by_prompt) == 7 and set(by_prompt) < set(found.model)
+    for name, sums in by_prompt.items():
+        assert len(sums["numerators"]) == len(sums["denominators"]) == 8
+        ratio = sum(sums["numerators"]) / sum(sums["denominators"])
+        value = np.exp(-ratio) if name == "perplexity" else ratio
+        assert found.model[name].value == pytest.approx(value)
 
 
 def test_a_model_ties_with_its_own_earlier_evaluation(config):

@@ -1,0 +1,121 @@
+"""Does RRHF align? The paper's experiments in miniature, over seeds, with intervals and tests.
+
+python -m benchmarks.experiments                   # all, or those named: sources rounds ...
+python -m benchmarks.experiments smallest          # two minutes; exit code 1 if RRHF gains nothing
+python -m benchmarks.experiments --report_only     # tables and plots again, from the JSON files
+python -m benchmarks.experiments my.yaml --models DIR --data DIR
+
+Killed? The same command goes on where it was. Stages are known by their options and by what their
+files hold, not by the code that ran them: after a change of the engine use another --work.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported: each stage has a core of its own.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from benchmarks.experiments.recipe import CONFIGS, load_experiment, read_text
+from benchmarks.experiments.report import collect, failed_checks, write_index, write_results
+from benchmarks.experiments.runner import StageFailed, all_stages, read_result, run_stages
+
+EXPERIMENTS = (
+    *("sources", "rounds", "alternatives", "choices", "responses"),
+    *("size", "data", "equivalence"),
+)
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; returns the exit code: 0 done, 1 a stage failed or a check does not hold, 2 a mistake
+    in options or a YAML file, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", help=f"of {' '.join(EXPERIMENTS)}; or YAML files")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="stages' files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="tables and plots")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--seeds", type=int, help="use the first so many; default all")
+    parser.add_argument("--models", type=Path, help="folder that holds stories260k and others")
+    parser.add_argument(
+        "--data", type=Path, help="folder that holds pandalm_human.jsonl and others"
+    )
+    parser.add_argument("--report_only", action="store_true", help="run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check the files, count the stages")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except StageFailed as error:
+        return _fail(error, 1)
+    except ValueError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", 130)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
+        raise ValueError("jobs, seeds: expected at least 1")
+    names = options.names or EXPERIMENTS
+    paths = [Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml" for name in names]
+    roots = {"models": options.models, "data": options.data}
+    work = options.work.resolve()
+    experiments = [load_experiment(path, work, roots, options.seeds) for path in paths]
+    results = [
+        stage
+        for experiment in experiments
+        for arm in experiment.arms
+        for stages in arm.results.values()
+        for stage in stages
+    ]
+    if options.dry_run:
+        for experiment in experiments:
+            _say_arms(experiment)
+        print(f"{len(all_stages(results))} stages")
+        return 0
+    if not options.report_only:
+        run_stages(results, work, options.jobs)
+    problems = []
+    for experiment in experiments:
+        if options.report_only:
+            path = options.results / f"{experiment.name}.json"
+            if not path.exists():
+                print(f"{experiment.name}: no {path.name}, left out")
+                continue
+            figures = json.loads(path.read_text())
+        else:
+            figures = collect(experiment, work)
+            _say_arms(experiment)
+            stages = all_stages(s for a in experiment.arms for r in a.results.values() for s in r)
+            seconds = sum(read_result(stage, work)["seconds"] for stage in stages)
+            print(f"{experiment.name}: {seconds / 60:.1f} CPU minutes, some shared with others")
+        print(write_results(figures, experiment.text, options.results), flush=True)
+        problems += failed_checks(figures, experiment.text.get("check", []))
+    texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in EXPERIMENTS}
+    write_index(texts, options.results)
+    for problem in problems:
+        _fail(problem, 1)
+    return 1 if problems else 0
+
+
+def _say_arms(experiment) -> None:
+    for arm in experiment.arms:
+        if arm.skipped:
+            print(f"{experiment.name}: {arm.name} is left out: {arm.skipped}")
+
+
+def _fail(problem: object, code: int) -> int:
+    print(f"benchmarks.experiments: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

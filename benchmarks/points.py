@@ -57,11 +57,13 @@ class Point:
 def measure(point: Point) -> dict:
     """Memory in bytes and time of one loss and gradient of all the queries.
 
+    On the CPU memory is the process's resident set (Linux with glibc), so Python and its libraries
+    are in `peak_bytes`; on CUDA it is what PyTorch has allocated.
+
     Returns:
         `model_bytes`: weights and gradients. `extra_bytes`: the peak above what was held when both
-        were there. `peak_bytes`: the process's resident set at most, with Python and its
-        libraries; on CUDA the most that PyTorch had allocated. `seconds`: the median of the
-        rounds, None without any. `tokens`, `loss`, and `active_fraction` where it is known.
+        were there. `peak_bytes`: all of it. `seconds`: the median of the rounds, None without any.
+        `tokens`, `loss`, and `active_fraction` where it is known.
 
     Raises:
         BrokenProcessPool: the process was killed, as the system does when memory runs out.
@@ -77,7 +79,8 @@ def _measure(point: Point) -> dict:
     model, step = _prepare(point)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    read_peak = _watch_cuda() if point.device == "cuda" else _watch_process()
+    watch = _watch_cuda if point.device == "cuda" else _watch_process
+    read_peak = watch()
     figures = step()
     peak, extra = read_peak()
     seconds = []
@@ -186,17 +189,19 @@ def _watch_cuda() -> Callable[[], tuple[int, int]]:
 
 
 def _watch_process() -> Callable[[], tuple[int, int]]:
-    """From here on, the peak of the resident set (Linux), and how far it is above what it is now.
-
-    What the allocator holds back is part of it: for the system that is memory in use.
-    """
-    # Hands back what making the model has freed, so that it does not hide what comes.
-    ctypes.CDLL(None).malloc_trim(0)
+    """From here on, the peak of the resident set, and how far it is above what it is now."""
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    # Blocks of this size go back to the system when they are freed, so the peak is of tensors in
+    # use. It is glibc's default, but grows with what is freed where nobody sets it.
+    libc.mallopt(mmap_threshold, 128 * 2**10)
+    libc.malloc_trim(0)  # hands back what making the model has freed
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
     before = _status("VmRSS")
 
     def read() -> tuple[int, int]:
         peak = _status("VmHWM")
+        # What it grows to at most: memory is kept for the next step, which is timed.
+        libc.mallopt(mmap_threshold, 32 * 2**20)
         return peak, peak - before
 
     return read

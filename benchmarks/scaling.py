@@ -57,11 +57,11 @@ SHORT = Lengths(64, 32, 4)
 # Rewards that the model's ranks explain fully at 1.
 RANKED = {"ways": (ENGINE, ACTIVE), "num_queries": 8}
 SMOKE = (
-    Sweep("k", (2, 6, 12), Lengths(32, 16, 0)),
-    Sweep("k", (2, 6, 12), Lengths(128, 16, 0)),
-    Sweep("vocab_size", (8_192, 32_768), SHORT),
-    Sweep("prompt", (32, 128), SHORT),
-    Sweep("response", (16, 64), SHORT),
+    Sweep("k", (2, 12), Lengths(32, 16, 0)),
+    Sweep("k", (2, 12), Lengths(128, 16, 0)),
+    Sweep("vocab_size", (65_536, 131_072), Lengths(64, 32, 6), (ENGINE, RELEASED)),
+    Sweep("prompt", (32, 128), SHORT, (ENGINE, REPEATED)),
+    Sweep("response", (16, 64), SHORT, (ENGINE, REPEATED)),
     Sweep("correlation", (0.0, 1.0), SHORT, **RANKED),
 )
 PAPER = (

@@ -194,7 +194,7 @@ def table(figures: dict) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Tokens a second of each part on a logarithmic axis, a panel a workload."""
+    """Tokens a second of each part on a logarithmic axis, a panel a workload; the step is red."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,9 +207,14 @@ def plot(figures: dict, path: Path) -> None:
     for axis, case in zip(axes.flat, cases, strict=True):
         rates = _rates(figures, case)
         colors = ["C0"] * (len(rates) - 1) + ["C3"]
-        bars = axis.barh(list(rates), list(rates.values()), color=colors)
-        axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates.values()], padding=4, fontsize=8)
+        # Dots: on a logarithmic axis a bar's length says nothing.
+        axis.scatter(rates.values(), list(rates), color=colors)
+        for name, rate in rates.items():
+            axis.annotate(
+                f"{rate:,.0f}", (rate, name), (8, -3), textcoords="offset points", fontsize=8
+            )
         axis.set_xscale("log")
+        axis.grid(axis="x", alpha=0.3)
         axis.set_xlim(min(rates.values()) / 3, max(rates.values()) * 6)
         axis.invert_yaxis()
         axis.set_xlabel("tokens/s")

@@ -107,19 +107,19 @@ def plot(figures: dict, path: Path) -> None:
 
     cases = figures["cases"]
     figure, axes = plt.subplots(
-        len(cases), 1, figsize=(8, 3.6 * len(cases)), squeeze=False, layout="constrained"
+        len(cases), 1, figsize=(8, 3.4 * len(cases) + 0.3), squeeze=False, layout="constrained"
     )
     for axis, case in zip(axes.flat, cases, strict=True):
         ways, model = case["ways"], case["model_bytes"] / 2**20
         extra = [way["extra_bytes"] / 2**20 for way in ways.values()]
         axis.barh(list(ways), model, color="0.8", label="weights and gradients")
-        bars = axis.barh(list(ways), extra, left=model, label="what the way needs beyond")
+        bars = axis.barh(list(ways), extra, left=model, label="needed beyond")
         shares = [way["extra_of_released"] for way in ways.values()]
         labels = [f"{size:,.0f} ({share:.0%})" for size, share in zip(extra, shares, strict=True)]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
         axis.axvline(
             model + extra[0] / 3, color="C3", linestyle="--", linewidth=1,
-            label="a third of the released method's beyond",
+            label="a third of what the released method needs beyond",
         )  # fmt: skip
         axis.invert_yaxis()
         axis.set(xlabel="MiB at the peak", xlim=(0, 1.2 * (model + max(extra))))
@@ -127,7 +127,8 @@ def plot(figures: dict, path: Path) -> None:
             f"{case['model']}, {case['queries']} queries of {case['workload']}", fontsize=10
         )
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, loc="lower right")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.points import ACTIVE, ENGINE, RELEASED, REPEATED, Point, measure
+from benchmarks.workloads import SHAPES as MODEL_SHAPES
 from benchmarks.workloads import Lengths
 
 # What one step along each axis adds. Correlation is fitted over what it decides: the share of
@@ -81,7 +82,7 @@ def run(*, preset: str, device: str, rounds: int) -> dict:
     """Measure every sweep of the preset and fit its slopes."""
     shape = SHAPES["full" if device == "cuda" else preset]
     sweeps = [_sweep(sweep, shape, device, rounds) for sweep in PRESETS[preset]]
-    return {"model": shape, "sweeps": sweeps}
+    return {"model": shape, "hidden_size": MODEL_SHAPES[shape][0], "sweeps": sweeps}
 
 
 def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
@@ -137,6 +138,14 @@ def table(figures: dict) -> str:
         for way, one in series.items():
             if one["slopes"] is not None:
                 lines.append(f"  {way}: {_meaning(one['slopes'], axis)}")
+        if axis == "vocab_size":
+            # In float32: a gradient of the head's weight, and the logits of all tokens.
+            for way, one in series.items():
+                size, tokens = one["slopes"]["extra_bytes"] / 4, one["points"][0]["tokens"]
+                lines.append(
+                    f"  {way}: as much as {size / figures['hidden_size']:.1f} gradients of the "
+                    f"head, or {size / tokens:.1f} copies of its tokens' logits"
+                )
     return "\n".join(lines)
 
 
@@ -182,13 +191,14 @@ def plot(figures: dict, path: Path) -> None:
                     axis.plot(x, np.poly1d(np.polyfit(x, y, 1))(x), color=colors[way], alpha=0.6)
         fixed = _title(sweep).partition("(")[2].rstrip(")")
         column[0].set_title(fixed, fontsize=9)
-        column[0].set_ylabel("ms")
-        column[1].set_ylabel("MiB beyond weights and gradients")
         label = "tokens with a gradient" if key == "active_fraction" else sweep["axis"]
         column[1].set_xlabel(label)
         for axis in column:
             axis.set_ylim(0)
             axis.grid(alpha=0.3)
+            axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("ms")
+    axes[1, 0].set_ylabel("MiB beyond weights and gradients")
     unique = {}
     for axis in axes.flat:
         unique |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

@@ -88,9 +88,12 @@ SHAPES = {
 }
 
 
-def build_model(shape: str, *, device: str, seed: int = 0) -> PreTrainedModel:
-    """A model of this shape with random float32 weights, in eval mode, as `load_model` gives it."""
-    hidden, layers, heads, kv_heads, feed_forward, vocab_size, tied = SHAPES[shape]
+def build_model(
+    shape: str, *, device: str, vocab_size: int | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A model of this shape, or this with another vocabulary, with random float32 weights, in eval
+    mode, as `load_model` gives it."""
+    hidden, layers, heads, kv_heads, feed_forward, own_vocab_size, tied = SHAPES[shape]
     family = Qwen2Config if shape.startswith("Qwen2") else LlamaConfig
     config = family(
         hidden_size=hidden,
@@ -98,7 +101,7 @@ def build_model(shape: str, *, device: str, seed: int = 0) -> PreTrainedModel:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=feed_forward,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size or own_vocab_size,
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
     )

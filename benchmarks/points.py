@@ -1,0 +1,213 @@
+"""One way to loss and gradient, in a process of its own: its peak memory and its time."""
+
+import ctypes
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.baselines import plain_head, released_loss, repeat_prompts
+from benchmarks.workloads import Lengths, build_model, draw
+from rrhf_fast import TrainConfig
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.engine.backward import backward_active
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.evaluate import Totals
+from rrhf_fast.model.rrhf import RRHFModel
+
+# One query at a time, its prompt once for each response.
+RELEASED, PADDED, REPEATED = "released method", "padded batches", "packed, prompts repeated"
+# As many queries at once as fit a pack, and no prompt twice.
+ENGINE, CHECKPOINTED, PLAIN_HEAD = "rrhf_fast", "checkpointed layers", "with a plain head"
+ACTIVE = "active part alone"
+# The same for one query at a time.
+ALONE, LEAN = "one query a pack", "one query a pack, checkpointed"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured."""
+
+    way: str  # one of the names above
+    shape: str  # of `workloads.SHAPES`
+    lengths: Lengths
+    device: str
+    vocab_size: int | None = None  # None: the shape's
+    num_queries: int = 1
+    max_tokens: int = 2048  # of a pack
+    # Of rewards with the ranks of the model's own scores; None: rewards know nothing of the model.
+    correlation: float | None = None
+    rounds: int = 0  # of timing, behind the run whose memory is measured
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the decoder encodes."""
+        prompt, branches = self.lengths.prompt, self.lengths.k * (self.lengths.response - 1)
+        copies = self.lengths.k if self.way in (RELEASED, PADDED, REPEATED) else 1
+        return self.num_queries * (copies * prompt + branches)
+
+
+def measure(point: Point) -> dict:
+    """Memory in bytes and time of one loss and gradient of all the queries.
+
+    On the CPU memory is the process's resident set (Linux with glibc), so Python and its libraries
+    are in `peak_bytes`; on CUDA it is what PyTorch has allocated.
+
+    Returns:
+        `model_bytes`: weights and gradients. `extra_bytes`: the peak above what was held when both
+        were there. `peak_bytes`: all of it. `seconds`: the median of the rounds, None without any.
+        `tokens`, `loss`, and `active_fraction` where it is known.
+
+    Raises:
+        BrokenProcessPool: the process was killed, as the system does when memory runs out.
+    """
+    # A forked process has the imports at once; CUDA does not survive a fork.
+    context = multiprocessing.get_context("forkserver" if point.device == "cpu" else "spawn")
+    context.set_forkserver_preload(["rrhf_fast.engine.backward"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(_measure, point).result()
+
+
+def _measure(point: Point) -> dict:
+    model, step = _prepare(point)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    watch = _watch_cuda if point.device == "cuda" else _watch_process
+    read_peak = watch()
+    figures = step()
+    peak, extra = read_peak()
+    seconds = []
+    for _ in range(point.rounds):
+        model.zero_grad(set_to_none=False)
+        start = time.perf_counter()
+        step()  # ends in numbers, so waits for the device
+        seconds.append(time.perf_counter() - start)
+    return figures | {
+        "tokens": point.num_tokens,
+        "model_bytes": sum(2 * p.numel() * p.element_size() for p in model.parameters()),
+        "extra_bytes": extra,
+        "peak_bytes": peak,
+        "seconds": median(seconds) if seconds else None,
+    }
+
+
+def _prepare(point: Point) -> tuple[RRHFModel, Callable[[], dict]]:
+    """The model whose gradients add up, and what adds them up once and returns the loss."""
+    lm = build_model(point.shape, device=point.device, vocab_size=point.vocab_size)
+    queries = draw(point.lengths, point.num_queries, lm.config.vocab_size)
+    checkpointing = "full" if point.way in (CHECKPOINTED, LEAN) else "none"
+    # The released code divides by the padded width, so all do here.
+    config = TrainConfig(compat="official", max_tokens_per_pack=point.max_tokens)
+    model = RRHFModel(
+        lm,
+        config,
+        packing="none" if point.way in (RELEASED, PADDED) else "forest",
+        max_length=4096,
+        max_tokens=point.max_tokens,
+        compute_dtype=torch.bfloat16 if point.device == "cuda" else torch.float32,
+        compile=None,
+        activation_checkpointing=checkpointing,
+    )
+    options = {}
+    if model.attention is not None:
+        options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
+        if point.correlation is not None:
+            _correlate(model, queries, point.correlation)
+    if point.way == RELEASED:
+        return model, lambda: _sum_up(queries, lambda query: _released(model, query))
+    if point.way == REPEATED:
+        packs = [repeat_prompts([query], [i], **options) for i, query in enumerate(queries)]
+    else:
+        alone = point.way in (PADDED, ALONE, LEAN)
+        planner = PackPlanner(
+            queries,
+            packing="none" if point.way == PADDED else "forest",
+            max_tokens_per_pack=1 if alone else point.max_tokens,
+            **options,
+        )
+        batch = planner.batch(range(len(queries)))
+        packs = batch.packs
+    if point.way == ACTIVE:
+        return model, lambda: _active(model, batch, config)
+    packs = [pack.to(model.device) for pack in packs]
+    if point.way == PLAIN_HEAD:
+        return model, lambda: _sum_up(packs, lambda pack: plain_head(model, pack))
+    return model, lambda: _sum_up(packs, lambda pack: model(pack).loss)
+
+
+def _sum_up(parts: list, loss_of: Callable[[object], torch.Tensor]) -> dict:
+    """Forward and backward of one part after another, weighted by its queries."""
+    counts = [1 if isinstance(part, TokenisedQuery) else part.num_queries for part in parts]
+    total = 0.0
+    for part, count in zip(parts, counts, strict=True):
+        loss = loss_of(part) * (count / sum(counts))
+        loss.backward()
+        total += loss.item()
+    return {"loss": total}
+
+
+def _released(model: RRHFModel, query: TokenisedQuery) -> torch.Tensor:
+    with model.autocast():
+        return released_loss(model.lm, query)
+
+
+def _active(model: RRHFModel, batch, config: TrainConfig) -> dict:
+    totals = Totals(model.device)
+    backward_active(model, batch, config, World(model.device), totals)
+    return {"loss": totals.means()["loss"], "active_fraction": totals.active_fraction}
+
+
+def _correlate(model: RRHFModel, queries: list[TokenisedQuery], correlation: float) -> None:
+    """Replace rewards: the standardised ranks of the model's scores, mixed with noise."""
+    rng = np.random.default_rng(0)
+    planner = PackPlanner(queries, packing="forest", max_tokens_per_pack=1)
+    for i, query in enumerate(queries):
+        with torch.no_grad():
+            scores = model(planner.build([i]).to(model.device)).scores
+        ranks = scores.argsort().argsort().float().cpu().numpy()
+        noise = rng.standard_normal(len(ranks))
+        share = (1 - correlation**2) ** 0.5
+        query.rewards[:] = correlation * (ranks - ranks.mean()) / ranks.std() + share * noise
+
+
+def _watch_cuda() -> Callable[[], tuple[int, int]]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    def read() -> tuple[int, int]:
+        peak = torch.cuda.max_memory_allocated()
+        return peak, peak - before
+
+    return read
+
+
+def _watch_process() -> Callable[[], tuple[int, int]]:
+    """From here on, the peak of the resident set, and how far it is above what it is now."""
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    # Blocks of this size go back to the system when they are freed, so the peak is of tensors in
+    # use. It is glibc's default, but grows with what is freed where nobody sets it.
+    libc.mallopt(mmap_threshold, 128 * 2**10)
+    libc.malloc_trim(0)  # hands back what making the model has freed
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = _status("VmRSS")
+
+    def read() -> tuple[int, int]:
+        peak = _status("VmHWM")
+        # What it grows to at most: memory is kept for the next step, which is timed.
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        return peak, peak - before
+
+    return read
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(value) * 1024

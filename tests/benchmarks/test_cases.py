@@ -36,8 +36,8 @@ def test_memory_of_the_same_gradient(monkeypatch, tmp_path):
     # Logits of 6 * 191 tokens of 8,192; as much again for the log-softmax, and for its gradient.
     logits = 6 * 191 * 8192 * 4
     assert 3 * logits < ways[points.RELEASED]["extra_bytes"] < 10 * logits
-    # One query at a time, as the released method has it. Measured: 0.34 and 0.19 of it.
-    assert ways[points.ALONE]["extra_of_released"] < 0.6
+    # One query at a time, as the others have it. Measured: 64 MiB for 100, and 37 for 191.
+    assert ways[points.ALONE]["extra_bytes"] < 0.8 * ways[points.REPEATED]["extra_bytes"]
     assert ways[points.LEAN]["extra_of_released"] < 1 / 3
 
 

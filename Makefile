@@ -1,5 +1,6 @@
 # make demo    train the embedded example on whatever this machine has (the default)
 # make test    run the whole test suite
+# make smoke   run every benchmark at its smallest, and the smallest experiment
 # make lint    check style, change nothing
 # make clean   remove what building, testing and linting leave behind; runs/ and .venv stay
 #
@@ -19,13 +20,17 @@ INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
-.PHONY: demo test lint clean
+.PHONY: demo test smoke lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rrhf_fast.train
 
 test: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+smoke: $(INSTALLED_TEST)
+	$(BIN)/python benchmarks/run.py all --preset smoke
+	$(BIN)/python -m benchmarks.experiments smallest --work runs/smallest --results runs/smallest
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

@@ -6,72 +6,161 @@ python benchmarks/readme.py --check    # exit 1 if it is not what the figures sa
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
-STEP, HEAD = "step-smollm2-pandalm_human-cpu", "head-cpu"
+MODEL = "SmolLM2-135M-Instruct"
 
 
 def speed_section(results: Path = RESULTS) -> str:
-    """The section in Markdown, from the JSON files of two benchmarks."""
-    step, head = (json.loads((results / f"{name}.json").read_text()) for name in (STEP, HEAD))
-    return "\n".join([_step(step), _head(head)])
+    """The section in Markdown, from the JSON files of several cases."""
+
+    def read(name: str) -> dict:
+        return json.loads((results / f"{name}-cpu.json").read_text())
+
+    pandalm, vicuna = (
+        read(f"step-{MODEL}-{rows}") for rows in ("pandalm_human", "vicuna_bench_gpt4")
+    )
+    parts = [
+        _step(pandalm),
+        _workloads([pandalm, vicuna, read("step-paper")]),
+        _memory(read("memory-paper")),
+        _active(read("active-paper")),
+        _kernel(read("kernel-paper")),
+    ]
+    return "\n".join(parts)
 
 
 def _step(figures: dict) -> str:
     (case,) = figures["cases"]
-    contenders = case["contenders"]
-    released = contenders["released method"]
+    ways = case["contenders"]
     rows = [
-        f"| {name} | {c['tokens']:,} | {c['queries_per_second']:.2f} | "
-        f"{c['queries_per_second'] / released['queries_per_second']:.2f} |"
-        for name, c in contenders.items()
+        [
+            name,
+            f"{way['tokens']:,}",
+            f"{way['queries_per_second']:.2f}",
+            f"{way['times_released']['median']:.2f}",
+        ]
+        for name, way in ways.items()
     ]
-    worst = max(c["gradient_error"] for c in contenders.values())
-    low, high = case["speedup"]["min"], case["speedup"]["max"]
+    worst = max(way["gradient_error"] for way in ways.values() if "gradient_error" in way)
+    table = _table(["", "tokens encoded", "queries/s", "times the released method"], rows)
     return f"""\
-Loss and gradient of {case["queries"]} queries spread over `{case["workload"]}`, {case["model"]},
-{_plain(case["dtype"])}, medians of {len(released["seconds"])} interleaved rounds
-({_machine(figures)}).
-The released method pads k rows a query, repeats the prompt in each, and
-takes a log-softmax over the whole vocabulary; from "one query a pack" on, one thing at a time is
-taken from rrhf_fast. Every gradient is within {worst:.0e} of float64.
+Loss and gradient of {case["queries"]} queries, spread by size over the human-judged rows of PandaLM
+(`{case["workload"]}`), {case["model"]}, {_plain(case["dtype"])}, medians of
+{figures["options"]["rounds"]} interleaved rounds ({_machine(figures)}). The released method pads k
+rows a query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. From
+rrhf_fast on, one thing at a time is changed. On the two shortest queries every gradient is within
+{worst:.0e} of float64.
 
-| | tokens encoded | queries/s | times the released method |
-|---|---|---|---|
-{chr(10).join(rows)}
+{table}
 
-rrhf_fast over the released method by round: {low:.2f} to {high:.2f}.
-
-```bash
-{_command("step", figures)}
-```
+{_command(figures)}
 """
 
 
-def _head(figures: dict) -> str:
+def _workloads(every: Sequence[dict]) -> str:
+    rows = [
+        [
+            f"{case['model']}, {_named(case['workload'])}",
+            str(case["queries"]),
+            _range(case["contenders"]["rrhf_fast"]["times_released"]),
+            _range(case["over_repeated"]),
+        ]
+        for figures in every
+        for case in figures["cases"]
+    ]
+    header = ["", "queries", "times the released method", "times packed with repeated prompts"]
+    return f"""\
+How much that is depends on the lengths, since what is saved are padding and copies of prompts:
+
+{_table(header, rows)}
+
+{_command(every[-1])}
+"""
+
+
+def _memory(figures: dict) -> str:
+    (case,) = figures["cases"]
+    rows = [
+        [
+            name,
+            f"{way['extra_bytes'] / 2**20:,.0f}",
+            f"{way['extra_of_released']:.0%}",
+            f"{way['total_bytes'] / 2**20:,.0f}",
+            f"{way['of_released']:.0%}",
+        ]
+        for name, way in case["ways"].items()
+    ]
+    header = ["", "MiB beyond weights and gradients", "of released", "MiB with them", "of released"]
+    return f"""\
+Peak memory of one loss and gradient, {case["queries"]} queries of {case["workload"]},
+{case["model"]} shape, each way in a process of its own. The released method takes one query at a
+time; rrhf_fast takes as many as `--max_tokens_per_pack` allows, here both:
+
+{_table(header, rows)}
+
+{_command(figures)}
+"""
+
+
+def _active(figures: dict) -> str:
+    modes = dict.fromkeys(case["activation_checkpointing"] for case in figures["cases"])
+    shares = list(dict.fromkeys(f"{case['active_fraction']:.0%}" for case in figures["cases"]))
     rows = []
-    for case in figures["cases"]:
-        cells = [f"{c['ms']:,.0f}" for c in case["contenders"].values()]
-        rows.append(f"| {case['fraction']:.0%} | {' | '.join(cells)} |")
+    for mode in modes:
+        cases = [case for case in figures["cases"] if case["activation_checkpointing"] == mode]
+        cells = [
+            f"{_range(case['speedup'])}{'' if case['auto'] == 'active' else ' (auto: whole)'}"
+            for case in cases
+        ]
+        rows.append([mode, *cells])
+    return f"""\
+`--active_set auto` scores a step's responses first and runs the backward on the part of the tokens
+that has a gradient, where that is less work. Times as fast as the whole backward, by that part
+({figures["model"]} shape, {figures["workload"]}; {_machine(figures)}):
+
+{_table(["`--activation_checkpointing`", *shares], rows)}
+
+{_command(figures)}
+"""
+
+
+def _kernel(figures: dict) -> str:
     edges, hidden, vocab = figures["cases"][0]["shape"]
     names = list(figures["cases"][0]["contenders"])
+    rows = [
+        [f"{case['fraction']:.0%}", *(f"{c['ms']:,.0f}" for c in case["contenders"].values())]
+        for case in figures["cases"]
+    ]
     return f"""\
 The head alone, {edges:,} predictions, hidden size {hidden:,}, vocabulary {vocab:,}, milliseconds
 forward and backward, by the share of predictions that has a gradient. One sweep makes the logits
-once; two steps make them again in the backward, and so keep nothing between the two.
+once; two steps make them again in the backward, and so keep nothing between the two
+({_machine(figures)}).
 
-| with a gradient | {" | ".join(names)} |
-|---|{"---|" * len(names)}
-{chr(10).join(rows)}
+{_table(["with a gradient", *names], rows)}
 
-```bash
-{_command("head", figures)}
-```
+{_command(figures)}
 """
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def _range(ratio: dict) -> str:
+    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio)
+
+
+def _named(workload: str) -> str:
+    names = {"pandalm_human": "PandaLM rows", "vicuna_bench_gpt4": "Vicuna rows"}
+    return names.get(workload, f"drawn: {workload}")
 
 
 def _machine(figures: dict) -> str:
@@ -81,12 +170,14 @@ def _machine(figures: dict) -> str:
     return f"{device}{threads}, torch {env['torch']}, {env['date']}"
 
 
-def _command(case: str, figures: dict) -> str:
-    options = {name: value for name, value in figures["options"].items() if value is not None}
+def _command(figures: dict) -> str:
+    options = dict(figures["options"])
     if "data" in options:
-        options.pop("preset", None)  # real rows need none
+        options.pop("preset")  # real rows need none
     words = [f"--{name} {value}" for name, value in options.items()]
-    return " ".join([f"python benchmarks/run.py {case}", *words])
+    return "\n".join(
+        ["```bash", " ".join(["python benchmarks/run.py", figures["case"], *words]), "```"]
+    )
 
 
 def _plain(dtype: str) -> str:

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     case, out = options.pop("case"), options.pop("out")
     options["device"] = _device(options["device"])
+    options["rounds"] = options["rounds"] or (1 if options["preset"] == "smoke" else 3)
     options = {name: value for name, value in options.items() if value is not None}
     try:
         for name in CASES if case == "all" else [case]:
@@ -60,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         default="smoke",
         help="smoke: minutes for all cases on two cores; paper: what is published; full: more",
     )
-    shared.add_argument("--rounds", type=int, default=3, help="each times every contender once")
+    shared.add_argument(
+        "--rounds", type=int, help="each times every contender once; default 3, in smoke 1"
+    )
     shared.add_argument("--out", type=Path, help="folder for JSON and plots")
     cases = parser.add_subparsers(dest="case", required=True, metavar="|".join([*CASES, "all"]))
     for name, text in CASES.items():

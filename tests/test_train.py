@@ -116,6 +116,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, caps
     lines = [line for line in errors.splitlines() if line and "Loading weights" not in line]
     assert len(lines) == 1 and lines[0].startswith("rrhf_fast.train: error: ")
     assert problem in lines[0]
+    if name != "no such schedule":  # the optimizer comes after the folder
+        assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_a_bad_row_is_one_line(tmp_path, capsys):

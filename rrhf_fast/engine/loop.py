@@ -23,11 +23,12 @@ from rrhf_fast.engine.backward import (
     backward_whole,
     is_worthwhile,
 )
-from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options, find_checkpoint
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options
 from rrhf_fast.engine.distributed import World, join_world, whole
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
+from rrhf_fast.engine.output_dir import find_checkpoint
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare
 from rrhf_fast.engine.profile import StepProfiler
@@ -148,16 +149,15 @@ def _uninterrupted() -> Iterator[None]:
 def _start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
     """Resume from the checkpoint that the config names, or start afresh."""
     config, world = run.config, run.world
-    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
-    if name is None and config.init_optimizer_from is not None:
-        name, option = config.init_optimizer_from, "init_optimizer_from"
+    name = config.resume_from_checkpoint or config.init_optimizer_from
+    option = "resume_from_checkpoint" if config.resume_from_checkpoint else "init_optimizer_from"
     folder = world.once(lambda: name and find_checkpoint(name, run.output_dir, option))
     if folder is None or option == "init_optimizer_from":
-        checkpoints.clear(keep_complete=False)
         if folder is not None:
             checkpoints.load_optimizer(folder)
         elif name is not None:
             _print(world, f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
+        checkpoints.clear(keep_complete=False)
         return Progress()
     checkpoints.clear(keep_complete=True)
     progress, lengths = checkpoints.resume(folder)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from rrhf_fast import TrainConfig, demo, train
-from rrhf_fast.engine.checkpoint import complete_checkpoints
+from rrhf_fast.engine.output_dir import complete_checkpoints
 from rrhf_fast.engine.save import SaveFailed
 
 ROOT = Path(__file__).parents[2]
@@ -80,13 +80,14 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, unharme
     # What a kill in the middle of a save leaves.
     shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
     (tmp_path / "out/checkpoint-50/.metadata").unlink()
+    (tmp_path / "out/.checkpoint-50").mkdir()
     result = run(tmp_path / "out", data, resume_from_checkpoint="latest")
     assert_same_run(unharmed, tmp_path / "out")
     assert result.steps == 7 and result.before["loss"] == metrics(unharmed)[0]["eval/loss"]
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == [
         "checkpoint-2", "checkpoint-4", "checkpoint-6",
     ]  # fmt: skip
-    assert not (tmp_path / "out/checkpoint-50").exists()
+    assert not list((tmp_path / "out").glob("*checkpoint-50"))
 
 
 def test_moments_rounded_at_random_resume_too(tmp_path, data):
@@ -176,11 +177,32 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     (tmp_path / "out/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
         run(tmp_path / "out", data)
+    # A folder of another run is not the one to go on in, whatever the checkpoint.
+    with pytest.raises(ValueError, match="already holds metrics.jsonl of another run"):
+        run(unharmed, data, resume_from_checkpoint=checkpoint)
+    for moments, problem in ((checkpoint, "output_dir that --over"), ("latest", "no complete")):
+        with pytest.raises(ValueError, match=f"init_optimizer_from: .*{problem}"):
+            run(tmp_path / "out", data, overwrite_output_dir=True, init_optimizer_from=moments)
+    assert complete_checkpoints(tmp_path / "out")[-1] == Path(checkpoint)
     capsys.readouterr()
     run(tmp_path / "new", data, resume_from_checkpoint=checkpoint, max_steps=5, margin=0.5)
     out = capsys.readouterr().out
     assert "with changes: margin 0.0 -> 0.5, max_steps 7 -> 5" in out
     assert metrics(tmp_path / "new")[0]["step"] == 5
+
+
+def test_checkpoints_of_another_program_are_left_alone(tmp_path, data, unharmed):
+    stopped_at(2, unharmed, tmp_path / "out")
+    foreign = tmp_path / "out/checkpoint-500"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_text("precious")
+    for state in (None, '{"global_step": 500, "log_history": []}', "[1]", "1", "{"):
+        if state is not None:  # transformers' Trainer has a file of this name too
+            (foreign / "trainer_state.json").write_text(state)
+        for options in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+            with pytest.raises(ValueError, match="checkpoint-500 is no checkpoint of rrhf_fast"):
+                run(tmp_path / "out", data, **options)
+    assert (foreign / "model.safetensors").read_text() == "precious"
 
 
 def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):

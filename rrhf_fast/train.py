@@ -27,14 +27,8 @@ def _run(config: TrainConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
     from rrhf_fast.engine.backward import OutOfMemory
     from rrhf_fast.engine.loop import NotFinite, train
-    from rrhf_fast.engine.memory import memory_table
-    from rrhf_fast.engine.prepare import with_demo
     from rrhf_fast.engine.save import SaveFailed
 
-    if config.dry_run:
-        config.validate()
-        print(memory_table(with_demo(config) if config.model_name_or_path is None else config))
-        return 0
     try:
         result = train(config)
     except (NotFinite, OutOfMemory, SaveFailed) as error:

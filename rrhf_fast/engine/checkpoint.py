@@ -88,7 +88,7 @@ class Checkpoints:
         call."""
         self.finish()
         folder = self._run.output_dir / f"checkpoint-{progress.step}"
-        with _clear_errors(folder):
+        with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
             writer = dcp.FileSystemWriter(folder)
@@ -97,14 +97,15 @@ class Checkpoints:
 
     def finish(self, *, wait: bool = True) -> None:
         """Raise `SaveFailed` if the write did; afterwards remove what save_total_limit leaves out.
-        Without `wait`, only if it is done."""
-        if self._pending is None or not (wait or self._pending[1].done()):
+        Without `wait`, only if it is done. All ranks must call."""
+        world, limit = self._run.world, self._run.config.save_total_limit
+        # Several ranks do not find it done at the same step.
+        if self._pending is None or not (wait or (world.size == 1 and self._pending[1].done())):
             return
         (folder, future), self._pending = self._pending, None
-        limit = self._run.config.save_total_limit
-        with _clear_errors(folder):
+        with world.together(), _clear_errors(folder):
             future.result()
-            if self._run.world.is_first and limit is not None:
+            if world.is_first and limit is not None:
                 for old in complete_checkpoints(self._run.output_dir)[:-limit]:
                     _remove(old)
 
@@ -121,7 +122,8 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
-        """Load everything; returns the progress and the lengths of the growing files.
+        """Load everything but options, such as rates and decays, which are this run's; returns the
+        progress and the lengths of the growing files.
 
         Raises:
             ValueError: the checkpoint is of other rows, or of a model of another shape.
@@ -133,8 +135,12 @@ class Checkpoints:
                 "on these, export it and name it as model_name_or_path)"
             )
         state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
-        set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
-        self._schedule.load_state_dict(saved["schedule"])
+        self._set_moments(state)
+        # From one step before, since a step is what computes rates, from this run's schedule.
+        step = {"last_epoch": saved["schedule"]["last_epoch"] - 1}
+        own = {"base_lrs": self._schedule.base_lrs}
+        self._schedule.load_state_dict(saved["schedule"] | own | step)
+        self._schedule.step()
         if self._rng_key in state:  # not there on a rank that the saving run did not have
             _set_random_states(pickle.loads(state[self._rng_key]))
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
@@ -144,8 +150,11 @@ class Checkpoints:
 
     def load_optimizer(self, folder: Path) -> None:
         """Start with another run's moments; rates and decays stay those of this run."""
+        self._set_moments(self._load(folder, ("optimizer",), "init_optimizer_from"))
+
+    def _set_moments(self, state: dict) -> None:
+        """Of a checkpoint's optimizer take everything but its options."""
         own = [dict(group) for group in self._optimizer.param_groups]
-        state = self._load(folder, ("optimizer",), "init_optimizer_from")
         set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
         for group, before in zip(self._optimizer.param_groups, own, strict=True):
             group.update({name: value for name, value in before.items() if name != "params"})

@@ -10,11 +10,8 @@ torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded ove
 import sys
 from types import ModuleType
 
-from rrhf_fast.command import fail, leave, run_command
+from rrhf_fast.command import PREEMPTED, fail, leave, run_command
 from rrhf_fast.config import TrainConfig
-
-# EX_TEMPFAIL of sysexits.h: try again later.
-PREEMPTED = 75
 
 
 def main(arguments: list[str] | None = None) -> int:

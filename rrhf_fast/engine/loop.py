@@ -51,8 +51,8 @@ class TrainResult:
     steps: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False  # by Ctrl-C; the model is saved
-    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved (not with adamw_8bit)
+    interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
+    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
 
 
 def train(config: TrainConfig) -> TrainResult:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -14,6 +15,9 @@ from jsonargparse import (
 )
 
 Config = TypeVar("Config")
+
+# EX_TEMPFAIL of sysexits.h: try again later.
+PREEMPTED = 75
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -57,6 +61,10 @@ def run_command(
     try:
         return run(parse_config(config_class, arguments, name, description))
     except (ArgumentError, ValueError) as error:
+        # A mistake is nearly always every rank's, and the first rank's line says it: the launcher
+        # then ends the others while they wait.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10)
         return fail(name, error, 2)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)

@@ -217,7 +217,6 @@ class TrainConfig(LossConfig, DataConfig):
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             expect(self, name, lambda value: value > 0, "more than 0")
         for name in (
-            "warmup_steps",
             "weight_decay",
             "max_grad_norm",
             "rank_weight",
@@ -225,8 +224,15 @@ class TrainConfig(LossConfig, DataConfig):
             "margin",
             "length_penalty",
             "seed",
+            "data_seed",
         ):
-            expect(self, name, lambda value: value >= 0, "0 or more")
+            expect(self, name, lambda value: value is None or value >= 0, "0 or more")
+        expect(
+            self,
+            "warmup_steps",
+            lambda value: 0 <= value < 1 or (value > 0 and value == int(value)),
+            "a share of all steps, 0 or more and below 1, or a whole number of steps",
+        )
         for name in ("eval_fraction", "adam_beta1", "adam_beta2"):
             expect(self, name, lambda value: 0 <= value < 1, "0 or more and below 1")
         expect(self, "lora_dropout", lambda value: value == 0, "0 (log-probs must not be random)")

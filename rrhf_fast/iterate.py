@@ -10,13 +10,13 @@ Killed? The same command, with its --output_dir, goes on where it was.
 
 import sys
 
-from rrhf_fast.command import fail, run_command
+from rrhf_fast.command import PREEMPTED, fail, run_command
 from rrhf_fast.rounds.config import IterateConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a stage failed, 2 a mistake in options or
-    data, 130 Ctrl-C."""
+    data, 75 stopped by SIGTERM or SIGUSR1 while training, 130 Ctrl-C."""
     return run_command("iterate", __doc__, IterateConfig, _run, arguments)
 
 
@@ -25,13 +25,14 @@ def _run(config: IterateConfig) -> int:
     from rrhf_fast.engine.backward import OutOfMemory
     from rrhf_fast.engine.loop import NotFinite
     from rrhf_fast.engine.save import SaveFailed
-    from rrhf_fast.rounds.loop import iterate
+    from rrhf_fast.rounds.loop import Preempted, iterate
     from rrhf_fast.sampling.endpoint import EndpointDown
 
     try:
         iterate(config)
-    except (EndpointDown, NotFinite, OutOfMemory, SaveFailed) as error:
-        return fail("iterate", f"{error}; what is done is kept: run the same command again", 1)
+    except (EndpointDown, NotFinite, OutOfMemory, SaveFailed, Preempted) as error:
+        again = "what is done is kept: run the same command again, with its --output_dir"
+        return fail("iterate", f"{error}; {again}", PREEMPTED if type(error) is Preempted else 1)
     return 0
 
 

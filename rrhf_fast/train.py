@@ -10,11 +10,8 @@ torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded ove
 import sys
 from types import ModuleType
 
-from rrhf_fast.command import fail, leave, run_command
+from rrhf_fast.command import PREEMPTED, fail, leave, run_command
 from rrhf_fast.config import TrainConfig
-
-# EX_TEMPFAIL of sysexits.h: try again later.
-PREEMPTED = 75
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,14 +24,8 @@ def _run(config: TrainConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
     from rrhf_fast.engine.backward import OutOfMemory
     from rrhf_fast.engine.loop import NotFinite, train
-    from rrhf_fast.engine.memory import memory_table
-    from rrhf_fast.engine.prepare import with_demo
     from rrhf_fast.engine.save import SaveFailed
 
-    if config.dry_run:
-        config.validate()
-        print(memory_table(with_demo(config) if config.model_name_or_path is None else config))
-        return 0
     try:
         result = train(config)
     except (NotFinite, OutOfMemory, SaveFailed) as error:

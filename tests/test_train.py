@@ -71,6 +71,8 @@ MISTAKES = {
     "a model without data": (["--model_name_or_path", MODEL], "train_data: missing"),
     "data without a model": (["--train_data", DATA], "model_name_or_path: missing"),
     "out of range": (["--learning_rate", "0"], "learning_rate: expected more than 0, found 0"),
+    "a seed below 0": (["--data_seed", "-1"], "data_seed: expected 0 or more, found -1"),
+    "half a step": (["--warmup_steps", "1.5"], "warmup_steps: expected a share of all steps"),
     "not finite": (["--margin", ".inf"], "margin: expected 0 or more, found inf"),
     "nothing to train": (["--rank_weight", "0", "--sft_weight", "0"], "nothing to train"),
     "two held-out sets": (["--eval_data", DATA, "--eval_fraction", "0.1"], "not both"),
@@ -116,6 +118,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, caps
     lines = [line for line in errors.splitlines() if line and "Loading weights" not in line]
     assert len(lines) == 1 and lines[0].startswith("rrhf_fast.train: error: ")
     assert problem in lines[0]
+    if name != "no such schedule":  # the optimizer comes after the folder
+        assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_a_bad_row_is_one_line(tmp_path, capsys):

@@ -53,8 +53,12 @@ class BadRow(ValueError):
     """A row that cannot be used. `kind` is a short name that the summary counts by."""
 
     def __init__(self, kind: str, where: str, problem: str):
-        super().__init__(f"{where}: {problem}")
+        super().__init__(kind, where, problem)  # all of them, so that other ranks can be sent it
         self.kind = kind
+
+    def __str__(self) -> str:
+        _, where, problem = self.args
+        return f"{where}: {problem}"
 
 
 @dataclass

@@ -35,13 +35,19 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.engine.output_dir import (
+    STATE_FILE,
+    complete_checkpoints,
+    is_complete,
+    is_ours,
+    read_state,
+)
 from rrhf_fast.engine.prepare import Run
 from rrhf_fast.engine.save import SaveFailed, trained_tensors, write_config
 
 # DCP says this of every run that no launcher started.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-STATE_FILE = "trainer_state.json"
 # Files of output_dir that grow with the run; resuming cuts them to what they were.
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
 # Options that say how a run is carried out, not what it computes.
@@ -82,7 +88,7 @@ class Checkpoints:
         call."""
         self.finish()
         folder = self._run.output_dir / f"checkpoint-{progress.step}"
-        with _clear_errors(folder):
+        with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
             writer = dcp.FileSystemWriter(folder)
@@ -91,14 +97,15 @@ class Checkpoints:
 
     def finish(self, *, wait: bool = True) -> None:
         """Raise `SaveFailed` if the write did; afterwards remove what save_total_limit leaves out.
-        Without `wait`, only if it is done."""
-        if self._pending is None or not (wait or self._pending[1].done()):
+        Without `wait`, only if it is done. All ranks must call."""
+        world, limit = self._run.world, self._run.config.save_total_limit
+        # Several ranks do not find it done at the same step.
+        if self._pending is None or not (wait or (world.size == 1 and self._pending[1].done())):
             return
         (folder, future), self._pending = self._pending, None
-        limit = self._run.config.save_total_limit
-        with _clear_errors(folder):
+        with world.together(), _clear_errors(folder):
             future.result()
-            if self._run.world.is_first and limit is not None:
+            if world.is_first and limit is not None:
                 for old in complete_checkpoints(self._run.output_dir)[:-limit]:
                     _remove(old)
 
@@ -108,12 +115,15 @@ class Checkpoints:
         if not self._run.world.is_first:
             return
         for folder in self._run.output_dir.glob("checkpoint-*"):
-            if not (keep_complete and is_complete(folder)):
+            if is_ours(folder) and not (keep_complete and is_complete(folder)):
                 with _clear_errors(folder):
                     _remove(folder)
+        for folder in self._run.output_dir.glob(".checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
-        """Load everything; returns the progress and the lengths of the growing files.
+        """Load everything but options, such as rates and decays, which are this run's; returns the
+        progress and the lengths of the growing files.
 
         Raises:
             ValueError: the checkpoint is of other rows, or of a model of another shape.
@@ -125,8 +135,12 @@ class Checkpoints:
                 "on these, export it and name it as model_name_or_path)"
             )
         state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
-        set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
-        self._schedule.load_state_dict(saved["schedule"])
+        self._set_moments(state)
+        # From one step before, since a step is what computes rates, from this run's schedule.
+        step = {"last_epoch": saved["schedule"]["last_epoch"] - 1}
+        own = {"base_lrs": self._schedule.base_lrs}
+        self._schedule.load_state_dict(saved["schedule"] | own | step)
+        self._schedule.step()
         if self._rng_key in state:  # not there on a rank that the saving run did not have
             _set_random_states(pickle.loads(state[self._rng_key]))
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
@@ -136,8 +150,11 @@ class Checkpoints:
 
     def load_optimizer(self, folder: Path) -> None:
         """Start with another run's moments; rates and decays stay those of this run."""
+        self._set_moments(self._load(folder, ("optimizer",), "init_optimizer_from"))
+
+    def _set_moments(self, state: dict) -> None:
+        """Of a checkpoint's optimizer take everything but its options."""
         own = [dict(group) for group in self._optimizer.param_groups]
-        state = self._load(folder, ("optimizer",), "init_optimizer_from")
         set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
         for group, before in zip(self._optimizer.param_groups, own, strict=True):
             group.update({name: value for name, value in before.items() if name != "params"})
@@ -159,11 +176,13 @@ class Checkpoints:
         """The parts that are no tensors."""
         run = self._run
         _remove(folder)
-        folder.mkdir()
+        # Gets its name when it holds the file by which `is_ours` knows it.
+        staging = _hidden(folder)
+        staging.mkdir()
         with run.model.generation():  # an attention that others have
-            write_config(run.model.lm, folder, run.save_dtype)
-        run.model.lm.generation_config.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
+            write_config(run.model.lm, staging, run.save_dtype)
+        run.model.lm.generation_config.save_pretrained(staging)
+        run.tokenizer.save_pretrained(staging)
         lengths = {name: run.output_dir / name for name in GROWING_FILES}
         state = {
             **asdict(progress),
@@ -173,10 +192,11 @@ class Checkpoints:
             "files": {n: path.stat().st_size for n, path in lengths.items() if path.exists()},
             "config": asdict(run.config),
         }
-        with (folder / STATE_FILE).open("w") as file:
+        with (staging / STATE_FILE).open("w") as file:
             json.dump(state, file, indent=2, default=float)  # a rate may be a tensor
             file.flush()
             os.fsync(file.fileno())
+        staging.rename(folder)
 
     def _tensors(self, parts: tuple[str, ...] = ("model", "optimizer")) -> dict:
         """{"model": ..., "optimizer": ...}: the run's own tensors, by name."""
@@ -202,33 +222,6 @@ class Checkpoints:
         return state
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the checkpoint was written to its end."""
-    return (folder / ".metadata").is_file() and (folder / STATE_FILE).is_file()
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
-    return sorted(found, key=lambda path: read_state(path)["step"])
-
-
-def find_checkpoint(name: str, output_dir: Path | None, option: str) -> Path | None:
-    """The folder of a checkpoint by its path, or the latest of output_dir, None if it has none.
-    Raises ValueError for a path that is no complete checkpoint."""
-    if name == "latest":
-        found = complete_checkpoints(output_dir) if output_dir.exists() else []
-        return found[-1] if found else None
-    if not is_complete(Path(name)):
-        raise ValueError(f"{option}: {name} is no complete checkpoint (a folder checkpoint-<step>)")
-    return Path(name)
-
-
-def read_state(folder: Path) -> dict:
-    """trainer_state.json."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-
-
 def changed_options(folder: Path, config: TrainConfig) -> str:
     """What a resumed run computes otherwise than its checkpoint's run would have, in words."""
     saved = read_state(folder)["config"]
@@ -243,10 +236,16 @@ def changed_options(folder: Path, config: TrainConfig) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill on the way leaves none that looks complete."""
+    """Delete a checkpoint; a kill on the way leaves a hidden folder, which `clear` removes."""
+    hidden = _hidden(folder)
+    shutil.rmtree(hidden, ignore_errors=True)
     if folder.is_dir():
-        (folder / ".metadata").unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}")
 
 
 @contextlib.contextmanager

@@ -58,6 +58,19 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks raise what the body raised on the first rank on which it failed, if any."""
+        own = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        for error in self.gather(own):
+            if error is not None:
+                error.on_all_ranks = True
+                raise error
+
     def once(self, function: Callable[[], T]) -> T:
         """Call on the first rank; all get what it returned, or raise what it raised."""
         outcome = [None, None]
@@ -69,8 +82,14 @@ class World:
         if self.mesh is not None:
             dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
+            outcome[1].on_all_ranks = True
             raise outcome[1]
         return outcome[0]
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether `World` raised this error on every rank, so that all are at the same point."""
+    return getattr(error, "on_all_ranks", False)
 
 
 @contextmanager

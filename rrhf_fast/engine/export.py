@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 
 from rrhf_fast.config import ExportConfig, TrainConfig
-from rrhf_fast.engine.checkpoint import is_complete, read_state
+from rrhf_fast.engine.output_dir import is_complete, read_state
 from rrhf_fast.engine.save import write_model
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.lora import add_lora

@@ -23,13 +23,15 @@ from rrhf_fast.engine.backward import (
     backward_whole,
     is_worthwhile,
 )
-from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options, find_checkpoint
-from rrhf_fast.engine.distributed import World, join_world, whole
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress, changed_options
+from rrhf_fast.engine.distributed import World, is_on_all_ranks, join_world, whole
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
+from rrhf_fast.engine.memory import memory_table
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.optimizer import build_optimizer
+from rrhf_fast.engine.output_dir import find_checkpoint
 from rrhf_fast.engine.plot import plot_training
-from rrhf_fast.engine.prepare import Run, prepare
+from rrhf_fast.engine.prepare import Run, prepare, with_demo
 from rrhf_fast.engine.profile import StepProfiler
 from rrhf_fast.engine.save import gather_weights, write_model
 from rrhf_fast.model.layers import count_graphs
@@ -44,12 +46,12 @@ class TrainResult:
     """What a run left behind. `before` and `after` hold the held-out metrics (empty without
     held-out rows)."""
 
-    output_dir: Path
+    output_dir: Path | None  # None after a dry run
     metrics: list[dict]  # the records of metrics.jsonl
     steps: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False  # by Ctrl-C; the model is saved
+    interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
     preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
 
 
@@ -59,10 +61,11 @@ def train(config: TrainConfig) -> TrainResult:
     Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
     samples.jsonl when `eval_reward_fn` is set, and checkpoints. Ctrl-C ends the run early and still
     saves the model; SIGTERM and SIGUSR1 end it after the step at hand with a checkpoint. Under
-    torchrun every process calls this.
+    torchrun every process calls this. With `dry_run` it prints an estimate of the memory instead.
 
     Raises:
-        ValueError: a mistake in options, files or rows; nothing has been trained then.
+        ValueError: a mistake in options, files or rows, found before anything is trained; or an
+            `eval_reward_fn` that misbehaves later, when the model of the steps so far is saved.
         NotFinite: the loss or gradient is not finite; the weights of the last good step are saved.
         OutOfMemory: a pack does not fit the device.
         SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
@@ -74,6 +77,9 @@ def train(config: TrainConfig) -> TrainResult:
         2
     """
     config.validate()
+    if config.dry_run:
+        print(memory_table(with_demo(config) if config.model_name_or_path is None else config))
+        return TrainResult(output_dir=None, metrics=[])
     with join_world(config) as world:
         run = prepare(config, world)
         optimizer, schedule = build_optimizer(run.model, run.config, run.num_steps)
@@ -94,8 +100,8 @@ def train(config: TrainConfig) -> TrainResult:
                 result.interrupted = True
             except NotFinite:
                 raise
-            except BaseException:
-                together = world.size == 1
+            except BaseException as error:
+                together = world.size == 1 or is_on_all_ranks(error)
                 raise
             finally:
                 with _uninterrupted():
@@ -106,17 +112,25 @@ def train(config: TrainConfig) -> TrainResult:
                         # The other ranks wait: Slurm would take one that is done for a failure.
                         world.once(lambda: plot_training(log.records, plot))
                     log.close()
+                    if result.interrupted:
+                        checkpoints.finish()
         _print(world, _closing(result))
     return result
 
 
 class Signals:
     """SIGTERM and SIGUSR1 (with several ranks also Ctrl-C, which one rank cannot obey alone) ask
-    the loop to stop after the step at hand."""
+    the loop to stop after the step at hand. A single rank's Ctrl-C is a KeyboardInterrupt, put off
+    from `hold` to `release`: half an update is no model."""
 
     def __init__(self, world: World):
         self.stop = False
-        self._names = [signal.SIGTERM, signal.SIGUSR1] + [signal.SIGINT] * (world.size > 1)
+        self._alone = world.size == 1
+        self._names = [signal.SIGTERM, signal.SIGUSR1]
+        # What a background job ignores, or a notebook treats in its own way, stays so.
+        if not self._alone or signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._names.append(signal.SIGINT)
+        self._held = self._interrupted = False
         self._before = {}
 
     def __enter__(self):
@@ -128,8 +142,23 @@ class Signals:
         for name, handler in self._before.items():
             signal.signal(name, handler)
 
+    def hold(self) -> None:
+        """Put a Ctrl-C off until `release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Raise KeyboardInterrupt if there was a Ctrl-C since `hold`."""
+        self._held = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+
     def _handle(self, number: int, _) -> None:
-        self.stop = True
+        if number != signal.SIGINT or not self._alone:
+            self.stop = True
+        elif self._held:
+            self._interrupted = True
+        else:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -148,16 +177,15 @@ def _uninterrupted() -> Iterator[None]:
 def _start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
     """Resume from the checkpoint that the config names, or start afresh."""
     config, world = run.config, run.world
-    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
-    if name is None and config.init_optimizer_from is not None:
-        name, option = config.init_optimizer_from, "init_optimizer_from"
+    name = config.resume_from_checkpoint or config.init_optimizer_from
+    option = "resume_from_checkpoint" if config.resume_from_checkpoint else "init_optimizer_from"
     folder = world.once(lambda: name and find_checkpoint(name, run.output_dir, option))
     if folder is None or option == "init_optimizer_from":
-        checkpoints.clear(keep_complete=False)
         if folder is not None:
             checkpoints.load_optimizer(folder)
         elif name is not None:
             _print(world, f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
+        checkpoints.clear(keep_complete=False)
         return Progress()
     checkpoints.clear(keep_complete=True)
     progress, lengths = checkpoints.resume(folder)
@@ -202,6 +230,9 @@ def _fit(
         result.before = _evaluate(run, held_out_packs, log, 0)
     else:
         result.before = _first_evaluation(log.records)
+        is_due = progress.step % eval_steps == 0 and progress.step < run.num_steps
+        if is_due and world.once(lambda: _was_left_out(log.records, progress.step)):
+            _evaluate(run, held_out_packs, log, progress.step)
     loader = ahead(steps, pin_memory=world.device.type == "cuda")
     if config.profile_steps is not None and world.is_first:
         options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
@@ -238,13 +269,18 @@ def _fit(
                 record["compiled_graphs"] = count_graphs()
             if step % config.logging_steps == 0 or step == run.num_steps or problem:
                 log.write(record)
-            if step % eval_steps == 0 and step < run.num_steps:
+            signals.release()
+            stopped = totals.flagged and step < run.num_steps
+            if stopped and config.optim == "adamw_8bit":  # nothing to resume from, hence a model
+                result.interrupted = True
+                return
+            if step % eval_steps == 0 and step < run.num_steps and not stopped:
                 _evaluate(run, held_out_packs, log, step)
-            result.preempted = totals.flagged and step < run.num_steps
-            if result.preempted or (config.save_steps and step % config.save_steps == 0):
+            if stopped or (config.save_steps and step % config.save_steps == 0):
                 checkpoints.save(progress)
-            checkpoints.finish(wait=result.preempted)
-            if result.preempted:
+            checkpoints.finish(wait=stopped)
+            if stopped:
+                result.preempted = True
                 return
     checkpoints.finish()
     result.after = _evaluate(run, held_out_packs, log, result.steps)
@@ -273,6 +309,7 @@ def take_step(
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
     problem = None
     if torch.isfinite(totals.sums[0]) and grad_norm < float("inf"):
+        signals.hold()
         optimizer.step()
     else:
         problem = _not_finite(run, batch.packs, totals, grad_norm, step)
@@ -314,6 +351,12 @@ def _first_evaluation(records: list[dict]) -> dict[str, float]:
         for name, value in first.items()
         if name != "step" and value is not None
     }
+
+
+def _was_left_out(records: list[dict], step: int) -> bool:
+    """Whether a signal cut off the evaluation after this step, in the run's earlier part."""
+    here = [record for record in records if record["step"] == step]
+    return bool(records) and not any(key.startswith("eval/") for r in here for key in r)
 
 
 def save_model(run: Run) -> None:

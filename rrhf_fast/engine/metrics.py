@@ -33,7 +33,8 @@ class MetricsLog:
                 self._file.seek(0, 2)
 
     def write(self, record: dict) -> None:
-        """Append one record; on disk when this returns. Numbers that are not finite become null."""
+        """Append one record; a kill of this process cannot lose it any more. Numbers that are not
+        finite become null."""
         record = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()

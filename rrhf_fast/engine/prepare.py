@@ -1,9 +1,6 @@
 """From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
 what was found."""
 
-import contextlib
-import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,20 +17,13 @@ from rrhf_fast.data.rows import RowReport, load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
+from rrhf_fast.engine.output_dir import check_output_dir, claim_output_dir
 from rrhf_fast.engine.profile import WARMUP
 from rrhf_fast.engine.summary import describe
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
-
-# Files that mark a folder as the output of an earlier run.
-RUN_FILES = (
-    "metrics.jsonl",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-)
 
 
 @dataclass
@@ -64,7 +54,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     config.validate()
     if config.model_name_or_path is None:
         config = with_demo(config)
-    world.once(lambda: _check_output_dir(config))
+    world.once(lambda: check_output_dir(config))
     reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
     options = {"on_bad_rows": config.on_bad_rows, "use_responses": config.use_responses}
     rows, report = load_rows(config.train_data, stop_strings=config.stop_strings, **options)
@@ -74,8 +64,6 @@ def prepare(config: TrainConfig, world: World) -> Run:
             config.eval_data, stop_strings=config.stop_strings, **options
         )
 
-    # After the mistakes that are made most.
-    output_dir = world.once(lambda: _claim_output_dir(config))
     set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
     set_seed(config.seed)
     tokenizer = load_tokenizer(
@@ -144,7 +132,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     return Run(
         config=config,
         world=world,
-        output_dir=output_dir,
+        output_dir=world.once(lambda: claim_output_dir(config)),
         model=model,
         save_dtype=save_dtype,
         tokenizer=tokenizer,
@@ -185,45 +173,6 @@ def _load(
         return lm, stored, getattr(torch, config.save_dtype)
     source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
     return lm, stored, torch.float32 if config.use_peft or source is None else source
-
-
-def _check_output_dir(config: TrainConfig) -> None:
-    if config.output_dir is None or config.overwrite_output_dir:
-        return
-    output_dir = Path(config.output_dir)
-    checkpoints = [path.name for path in output_dir.glob("checkpoint-*")]
-    if config.resume_from_checkpoint is not None and (
-        checkpoints or not any((output_dir / name).exists() for name in RUN_FILES[1:])
-    ):
-        return  # its own earlier run
-    used = [name for name in (*RUN_FILES, *checkpoints) if (output_dir / name).exists()]
-    if used:
-        problem = f"{config.output_dir} already holds {used[0]} of another run"
-        raise ValueError(
-            f"output_dir: {problem} (choose another, or set --overwrite_output_dir true)"
-        )
-
-
-def _claim_output_dir(config: TrainConfig) -> Path:
-    """Make the folder. Two runs that start in the same second get a folder each."""
-    try:
-        if config.output_dir is not None:
-            output_dir = Path(config.output_dir)
-            output_dir.mkdir(parents=True, exist_ok=True)
-        else:
-            name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
-            for number in itertools.count(1):
-                output_dir = Path(name if number == 1 else f"{name}-{number}")
-                with contextlib.suppress(FileExistsError):
-                    output_dir.mkdir(parents=True)
-                    break
-        probe = output_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        problem = f"{config.output_dir or 'runs'} cannot be written ({error.strerror})"
-        raise ValueError(f"output_dir: {problem}") from error
-    return output_dir
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -7,6 +7,7 @@ forest with unpacked runs before the first step, because a model that ignores th
 train on wrong log-probs without a word.
 """
 
+import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class UnsupportedModel(ValueError):
             f"{model.config.model_type}: the packed forest cannot serve this model: {reason}. "
             "Use --packing none, which pads instead and is correct for every causal model"
         )
+
+    def __reduce__(self):
+        # As its text: other ranks are sent it, and have the model.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 @dataclass(frozen=True)

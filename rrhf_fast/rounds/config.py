@@ -1,6 +1,7 @@
 """Options of `python -m rrhf_fast.iterate`."""
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from rrhf_fast import demo
@@ -22,8 +23,8 @@ class IterateConfig(EvaluationOptions):
     """Options of `python -m rrhf_fast.iterate`; without model and data it runs the demo."""
 
     output_dir: str | None = None
-    """Where every round's files and the report go; default runs/<date>-<time>. The same command
-    goes on where it was."""
+    """Where every round's files and the report go; default runs/<date>-<time>. If it is named, the
+    same command goes on where it was."""
     rounds: int = 2
     """How often to sample, score, train and evaluate (the paper's IP-n). More may be asked for
     later."""
@@ -74,8 +75,49 @@ class IterateConfig(EvaluationOptions):
         SampleConfig(
             data="data", output="output", model_name_or_path="model", policies=self.policies
         ).validate()
-        self.train.validate()
+        for name, instead in TRAIN_OPTIONS_ELSEWHERE.items():
+            if getattr(self.train, name) != getattr(TrainConfig, name):
+                raise ValueError(f"train.{name}: is not used here ({instead})")
+        if self.steps_per_round is not None and self.train.optim == "adamw_8bit":
+            problem = "the moments of adamw_8bit cannot be carried on from round to round"
+            raise ValueError(f"steps_per_round, train.optim: {problem}")
+        try:
+            self.train.validate()
+            for number in (1, 2):
+                self.train_config(number, "model", Path(f"round-{number}")).validate()
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from error
 
+    def train_config(self, number: int, model: str, folder: Path) -> TrainConfig:
+        """The trainer's options in a round, which works in `folder` and starts from `model`."""
+        options = {
+            "model_name_or_path": model,
+            "train_data": str(folder / "scored.jsonl"),
+            "output_dir": str(folder / "model"),
+            # What an interrupted attempt left is of no use.
+            "overwrite_output_dir": True,
+            "on_bad_rows": "skip",
+            "trust_remote_code": self.trust_remote_code,
+            "seed": self.train.seed + number,
+        }
+        if self.steps_per_round is not None:
+            steps = self.steps_per_round
+            options |= {"max_steps": steps, "save_steps": steps, "save_total_limit": 1}
+            # A schedule that decays would end with every round.
+            options["lr_scheduler_type"] = "constant_with_warmup"
+            if number > 1:
+                before = folder.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
+                options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}
+        return replace(self.train, **options)
+
+
+# The trainer's options that the rounds decide, and what to say instead.
+TRAIN_OPTIONS_ELSEWHERE = {
+    "model_name_or_path": "say --model_name_or_path",
+    "train_data": "say --data",
+    "output_dir": "say --output_dir",
+    "dry_run": "run python -m rrhf_fast.train --dry_run true",
+}
 
 # Options of the default run, wherever the caller leaves them at their default.
 DEMO = {

@@ -29,13 +29,18 @@ from rrhf_fast.scoring.config import ScoreConfig
 from rrhf_fast.scoring.stage import score
 
 
+class Preempted(Exception):
+    """SIGTERM or SIGUSR1 came while a round was trained."""
+
+
 def iterate(config: IterateConfig) -> list[dict]:
     """Run the rounds that are not done yet; returns each round's measures, round 0 first.
 
     Raises:
         ValueError: a mistake in options, files or rows.
         EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; the same call goes on.
-        KeyboardInterrupt: Ctrl-C; training saves what it has, but its round will train anew.
+        KeyboardInterrupt, Preempted: Ctrl-C or a signal; training saves what it has, but its round
+            will train anew.
     """
     if config.model_name_or_path is None and config.data is None:
         config = with_demo(config)
@@ -81,26 +86,10 @@ def iterate(config: IterateConfig) -> list[dict]:
 
 
 def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
-    options = {
-        "model_name_or_path": model,
-        "train_data": str(here / "scored.jsonl"),
-        "output_dir": str(here / "model"),
-        # What an interrupted attempt left is of no use.
-        "overwrite_output_dir": True,
-        "on_bad_rows": "skip",
-        "trust_remote_code": config.trust_remote_code,
-        "seed": config.train.seed + number,
-    }
-    if config.steps_per_round is not None:
-        steps = config.steps_per_round
-        options |= {"max_steps": steps, "save_steps": steps, "save_total_limit": 1}
-        # A schedule that decays would end with every round.
-        options["lr_scheduler_type"] = "constant_with_warmup"
-        if number > 1:
-            before = here.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
-            options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}
-    result = train(replace(config.train, **options))
-    if result.interrupted or result.preempted:
+    result = train(config.train_config(number, model, here))
+    if result.preempted:
+        raise Preempted("stopped by a signal")
+    if result.interrupted:
         raise KeyboardInterrupt
     write_rows(here / "trained.json", [{"steps": result.steps}])
     _free()

@@ -1,5 +1,5 @@
-"""Two ranks of which the second fails in its third step: python -m torch.distributed.run failing.py
-FOLDER, the folder of cases.py."""
+"""Two ranks that fail together, again and again, and then one that fails alone, in its third step:
+python -m torch.distributed.run failing.py FOLDER, the folder of cases.py."""
 
 import os
 import sys
@@ -8,12 +8,38 @@ from pathlib import Path
 from rrhf_fast import TrainConfig
 from rrhf_fast.command import leave
 from rrhf_fast.engine import loop
+from rrhf_fast.engine.save import SaveFailed
 
 RANK = int(os.environ["RANK"])
 
 
+def reward(prompts: list, responses: list[str]) -> list[float]:
+    """Is there before the first step, and fails after the last."""
+    if hasattr(reward, "called"):
+        raise IndexError("no reward")
+    reward.called = True
+    return [0.0] * len(prompts)
+
+
+def fail_together(folder: Path) -> None:
+    options = {
+        "model_name_or_path": str(folder / "untied"), "train_batch_size": 5, "max_steps": 2,
+        "train_data": str(folder / "train.jsonl"), "eval_data": str(folder / "eval.jsonl"),
+        "eval_max_new_tokens": 4,
+    }  # fmt: skip
+    for name, option in {
+        "reward": {"eval_reward_fn": "__main__:reward"},
+        "checkpoint": {"save_steps": 1},
+    }.items():
+        try:
+            loop.train(TrainConfig(output_dir=str(folder / name), **options, **option))
+        except (SaveFailed, ValueError) as error:
+            print(f"rank {RANK} is told: {error}", flush=True)
+
+
 def main() -> int:
     folder, step = Path(sys.argv[1]), loop.take_step
+    fail_together(folder)
 
     def failing(run, batch, optimizer, number, *rest):
         if RANK == 1 and number == 3:

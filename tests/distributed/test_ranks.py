@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from rrhf_fast import TrainConfig
-from rrhf_fast.engine.checkpoint import complete_checkpoints
 from rrhf_fast.engine.distributed import join_world
+from rrhf_fast.engine.output_dir import complete_checkpoints
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cases.py")
@@ -94,11 +94,25 @@ def test_ranks_change_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_takes_the_others_along(tmp_path):
-    # The first rank waits in the third step for the second, which has failed.
     cases.make_inputs(tmp_path)
-    code, out, errors = launch(2, SCRIPT.with_name("failing.py"), tmp_path, timeout=120)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/checkpoint-1").write_text("in the way")
+    code, out, errors = launch(2, SCRIPT.with_name("failing.py"), tmp_path, timeout=240)
+    # What fails on all ranks costs no complete step.
+    for rank in (0, 1):
+        assert f"rank {rank} is told: eval_reward_fn: __main__:reward raised IndexError" in out
+        assert f"rank {rank} is told: output_dir: {tmp_path}/checkpoint/checkpoint-1 could" in out
+    assert weights(tmp_path / "reward") and weights(tmp_path / "checkpoint")
+    # The first rank waits in the third step for the second, which has failed.
     assert code != 0 and "RuntimeError: rank 1 fails" in errors
     assert "survived" not in out
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_however_many_ranks_made_it(tmp_path):
+    arguments = ("-m", "rrhf_fast.train", "--output_dir", tmp_path, "--eval_fraction", "0.0001")
+    code, _, errors = launch(2, *arguments, timeout=120)
+    assert code != 0 and errors.count("rrhf_fast.train: error: eval_fraction: ") == 1
 
 
 def test_a_mesh_that_does_not_fit(monkeypatch):

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from rrhf_fast import TrainConfig, demo, train
-from rrhf_fast.engine.checkpoint import complete_checkpoints
+from rrhf_fast.engine import loop
+from rrhf_fast.engine.checkpoint import Checkpoints
+from rrhf_fast.engine.output_dir import complete_checkpoints
 from rrhf_fast.engine.save import SaveFailed
 
 ROOT = Path(__file__).parents[2]
@@ -80,13 +83,14 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, unharme
     # What a kill in the middle of a save leaves.
     shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
     (tmp_path / "out/checkpoint-50/.metadata").unlink()
+    (tmp_path / "out/.checkpoint-50").mkdir()
     result = run(tmp_path / "out", data, resume_from_checkpoint="latest")
     assert_same_run(unharmed, tmp_path / "out")
     assert result.steps == 7 and result.before["loss"] == metrics(unharmed)[0]["eval/loss"]
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == [
         "checkpoint-2", "checkpoint-4", "checkpoint-6",
     ]  # fmt: skip
-    assert not (tmp_path / "out/checkpoint-50").exists()
+    assert not list((tmp_path / "out").glob("*checkpoint-50"))
 
 
 def test_moments_rounded_at_random_resume_too(tmp_path, data):
@@ -149,6 +153,51 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, data, unharmed, name):
     assert metrics(tmp_path / "out")[-1]["step"] == int(saved.name.removeprefix("checkpoint-"))
 
 
+def signal_in_step(monkeypatch, number, name=signal.SIGTERM):
+    """Make this process get a signal in the given step's backward."""
+    step = loop.take_step
+
+    def signalled(run, batch, optimizer, now, *rest):
+        if now == number:
+            signal.raise_signal(name)
+        return step(run, batch, optimizer, now, *rest)
+
+    monkeypatch.setattr(loop, "take_step", signalled)
+
+
+def test_a_signal_comes_before_an_evaluation_which_is_made_up_for(
+    tmp_path, data, unharmed, monkeypatch
+):
+    signal_in_step(monkeypatch, 3)
+    assert run(tmp_path / "out", data).preempted
+    last = metrics(tmp_path / "out")[-1]
+    assert last["step"] == 3 and "eval/loss" not in last
+    monkeypatch.undo()
+    run(tmp_path / "out", data, resume_from_checkpoint="latest")
+    assert_same_run(unharmed, tmp_path / "out")
+
+
+def test_a_resumed_run_has_the_options_it_announces(tmp_path, data, unharmed, monkeypatch, capsys):
+    stopped_at(4, unharmed, tmp_path / "out")
+    build, optimizers = loop.build_optimizer, []
+
+    def keep(*arguments):
+        optimizer, schedule = build(*arguments)
+        optimizers.append(optimizer)
+        return optimizer, schedule
+
+    monkeypatch.setattr(loop, "build_optimizer", keep)
+    options = {"learning_rate": 1e-12, "weight_decay": 0.5, "adam_beta1": 0.5, "max_steps": 6}
+    run(tmp_path / "out", data, resume_from_checkpoint="latest", eval_reward_fn=None, **options)
+    out = capsys.readouterr().out
+    assert "learning_rate 0.001 -> 1e-12" in out and "weight_decay 0.0 -> 0.5" in out
+    rates = [r["learning_rate"] for r in metrics(tmp_path / "out") if "learning_rate" in r]
+    assert rates[4:] == pytest.approx([2e-12 / 6, 1e-12 / 6])  # linear, to 0 after the last step
+    first, second = optimizers[0].param_groups
+    assert (first["weight_decay"], second["weight_decay"]) == (0.5, 0.0)
+    assert first["betas"] == (0.5, 0.999)
+
+
 def test_latest_starts_afresh_where_there_is_none(tmp_path, data, unharmed, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/metrics.jsonl").write_text('{"step": 0}\n')  # killed before its first save
@@ -176,11 +225,32 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     (tmp_path / "out/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
         run(tmp_path / "out", data)
+    # A folder of another run is not the one to go on in, whatever the checkpoint.
+    with pytest.raises(ValueError, match="already holds metrics.jsonl of another run"):
+        run(unharmed, data, resume_from_checkpoint=checkpoint)
+    for moments, problem in ((checkpoint, "output_dir that --over"), ("latest", "no complete")):
+        with pytest.raises(ValueError, match=f"init_optimizer_from: .*{problem}"):
+            run(tmp_path / "out", data, overwrite_output_dir=True, init_optimizer_from=moments)
+    assert complete_checkpoints(tmp_path / "out")[-1] == Path(checkpoint)
     capsys.readouterr()
     run(tmp_path / "new", data, resume_from_checkpoint=checkpoint, max_steps=5, margin=0.5)
     out = capsys.readouterr().out
     assert "with changes: margin 0.0 -> 0.5, max_steps 7 -> 5" in out
     assert metrics(tmp_path / "new")[0]["step"] == 5
+
+
+def test_checkpoints_of_another_program_are_left_alone(tmp_path, data, unharmed):
+    stopped_at(2, unharmed, tmp_path / "out")
+    foreign = tmp_path / "out/checkpoint-500"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_text("precious")
+    for state in (None, '{"global_step": 500, "log_history": []}', "[1]", "1", "{"):
+        if state is not None:  # transformers' Trainer has a file of this name too
+            (foreign / "trainer_state.json").write_text(state)
+        for options in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+            with pytest.raises(ValueError, match="checkpoint-500 is no checkpoint of rrhf_fast"):
+                run(tmp_path / "out", data, **options)
+    assert (foreign / "model.safetensors").read_text() == "precious"
 
 
 def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):
@@ -224,7 +294,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, data, unharmed):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, data, unharmed):
+def test_a_folder_that_cannot_be_written(tmp_path, data, unharmed, monkeypatch):
     stopped_at(4, unharmed, tmp_path / "out")
     (tmp_path / "out/checkpoint-6").write_text("in the way")
     with pytest.raises(SaveFailed, match="checkpoint-6 could not be written"):
@@ -232,3 +302,43 @@ def test_a_folder_that_cannot_be_written(tmp_path, data, unharmed):
     assert complete_checkpoints(tmp_path / "out")[-1].name == "checkpoint-4"
     # The weights of the complete steps are there all the same.
     assert load_file(tmp_path / "out/model.safetensors")
+    (tmp_path / "out/model.safetensors").unlink()
+    signal_in_step(monkeypatch, 6)  # whatever the reason for the checkpoint
+    with pytest.raises(SaveFailed, match="checkpoint-6 could not be written"):
+        run(tmp_path / "out", data, resume_from_checkpoint="latest")
+    assert load_file(tmp_path / "out/model.safetensors")
+
+
+def test_ctrl_c_waits_for_the_update_and_reports_a_failed_write(tmp_path, data, monkeypatch):
+    step, save = torch.optim.AdamW.step, Checkpoints.save
+
+    def interrupted(optimizer, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return step(optimizer, *arguments)
+
+    def save_fails(checkpoints, progress):
+        with small_files():
+            save(checkpoints, progress)
+            assert checkpoints._pending[1].exception() is not None
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", interrupted)
+        result = run(tmp_path / "out", data)
+    assert result.interrupted and result.steps == metrics(tmp_path / "out")[-1]["step"] == 1
+    assert load_file(tmp_path / "out/model.safetensors")
+    monkeypatch.setattr(Checkpoints, "save", save_fails)
+    with pytest.raises(SaveFailed, match="checkpoint-2 could not be written .*too large"):
+        run(tmp_path / "failed", data)
+    assert load_file(tmp_path / "failed/model.safetensors")
+
+
+@pytest.mark.slow  # torchao compiles itself
+def test_a_signal_saves_the_model_where_no_checkpoint_can_be(tmp_path, data, monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    signal_in_step(monkeypatch, 1)
+    result = run(tmp_path / "out", data, optim="adamw_8bit", save_steps=None)
+    assert result.interrupted and not result.preempted and result.steps == 1
+    assert "stopped early after 1 steps; model and metrics are in" in capsys.readouterr().out
+    assert load_file(tmp_path / "out/model.safetensors")
+    assert not list((tmp_path / "out").glob("*checkpoint*"))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rrhf_fast import TrainConfig, demo, reference, train
-from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.rows import BadRow, load_rows
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.engine import evaluate
 from rrhf_fast.engine.backward import OutOfMemory
 from rrhf_fast.engine.loop import NotFinite
 from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.plot import plot_training
+from rrhf_fast.engine.save import SaveFailed
+from rrhf_fast.model.decoder import UnsupportedModel
 from rrhf_fast.model.rrhf import RRHFModel
 
 ROOT = Path(__file__).parents[2]
@@ -348,6 +351,22 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, data):
     assert b"stopped early after" in out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def test_errors_can_be_sent_to_other_ranks():
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=2, n_embd=2, n_layer=1, n_head=1))
+    for error in (BadRow("kind", "f:1", "bad"), UnsupportedModel(lm, "reason"), SaveFailed("full")):
+        error.on_all_ranks = True
+        sent = pickle.dumps(error)
+        found = pickle.loads(sent)
+        assert type(found) is type(error) and str(found) == str(error) and len(sent) < 1000
+        assert vars(found) == vars(error)
+
+
+def test_a_dry_run_trains_nothing(tmp_path, data, capsys):
+    result = run(tmp_path / "out", data, dry_run=True)
+    assert result.output_dir is None and result.steps == 0
+    assert "GiB" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, data):

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rrhf_fast import TrainConfig, demo
+from rrhf_fast.engine import loop as engine
 from rrhf_fast.evaluation.measures import Estimate
-from rrhf_fast.iterate import main
+from rrhf_fast.iterate import _run, main
 from rrhf_fast.rounds import loop
 from rrhf_fast.rounds.config import IterateConfig, with_demo
 from rrhf_fast.rounds.report import is_hacking
@@ -104,6 +106,21 @@ def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
         loop.iterate(replace(config, rounds=2))
 
 
+def test_a_signal_while_training_is_exit_code_75(config, monkeypatch, capsys):
+    step = engine.take_step
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    config.rounds, config.train.max_steps = 1, 2
+    monkeypatch.setattr(engine, "take_step", signalled)
+    assert _run(config) == 75
+    problem = "rrhf_fast.iterate: error: stopped by a signal; what is done is kept: run the same"
+    assert problem in capsys.readouterr().err
+    assert not Path(config.output_dir, "round-1", "trained.json").exists()
+
+
 def test_the_penalty_compares_with_the_first_model(config):
     config.rounds, config.kl_coef, config.train.max_steps = 2, 0.1, 2
     loop.iterate(config)
@@ -168,6 +185,16 @@ MISTAKES = {
     "out of range": (["--rounds", "0"], "rounds: expected at least 1, found 0"),
     "in a policy": (["--policies", "[{method: sample, top_p: 0}]"], "policies[0].top_p"),
     "in the trainer's": (["--train.learning_rate", "0"], "learning_rate: expected more than 0"),
+    "half a step": (["--train.warmup_steps", "1.5"], "train.warmup_steps: expected a share"),
+    "another's model": (["--train.model_name_or_path", "m"], "train.model_name_or_path: is not"),
+    "another's data": (["--train.train_data", "d"], "(say --data)"),
+    "another's folder": (["--train.output_dir", "o"], "(say --output_dir)"),
+    "no memory table": (["--train.dry_run", "true"], "(run python -m rrhf_fast.train --dry_run"),
+    "moments that cannot be saved": (
+        ["--steps_per_round", "1", "--train.optim", "adamw_8bit"],
+        "steps_per_round, train.optim: the moments of adamw_8bit cannot be carried on",
+    ),
+    "a reward without rows": (["--train.eval_reward_fn", "a:b"], "train.eval_reward_fn: needs"),
     "unknown": (["--train.learning_rat", "0"], "learning_rat"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rrhf_fast.data.rows import Draft, load_drafts, load_rows
+from rrhf_fast.data.tokenise import encode_responses
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.measures import (
     Bootstrap,
@@ -190,7 +191,7 @@ def _same_prompts(baseline: Side, model: Side, config: EvaluateConfig) -> Side:
 
 def _measure(side: Side, tokenizer, bootstrap: Bootstrap) -> dict[str, Estimate]:
     tokens = [
-        np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        np.array([len(ids) for ids in encode_responses(tokenizer, texts)])
         for texts in side.responses
     ]
     counts = [len(texts) for texts in side.responses]

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from rrhf_fast.data.journal import fingerprint
 from rrhf_fast.data.rows import Draft, Row, RowReport, cut_at
-from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
+from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.sampling.config import Policy, SampleConfig
 from rrhf_fast.sampling.generate import batches_by_length, generate_batch
@@ -68,7 +68,7 @@ class LocalModel:
         return [[self._response(ids) for ids in responses] for responses in found]
 
     def _response(self, ids) -> dict:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = decode_response(self.tokenizer, ids)
         cut = cut_at(self.config.stop_strings, text)
         ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
         return {"text": cut, "finish_reason": "stop" if ended else "length"}

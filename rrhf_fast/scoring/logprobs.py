@@ -76,6 +76,8 @@ class LogProbs:
 
 
 def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:
-    """The log-probs of the tokens that the sampler drew: a response that was cut off had no end
-    token."""
+    """The log-probs of a response's own tokens: one that was cut off had no end token.
+
+    They are the tokens of its text, as in training: those that the sampler drew, but for the rare
+    word that it spelt in other pieces than the tokenizer does."""
     return logps[:-1] if finish_reason == "length" else logps

@@ -90,13 +90,14 @@ def tokenise_rows(
     usable, texts, end_of_turn = [], [], None
     for row in rows:
         try:
-            texts.append(_prompt_text(tokenizer, row))
+            text = _prompt_text(tokenizer, row)
+            if end_of_turn is None and isinstance(row.prompt, list):
+                end_of_turn = _end_of_turn(tokenizer, row)
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue
         usable.append(row)
-        if end_of_turn is None and isinstance(row.prompt, list):
-            end_of_turn = _end_of_turn(tokenizer, row.prompt)
+        texts.append(text)
     bos = _added_bos(tokenizer)
     all_prompts = _encode(tokenizer, texts)
     all_responses = iter(
@@ -140,11 +141,11 @@ def tokenise_rows(
 
 def end_token_ids(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[int]:
     """The tokens that end a response to these rows: EOS, and the chat template's end of turn if any
-    has messages."""
+    has messages. Raises BadRow where the template rejects an answer."""
     ends = {tokenizer.eos_token_id}
-    messages = next((row.prompt for row in rows if isinstance(row.prompt, list)), None)
-    if messages is not None:
-        ends.add(_end_of_turn(tokenizer, messages))
+    with_messages = next((row for row in rows if isinstance(row.prompt, list)), None)
+    if with_messages is not None:
+        ends.add(_end_of_turn(tokenizer, with_messages))
     return sorted(ends)
 
 
@@ -247,20 +248,25 @@ def _fit_response(ids: list[int], end: int, limit: int, counts: TokenCounts) -> 
 def _prompt_text(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     if isinstance(row.prompt, str):
         return row.prompt
+    return _rendered(tokenizer, row, row.prompt, add_generation_prompt=True)
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, messages: list[dict], **options
+) -> str:
     try:
-        return tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
-    except (
-        Exception
-    ) as error:  # a template raises what it likes, for example on two user turns in a row
-        problem = f"prompt: the chat template rejects these messages ({error})"
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template raises what it likes, say on two user turns in a row
+        what = "these messages" if messages is row.prompt else "an answer behind these messages"
+        problem = f"prompt: the chat template rejects {what} ({error})"
         raise BadRow("rejected by the chat template", row.where, problem) from error
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) -> int:
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", row: Row) -> int:
     """The first special token that the chat template puts behind an assistant's answer; EOS if it
     puts none."""
-    answered = [*messages, {"role": "assistant", "content": _PROBE}]
-    text = tokenizer.apply_chat_template(answered, tokenize=False)
+    answered = [*row.prompt, {"role": "assistant", "content": _PROBE}]
+    text = _rendered(tokenizer, row, answered)
     behind = _encode(tokenizer, [text.rpartition(_PROBE)[2]])[0]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in behind if token in special), tokenizer.eos_token_id)

@@ -19,9 +19,10 @@ class LocalModel:
     batches: lists of row numbers, of like length; a row that does not fit the window is in none.
     """
 
-    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig):
-        """Raises ValueError when there is no such model or a prompt does not fit its window."""
-        code = {"trust_remote_code": config.trust_remote_code}
+    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig, option: str):
+        """`option` is the one that names the model. Raises ValueError when there is no such model
+        or a prompt does not fit its window."""
+        code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.name, self.config = name, config
         self.tokenizer = load_tokenizer(name, **code)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +39,7 @@ class LocalModel:
             max_prompt_length=config.max_prompt_length,
             on_bad_rows=config.on_bad_rows,
         )
-        self.end_token_ids = end_token_ids(self.tokenizer, rows)
+        self.end_token_ids = end_token_ids(self.tokenizer, [query.row for query in queries])
         numbers = {id(row): i for i, row in enumerate(rows)}
         self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
         usable = list(self.prompts)

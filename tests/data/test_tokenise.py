@@ -130,6 +130,19 @@ def test_messages_need_a_template_and_its_consent():
     assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
 
 
+def test_a_template_that_rejects_an_answer():
+    guard = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = make_tokenizer(template=guard + TEMPLATE)
+    messages = [{"role": "user", "content": "a"}]
+    problem = r"f:1: prompt: the chat template rejects an answer behind these messages \(no\)"
+    with pytest.raises(BadRow, match=problem):
+        tokenise(tokenizer, row(messages))
+    with pytest.raises(BadRow, match=problem):
+        end_token_ids(tokenizer, [row(messages)])
+    queries, _, report = tokenise(tokenizer, row(messages), row(), on_bad_rows="skip")
+    assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
+
+
 def test_a_tokenizer_without_eos():
     with pytest.raises(ValueError, match="no eos_token"):
         tokenise(make_tokenizer(eos_token=None), row())

@@ -364,6 +364,51 @@ def test_an_endpoint_that_refuses_everything_writes_no_rows(tmp_path, remote):
     assert not os.path.exists(remote.output)
 
 
+def test_refusals_alone_are_not_kept(tmp_path, remote, openai_server):
+    """Everything is asked again once the server is set right; other policies' work is kept."""
+    remote.data = write(tmp_path / "refused.jsonl", [{"prompt": "forbidden"}])
+    remote.policies[0].model = "refuses"
+    remote.policies = [*policies({"method": "greedy"}), *remote.policies]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"policies\[1\]: every request was refused"):
+            sample(remote)
+    records = read(remote.output + ".journal")
+    assert records[-1] == {"forgotten": ["1/0/0", "1/0/1"]}
+    assert [r["key"] for r in records if "key" in r].count("1/0/0") == 2
+    assert [r["key"] for r in records if "key" in r].count("0/batch 0") == 1
+
+
+def test_a_wrong_name_locks_nothing(tmp_path, config, capsys):
+    arguments = ["--data", config.data, "--output", config.output]
+    wrong = "[{method: greedy, max_new_tokens: 4}, {method: greedy, model: /no/such/model}]"
+    right = ["--model_name_or_path", MODEL, "--policies"]
+    for names, option in (
+        (["--model_name_or_path", "/no/such/model"], "model_name_or_path"),
+        ([*right, wrong], "policies[1].model"),
+    ):
+        assert main([*arguments, *names]) == 2
+        problem = "/no/such/model: no such folder, and no such model on the hub could be loaded"
+        assert capsys.readouterr().err == f"rrhf_fast.sample: error: {option}: {problem}\n"
+    assert main([*arguments, *right, "[{method: greedy, max_new_tokens: 4}]"]) == 0
+
+
+def test_samples_of_two_models_under_one_name_are_not_mixed(tmp_path, config, lm):
+    model, tokenizer = lm
+    folder = tmp_path / "model"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    config.model_name_or_path, config.policies = str(folder), policies({"method": "greedy"})
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": "long " * 400}]
+    config = replace(config, data=write(tmp_path / "two.jsonl", rows), batch_size=1)
+    config.policies.append(Policy(method="openai", model="m", base_url="http://127.0.0.1:9"))
+    config.on_bad_rows, config.max_retries = "skip", 0
+    with pytest.raises(EndpointDown):
+        sample(config)
+    os.utime(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="unfinished work of a run with other .*models"):
+        sample(config)
+
+
 MISTAKES = {
     "no data": (["--output", "o.jsonl"], "data: missing"),
     "no output": (["--data", "rows.jsonl"], "output: missing"),

@@ -120,8 +120,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        if kind is not None and not self.done:
-            self.path.unlink(missing_ok=True)  # nothing came of it
+        if kind is not None and issubclass(kind, ValueError) and not self.done:
+            self.path.unlink(missing_ok=True)  # a mistake, and nothing came of it
         self._file.close()
 
 

@@ -55,7 +55,7 @@ def parse_config(
     try:
         options = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
-        no_list = re.search(r"\"(\w+)\": Expected a <class 'list'>. Got value: (.*)", str(error))
+        no_list = re.search(r"\"(\w+)\":\s+Expected a <class 'list'>. Got value: (.*)", str(error))
         if no_list is None:
             raise
         option, value = no_list.groups()

@@ -1,12 +1,18 @@
 """What every command shares: options from a config class, one-line errors, exit codes."""
 
+import argparse
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import yaml
 from jsonargparse import (
     ArgumentError,
     ArgumentParser,
@@ -33,7 +39,12 @@ def parse_config(
     name: str = "train",
     description: str | None = None,
 ) -> Config:
-    """Options of the command line (default: this process's) as a config; raises ArgumentError."""
+    """Options of the command line (default: this process's) as a config.
+
+    Raises:
+        ArgumentError: an option that there is not, or a value of the wrong type.
+        ValueError: a file of options that cannot be read as such.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"python -m rrhf_fast.{name}",
@@ -44,9 +55,44 @@ def parse_config(
     )
     parser.add_argument("--config", action="config", help="YAML file of options.")
     parser.add_class_arguments(config_class)
-    options = parser.parse_args(arguments).as_dict()
+    _check_files(config_class, arguments)
+    try:
+        options = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        no_list = re.search(r"\"(\w+)\":\s+Expected a <class 'list'>. Got value: (.*)", str(error))
+        if no_list is None:
+            raise
+        option, value = no_list.groups()
+        problem = f"{option}: expected a list, [{value}], found {value}"
+        raise ValueError(problem) from error
     options.pop("config")
     return config_class(**options)
+
+
+def _check_files(config_class: type, arguments: list[str] | None) -> None:
+    """Raise ValueError, with the file's name, where a --config file holds no options of this
+    command."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    names = {field.name for field in fields(config_class)}
+    for file in map(Path, finder.parse_known_args(arguments)[0].config):
+        try:
+            options = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config: {file}: cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else file
+            problem = getattr(error, "problem", None) or error
+            raise ValueError(f"config: {where}: not YAML ({problem})") from error
+        if not isinstance(options, dict):
+            found = "nothing" if options is None else repr(options)[:80]
+            raise ValueError(f"config: {file}: expected lines of `option: value`, found {found}")
+        for name in map(str, options):
+            if name.partition(".")[0] not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"config: {file}: {name}: no such option{hint}")
 
 
 def run_command(
@@ -55,10 +101,18 @@ def run_command(
     config_class: type[Config],
     run: Callable[[Config], int],
     arguments: list[str] | None = None,
+    *,
+    many_processes: bool = False,
 ) -> int:
     """Parse and run; returns the exit code: that of `run`, 2 for a mistake in options or data (a
-    ValueError), 130 for Ctrl-C."""
+    ValueError), 130 for Ctrl-C. A launcher of several processes is refused, unless the command
+    shares its work among `many_processes`."""
     try:
+        if not many_processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"this command is one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
+                f"start it by python -m rrhf_fast.{name}, not by torchrun"
+            )
         return run(parse_config(config_class, arguments, name, description))
     except (ArgumentError, ValueError) as error:
         # A mistake is nearly always every rank's, and the first rank's line says it: the launcher
@@ -68,6 +122,12 @@ def run_command(
         return fail(name, error, 2)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
+
+
+def go_on(config: object) -> str:
+    """What to do after a stage stopped half-way: the work that is done is kept."""
+    how = ", without --overwrite" if config.overwrite else ""
+    return f"what is done is kept: run the same command again{how}"
 
 
 def fail(name: str, problem: object, code: int) -> int:

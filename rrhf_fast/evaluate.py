@@ -10,7 +10,7 @@ Killed? The same command goes on where it was.
 import sys
 from pathlib import Path
 
-from rrhf_fast.command import fail, run_command
+from rrhf_fast.command import fail, go_on, run_command
 from rrhf_fast.evaluation.config import EvaluateConfig
 
 
@@ -29,7 +29,7 @@ def _run(config: EvaluateConfig) -> int:
     try:
         evaluation = evaluate(config)
     except EndpointDown as error:
-        return fail("evaluate", f"{error}; what is done is kept: run the same command again", 1)
+        return fail("evaluate", f"{error}; {go_on(config)}", 1)
     print(write_report(evaluation, Path(config.output_dir)))
     print(f"report.html is in {config.output_dir}")
     return 0

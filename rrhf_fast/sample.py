@@ -10,7 +10,7 @@ Killed? The same command goes on where it was.
 
 import sys
 
-from rrhf_fast.command import fail, run_command
+from rrhf_fast.command import fail, go_on, run_command
 from rrhf_fast.sampling.config import SampleConfig
 
 
@@ -28,7 +28,7 @@ def _run(config: SampleConfig) -> int:
     try:
         counts = sample(config)
     except EndpointDown as error:
-        return fail("sample", f"{error}; what is done is kept: run the same command again", 1)
+        return fail("sample", f"{error}; {go_on(config)}", 1)
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
     print(f"rows are in {config.output}")
     return 0

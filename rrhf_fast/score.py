@@ -11,7 +11,7 @@ Killed? The same command goes on where it was.
 
 import sys
 
-from rrhf_fast.command import fail, run_command
+from rrhf_fast.command import fail, go_on, run_command
 from rrhf_fast.scoring.config import ScoreConfig
 
 
@@ -29,7 +29,7 @@ def _run(config: ScoreConfig) -> int:
     try:
         counts = score(config)
     except EndpointDown as error:
-        return fail("score", f"{error}; what is done is kept: run the same command again", 1)
+        return fail("score", f"{error}; {go_on(config)}", 1)
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
     print(f"rows are in {config.output}")
     return 0

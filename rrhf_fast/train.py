@@ -17,7 +17,7 @@ from rrhf_fast.config import TrainConfig
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
     data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint to resume from, 130 Ctrl-C."""
-    return run_command("train", __doc__, TrainConfig, _run, arguments)
+    return run_command("train", __doc__, TrainConfig, _run, arguments, many_processes=True)
 
 
 def _run(config: TrainConfig) -> int:

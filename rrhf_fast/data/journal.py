@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,17 @@ class Journal:
             output: the final file.
             fingerprint: of everything that results depend on; a journal with another one is
                 refused.
-            overwrite: give up an earlier output and the journal of other options.
+            overwrite: give up an earlier output, and an earlier journal.
 
         Raises:
             ValueError: the output is there already, another process is at work on it, or the
-                journal belongs to other options or is damaged.
+                journal holds results of other options or is damaged.
         """
         self.output, self.path = Path(output), Path(f"{output}.journal")
         self.done: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if self.output.exists() and not self.path.exists() and not overwrite:
-            raise ValueError(
-                f"output: {output} exists already (choose another, or set --overwrite true)"
-            )
+        if not self.path.exists():
+            self._check_output(overwrite)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
@@ -54,7 +53,15 @@ class Journal:
             raise ValueError(f"output: another process is writing {output}") from error
         self._read(fingerprint, overwrite)
 
+    def _check_output(self, overwrite: bool) -> None:
+        if self.output.exists() and not overwrite:
+            raise ValueError(
+                f"output: {self.output} exists already (choose another, or set --overwrite true)"
+            )
+
     def _read(self, fingerprint: str, overwrite: bool) -> None:
+        if overwrite:
+            self._file.truncate(0)
         self._file.seek(0)
         whole, _, torn = self._file.read().rpartition(b"\n")
         if torn:
@@ -62,18 +69,26 @@ class Journal:
         lines = whole.splitlines()
         try:
             records = [json.loads(line) for line in lines]
-            self.done = {record["key"]: record["result"] for record in records[1:]}
             found = records[0]["fingerprint"] if records else None
+            for record in records[1:]:
+                if "forgotten" in record:
+                    for key in record["forgotten"]:
+                        del self.done[key]
+                else:
+                    self.done[record["key"]] = record["result"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output: {self.path} is damaged (delete it to start over)") from error
         if found is not None and found != fingerprint:
-            if not overwrite:
+            if self.done:
                 raise ValueError(
-                    f"output: {self.path} is the unfinished work of a run with other options or "
-                    "other rows (repeat that run to finish it, or set --overwrite true)"
+                    f"output: {self.path} is the unfinished work of a run with other options, "
+                    "rows, models or reward function (repeat that run to finish it, or set "
+                    "--overwrite true)"
                 )
+            # Nothing came of that run.
+            self._check_output(overwrite)
             self._file.truncate(0)
-            self.done, found = {}, None
+            found = None
         if found is None:
             self._append({"fingerprint": fingerprint})
 
@@ -83,6 +98,13 @@ class Journal:
             assert key not in self.done, key
             self._append({"key": key, "result": result})
             self.done[key] = result
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Give up finished units that are of no use; they will be done again."""
+        keys = list(keys)
+        self._append({"forgotten": keys})
+        for key in keys:
+            del self.done[key]
 
     def _append(self, record: dict) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
@@ -97,13 +119,27 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and issubclass(kind, ValueError) and not self.done:
+            self.path.unlink(missing_ok=True)  # a mistake, and nothing came of it
         self._file.close()
 
 
 def fingerprint(*parts: Any) -> str:
     """A short name for JSON values: equal values have equal names."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a small file that a stage wrote. Raises ValueError, with its name, where it is
+    damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged (expected a JSON object)")
+    return record
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

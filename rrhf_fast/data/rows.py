@@ -10,6 +10,7 @@ read as k = 2. Other fields are ignored.
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ T = TypeVar("T")
 NUM_PROVIDED = 2
 # How the sources of a data set's own responses begin; the last two name those of a pair.
 PROVIDED = ("provided", "chosen", "rejected")
+NO_ARRAY = "expected a JSON object on each line, found what looks like a JSON array"
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def parse_draft(record: object, where: str) -> Draft:
         if values is not None and len(values) != len(responses or []):
             raise _unequal(name, len(values), len(responses or []), where)
     used = {"prompt", "query", "responses", "scores", "sources", "finish_reasons"}
+    # What an earlier `score` said about other scores, maybe of other responses.
+    used |= {"rewards", "log_ratios", "criteria", "unscored"}
     used |= {"chosen", "rejected"} if _is_pair(record) else set()
     others = {name: value for name, value in record.items() if name not in used}
     return Draft(prompt, responses, sources, finish_reasons, others, where)
@@ -222,30 +226,38 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        file = path.open(encoding="utf-8-sig")
+        file = path.open("rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     with file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    yield where, json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    reason = getattr(error, "msg", "nested too deeply")
-                    yield (
-                        where,
-                        BadRow("not JSON", where, f"expected a JSON object on one line ({reason})"),
-                    )
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        start = 0  # of this line, in bytes
+        for number, encoded in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                line = encoded.removeprefix(BOM_UTF8 if number == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                place = start + encoded.index(error.object) + error.start
+                raise ValueError(f"{where}: not UTF-8 text (byte {place} of the file)") from error
+            start += len(encoded)
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                if number == 1 and line.lstrip().startswith("["):
+                    raise ValueError(f"{path}: {NO_ARRAY}") from error
+                yield (
+                    where,
+                    BadRow("not JSON", where, f"expected a JSON object on one line ({reason})"),
+                )
 
 
 def _check_object(record: object, where: str) -> dict:
     if isinstance(record, BadRow):  # a line that is no JSON
         raise record
+    if isinstance(record, list):
+        raise BadRow("not an object", where, NO_ARRAY)
     if not isinstance(record, dict):
         raise BadRow("not an object", where, f"expected a JSON object, found {_show(record)}")
     return record

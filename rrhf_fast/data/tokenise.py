@@ -1,12 +1,15 @@
 """Text to tokens: prompt and response apart, one BOS, an end token that is learned, cuts that keep
 what matters."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from rrhf_fast.data.rows import BadRow, Row, RowReport
 
@@ -87,16 +90,19 @@ def tokenise_rows(
     usable, texts, end_of_turn = [], [], None
     for row in rows:
         try:
-            texts.append(_prompt_text(tokenizer, row))
+            text = _prompt_text(tokenizer, row)
+            if end_of_turn is None and isinstance(row.prompt, list):
+                end_of_turn = _end_of_turn(tokenizer, row)
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue
         usable.append(row)
-        if end_of_turn is None and isinstance(row.prompt, list):
-            end_of_turn = _end_of_turn(tokenizer, row.prompt)
+        texts.append(text)
     bos = _added_bos(tokenizer)
     all_prompts = _encode(tokenizer, texts)
-    all_responses = iter(_encode(tokenizer, [text for row in usable for text in row.responses]))
+    all_responses = iter(
+        encode_responses(tokenizer, [text for row in usable for text in row.responses])
+    )
 
     queries, counts = [], TokenCounts()
     for row, prompt_ids in zip(usable, all_prompts, strict=True):
@@ -135,12 +141,66 @@ def tokenise_rows(
 
 def end_token_ids(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[int]:
     """The tokens that end a response to these rows: EOS, and the chat template's end of turn if any
-    has messages."""
+    has messages. Raises BadRow where the template rejects an answer."""
     ends = {tokenizer.eos_token_id}
-    messages = next((row.prompt for row in rows if isinstance(row.prompt, list)), None)
-    if messages is not None:
-        ends.add(_end_of_turn(tokenizer, messages))
+    with_messages = next((row for row in rows if isinstance(row.prompt, list)), None)
+    if with_messages is not None:
+        ends.add(_end_of_turn(tokenizer, with_messages))
     return sorted(ends)
+
+
+def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that stand behind a prompt, without an end token."""
+    with _mid_text(tokenizer):
+        return _encode(tokenizer, texts)
+
+
+def decode_response(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of tokens that a model put behind a prompt, without special tokens; a space that it
+    begins with is kept, so that `encode_responses` finds the same tokens."""
+    with _mid_text(tokenizer):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@contextmanager
+def _mid_text(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Inside the block the tokenizer neither adds the space that SentencePiece puts in front of a
+    text, nor takes it away when it decodes: a response is no beginning."""
+    # Only tokenizers written in Python have no backend; they stay as they are.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    names = ("normalizer", "pre_tokenizer", "decoder")
+    found = {name: getattr(backend, name, None) for name in names}
+    found = {name: part for name, part in found.items() if part is not None}
+    # What pickle keeps of a part is its JSON.
+    parts = {name: json.loads(part.__getstate__()) for name, part in found.items()}
+    changed = {name: _without_space(part) for name, part in parts.items()}
+    if changed == parts:
+        yield
+        return
+    nothing = {"type": "BPE", "vocab": {}, "merges": []}
+    donor = Tokenizer.from_str(json.dumps({"added_tokens": [], "model": nothing} | changed))
+    for name in changed:
+        setattr(backend, name, getattr(donor, name))
+    try:
+        yield
+    finally:
+        for name, part in found.items():
+            setattr(backend, name, part)
+
+
+def _without_space(part: dict[str, Any]) -> dict[str, Any] | None:
+    """A part of a tokenizer, as JSON, without what adds or strips a space in front."""
+    kind = part["type"]
+    if kind == "Sequence":
+        (name,) = part.keys() - {"type"}
+        inner = [_without_space(step) for step in part[name]]
+        return part | {name: [step for step in inner if step is not None]}
+    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " " and part["start"]):
+        return None
+    if kind == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    # A decoder of this kind has the field too, but does nothing with it.
+    return part | {"add_prefix_space": False} if kind == "ByteLevel" else part
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -188,20 +248,25 @@ def _fit_response(ids: list[int], end: int, limit: int, counts: TokenCounts) -> 
 def _prompt_text(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
     if isinstance(row.prompt, str):
         return row.prompt
+    return _rendered(tokenizer, row, row.prompt, add_generation_prompt=True)
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", row: Row, messages: list[dict], **options
+) -> str:
     try:
-        return tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
-    except (
-        Exception
-    ) as error:  # a template raises what it likes, for example on two user turns in a row
-        problem = f"prompt: the chat template rejects these messages ({error})"
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template raises what it likes, say on two user turns in a row
+        what = "these messages" if messages is row.prompt else "an answer behind these messages"
+        problem = f"prompt: the chat template rejects {what} ({error})"
         raise BadRow("rejected by the chat template", row.where, problem) from error
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) -> int:
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", row: Row) -> int:
     """The first special token that the chat template puts behind an assistant's answer; EOS if it
     puts none."""
-    answered = [*messages, {"role": "assistant", "content": _PROBE}]
-    text = tokenizer.apply_chat_template(answered, tokenize=False)
+    answered = [*row.prompt, {"role": "assistant", "content": _PROBE}]
+    text = _rendered(tokenizer, row, answered)
     behind = _encode(tokenizer, [text.rpartition(_PROBE)[2]])[0]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in behind if token in special), tokenizer.eos_token_id)

@@ -47,6 +47,8 @@ class EvaluateConfig(EvaluationOptions):
     output_dir: str | None = None
     """Where samples, scores, evaluation.json, evaluation.png and report.html go. The same command
     goes on where it was."""
+    overwrite: bool = False
+    """Give up the evaluation that output_dir holds."""
     baseline: str | None = None
     """A model to compare with on the same prompts, or the scored.jsonl of its own evaluation."""
     ranking_data: str | list[str] | None = None

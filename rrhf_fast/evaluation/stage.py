@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.data.journal import read_json
 from rrhf_fast.data.rows import Draft, load_drafts, load_rows
+from rrhf_fast.data.tokenise import encode_responses
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.measures import (
     Bootstrap,
@@ -24,10 +26,15 @@ from rrhf_fast.sampling.config import Policy, SampleConfig, identity
 from rrhf_fast.sampling.stage import sample
 from rrhf_fast.scoring.config import ScoreConfig, ScorerConfig
 from rrhf_fast.scoring.logprobs import LogProbs, generated
-from rrhf_fast.scoring.stage import score
+from rrhf_fast.scoring.stage import check_scorer, score
 
 # What `sources` calls the two sides.
 MODEL, BASELINE = "model", "baseline"
+# What an evaluation leaves, finished or not.
+ROWS = ("samples.jsonl", "scored.jsonl")
+FILES = ("options.json", "options.saving", "evaluation.json", "evaluation.saving")
+FILES += ("evaluation.png", "report.html", *ROWS)
+FILES += tuple(f"{name}.{kind}" for name in ROWS for kind in ("journal", "saving"))
 
 
 @dataclass
@@ -67,11 +74,29 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         EndpointDown: the judge stopped answering; the same call goes on.
     """
     config.validate()
-    folder = claim(config.output_dir, identity(config))
-    samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
     against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
-    if not scored.exists():
-        if not samples.exists():
+    # All that can be wrong is looked at before anything is written.
+    prompts = [
+        draft.prompt for draft in load_drafts(config.data, on_bad_rows=config.on_bad_rows)[0]
+    ]
+    earlier = None
+    if config.baseline is not None and not against_model:
+        earlier = _earlier(config.baseline, prompts)
+    if config.ranking_data is not None:
+        load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+    check_scorer(config)
+    options = ["model_name_or_path", "reference_model_name_or_path"]
+    for option in options + ["baseline"] * against_model:
+        if (name := getattr(config, option)) is not None:
+            load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
+    folder = claim(config.output_dir, identity(config), overwrite=config.overwrite)
+    samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
+    if scored.exists():
+        print(f"reusing {scored}", flush=True)
+    else:
+        if samples.exists():
+            print(f"reusing {samples}", flush=True)
+        else:
             sides = {MODEL: config.model_name_or_path}
             sides |= {BASELINE: config.baseline} if against_model else {}
             sample(_sample_config(config, sides, samples))
@@ -80,8 +105,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     sides = {MODEL: read_side(scored, MODEL)}
     if against_model:
         sides[BASELINE] = read_side(scored, BASELINE)
-    elif config.baseline is not None:
-        sides[BASELINE] = _same_prompts(read_side(config.baseline, MODEL), sides[MODEL], config)
+    elif earlier is not None:
+        sides[BASELINE] = earlier
     total = len(sides[MODEL].prompts)
     keep = [i for i in range(total) if all(len(side.rewards[i]) for side in sides.values())]
     if not keep:
@@ -93,7 +118,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     measures = {name: _measure(side, tokenizer) for name, side in sides.items()}
     if config.reference_model_name_or_path is not None:
-        reference = LogProbs(config.reference_model_name_or_path, config)
+        option = "reference_model_name_or_path"
+        reference = LogProbs(config.reference_model_name_or_path, config, option)
         for name, side in sides.items():
             measures[name]["perplexity"] = _perplexity(side, reference)
         del reference  # before the next model is loaded
@@ -125,19 +151,30 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return evaluation
 
 
-def claim(output_dir: str, options: dict) -> Path:
-    """Make the folder of a run, or find it as the run with these very options left it.
+def claim(output_dir: str, options: dict, *, overwrite: bool = False) -> Path:
+    """Make the folder of a run, or find it as the run with these very options left it. What a run
+    left that came to nothing counts for nothing.
+
+    Args:
+        overwrite: remove the files of an earlier evaluation.
 
     Raises:
-        ValueError: it cannot be written, or holds a run with other options.
+        ValueError: it cannot be written, or holds a run with other options, or something else.
     """
     folder, file = Path(output_dir), Path(output_dir, "options.json")
     text = json.dumps(options, indent=2, sort_keys=True) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            before, now = json.loads(file.read_text()), json.loads(text)
-            if changed := [name for name in now if before.get(name) != now[name]]:
+        if (held := _held(folder)) is not None:
+            if not file.exists():
+                problem = f"holds other files, {held} for one (choose another folder)"
+                raise ValueError(f"output_dir: {output_dir} {problem}")
+            before, now = read_json(file), json.loads(text)
+            if overwrite:
+                _empty(folder)
+            elif changed := sorted(
+                name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+            ):
                 raise ValueError(
                     f"output_dir: {output_dir} holds a run with another {', '.join(changed)} "
                     "(choose another folder)"
@@ -150,6 +187,21 @@ def claim(output_dir: str, options: dict) -> Path:
             f"output_dir: {output_dir} cannot be written ({error.strerror})"
         ) from error
     return folder
+
+
+def _held(folder: Path) -> str | None:
+    """A file that says that some work was done here."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.stem != "options")
+    return next((str(path.relative_to(folder)) for path in files if path.stat().st_size), None)
+
+
+def _empty(folder: Path) -> None:
+    """Remove an evaluation, and nothing else."""
+    if strange := [path.name for path in folder.iterdir() if path.name not in FILES]:
+        problem = f"holds more than an evaluation, {strange[0]} for one (choose another folder)"
+        raise ValueError(f"output_dir: {folder} {problem}")
+    for name in FILES:
+        folder.joinpath(name).unlink(missing_ok=True)
 
 
 def pass_on(config: ScorerConfig, target: type, **options):
@@ -179,32 +231,41 @@ def read_side(path: str | Path, source: str) -> Side:
     drafts, _ = load_drafts(str(path))
     side = Side([], [], [], [])
     for draft, record in zip(drafts, _records(path), strict=True):
-        sources = draft.sources or []
+        sources, scores = draft.sources or [], record.get("scores")
+        if not isinstance(scores, list) or len(scores) != len(draft.responses or []):
+            raise ValueError(f"{draft.where}: scores: expected one for each response (see score)")
         keep = [i for i, name in enumerate(sources) if name == source]
         side.prompts.append(draft.prompt)
         side.responses.append([draft.responses[i] for i in keep])
-        side.rewards.append(np.array([record["scores"][i] for i in keep], dtype=np.float64))
+        side.rewards.append(np.array([scores[i] for i in keep], dtype=np.float64))
         reasons = draft.finish_reasons or [None] * len(sources)
         side.finish_reasons.append([reasons[i] for i in keep])
     if not any(side.responses):
-        raise ValueError(f"{path}: holds no scored samples of an evaluated model")
+        expected = "expected the scored.jsonl of an evaluation"
+        raise ValueError(f"{path}: holds no scored samples of an evaluated model ({expected})")
     return side
 
 
 def _records(path: str | Path) -> list[dict]:
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.strip()]
 
 
-def _same_prompts(baseline: Side, model: Side, config: EvaluateConfig) -> Side:
-    if baseline.prompts != model.prompts:
-        raise ValueError(f"baseline: {config.baseline} is about other prompts than data")
-    return baseline
+def _earlier(path: str, prompts: list) -> Side:
+    """The samples of the model that an earlier evaluation was about; it must have had the same
+    prompts."""
+    try:
+        side = read_side(path, MODEL)
+    except ValueError as error:
+        raise ValueError(f"baseline: {error}") from error
+    if side.prompts != prompts:
+        raise ValueError(f"baseline: {path} is about other prompts than data")
+    return side
 
 
 def _measure(side: Side, tokenizer) -> dict[str, ByPrompt | Estimate]:
     tokens = [
-        np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        np.array([len(ids) for ids in encode_responses(tokenizer, texts)])
         for texts in side.responses
     ]
     counts = [len(texts) for texts in side.responses]

@@ -11,9 +11,11 @@ import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -57,8 +59,11 @@ class Head:
     logit_scale: float
 
 
-def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM with float32 weights (the master weights), without dropout.
+def load_model(
+    name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+) -> PreTrainedModel:
+    """A causal LM with float32 weights (the master weights), without dropout. `option` is the one
+    that names the model.
 
     Raises:
         ValueError: nothing of that name can be loaded as a causal language model from safetensors.
@@ -73,26 +78,27 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrai
             output_loading_info=True,
         )
     except Exception as error:  # a damaged or foreign checkpoint raises what it likes
-        raise ValueError(f"model_name_or_path: {name_or_path}: {_first_line(error)}") from error
+        raise ValueError(f"{option}: {name_or_path}: {_why(name_or_path, error)}") from error
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:3])
         problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
-        raise ValueError(f"model_name_or_path: {name_or_path}: {problem}")
+        raise ValueError(f"{option}: {name_or_path}: {problem}")
     # RRHF compares log-probs of responses, so they must be a function of the weights alone: eval
     # mode turns dropout off.
     return model.eval()
 
 
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False
+    name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError if there is none."""
+    """The model's tokenizer. Raises ValueError, with the option's name, if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise ValueError(
-            f"model_name_or_path: {name_or_path}: no tokenizer ({_first_line(error)})"
-        ) from error
+        problem = _why(name_or_path, error)
+        if Path(name_or_path).exists():
+            problem = f"no tokenizer ({problem})"
+        raise ValueError(f"{option}: {name_or_path}: {problem}") from error
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -261,6 +267,16 @@ def decode_forest(model: PreTrainedModel, pack: PackedForest, forest: Forest) ->
 
 def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
     return torch.from_numpy(ids).long().to(model.device)
+
+
+def _why(name_or_path: str, error: Exception) -> str:
+    """Why nothing could be loaded, in one line."""
+    if Path(name_or_path).exists():
+        return _first_line(error)
+    problem = "no such folder, and no such model on the hub could be loaded"
+    # A path that is no hub name makes the hub's client speak of "repo ids".
+    is_path = isinstance(error.__cause__ or error, HFValidationError)
+    return problem if is_path else f"{problem} ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

@@ -59,6 +59,9 @@ def iterate(config: IterateConfig) -> list[dict]:
         here.mkdir(exist_ok=True)
         _say(f"round {number} of {config.rounds}")
         samples, scored = here / "samples.jsonl", here / "scored.jsonl"
+        for file in (samples, scored, here / "trained.json"):
+            if file.exists():
+                _say(f"reusing {file}")
         if not samples.exists():
             data = config.data
             if config.steps_per_round is not None:

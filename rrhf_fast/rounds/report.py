@@ -1,13 +1,12 @@
 """The report of all rounds: is the reward going up, and at what cost?"""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from rrhf_fast.data.journal import write_rows
+from rrhf_fast.data.journal import read_json, write_rows
 from rrhf_fast.evaluation.measures import Estimate
 from rrhf_fast.evaluation.report import (
     TITLES,
@@ -28,7 +27,7 @@ HACKING = (
 
 def read_round(evaluation: Path, number: int) -> dict:
     """{"round": number, measure: Estimate} from a round's evaluation.json."""
-    record = json.loads((evaluation / "evaluation.json").read_text())
+    record = read_json(evaluation / "evaluation.json")
     measures = record["model"] | record["comparison"]
     return {"round": number} | {
         name: Estimate(*(float("nan") if value is None else value for value in parts.values()))

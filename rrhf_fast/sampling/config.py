@@ -1,17 +1,54 @@
 """Options of `python -m rrhf_fast.sample`: which rows, which models, which decoding policies."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from rrhf_fast.config import check_types, expect
 
 # Options that change where a result goes or when it is there, not what it is.
 _NO_MATTER = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
+# Options that name files or folders, whose content may change while the name stays.
+_NAMES = ("data", "eval_data", "ranking_data", "baseline", "model_name_or_path")
+_NAMES += ("reference_model_name_or_path", "reward_model_name_or_path")
+# What a model is made of; other files of its folder may come and go.
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
 
 
 def identity(config: object) -> dict:
-    """The options of a stage that its results depend on."""
-    return {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
+    """What the results of a stage depend on: its options, and the content of what they name."""
+    found = {name: value for name, value in asdict(config).items() if name not in _NO_MATTER}
+    named = {name: found[name] for name in _NAMES if found.get(name)}
+    if found.get("reward_fn"):
+        named["reward_fn"] = _module_file(found["reward_fn"])
+    named["policies"] = [policy["model"] for policy in found.get("policies", []) if policy["model"]]
+    for name, places in named.items():
+        places = [places] if isinstance(places, str) else places
+        if content := [_content(Path(place)) for place in places if place]:
+            found[f"content of {name}"] = content
+    return found
+
+
+def _content(path: Path) -> str | list | None:
+    """A hash of a file; name, size and time of a model's files; None for what is on the hub."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES)
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _module_file(function: str) -> str:
+    """Where the module of package.module:function is; "" where nothing can be found."""
+    try:
+        spec = find_spec(function.partition(":")[0])
+    except (ImportError, ValueError):  # no such package, or a name that is none
+        return ""
+    return spec.origin or "" if spec else ""
 
 
 @dataclass
@@ -103,7 +140,7 @@ class SampleConfig(EndpointConfig):
     output: str | None = None
     """The file of rows to write; OUTPUT.journal keeps unfinished work."""
     overwrite: bool = False
-    """Replace an output that is there already."""
+    """Replace an output that is there already, and give up unfinished work."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """Stop at the first bad row, or leave bad rows out."""
     model_name_or_path: str | None = None
@@ -120,7 +157,8 @@ class SampleConfig(EndpointConfig):
     """Leave out responses that max_new_tokens cut off: the trainer would end them there."""
 
     batch_size: int = 16
-    """Prompts that are decoded at once."""
+    """Prompts that are decoded at once. Where prompt and response fill the model's window, the
+    longest prompt leaves room for all of its batch."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the models: auto is bfloat16 on a GPU that has it, else float32."""
     trust_remote_code: bool = False

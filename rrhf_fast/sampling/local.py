@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from rrhf_fast.data.journal import fingerprint
 from rrhf_fast.data.rows import Draft, Row, RowReport, cut_at
-from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
+from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.sampling.config import Policy, SampleConfig
 from rrhf_fast.sampling.generate import batches_by_length, generate_batch
@@ -19,9 +19,10 @@ class LocalModel:
     batches: lists of row numbers, of like length; a row that does not fit the window is in none.
     """
 
-    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig):
-        """Raises ValueError when there is no such model or a prompt does not fit its window."""
-        code = {"trust_remote_code": config.trust_remote_code}
+    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig, option: str):
+        """`option` is the one that names the model. Raises ValueError when there is no such model
+        or a prompt does not fit its window."""
+        code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.name, self.config = name, config
         self.tokenizer = load_tokenizer(name, **code)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +39,7 @@ class LocalModel:
             max_prompt_length=config.max_prompt_length,
             on_bad_rows=config.on_bad_rows,
         )
-        self.end_token_ids = end_token_ids(self.tokenizer, rows)
+        self.end_token_ids = end_token_ids(self.tokenizer, [query.row for query in queries])
         numbers = {id(row): i for i, row in enumerate(rows)}
         self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
         usable = list(self.prompts)
@@ -68,7 +69,7 @@ class LocalModel:
         return [[self._response(ids) for ids in responses] for responses in found]
 
     def _response(self, ids) -> dict:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = decode_response(self.tokenizer, ids)
         cut = cut_at(self.config.stop_strings, text)
         ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
         return {"text": cut, "finish_reason": "stop" if ended else "length"}

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rrhf_fast.data.journal import Journal, fingerprint
 from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
+from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sampling.config import Policy, SampleConfig, identity
 from rrhf_fast.sampling.endpoint import Endpoint, Refused, ask_all
 from rrhf_fast.sampling.local import LocalModel, seed_of
@@ -32,6 +33,10 @@ def sample(config: SampleConfig) -> Counter:
     config.validate()
     drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
     prompts = [[draft.prompt, draft.responses, draft.sources] for draft in drafts]
+    for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
+        if policy.method not in ("openai", "provided"):
+            name, option = _model_of(number, config)
+            load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
     with Journal(
         config.output, fingerprint("sample", identity(config), prompts), overwrite=config.overwrite
     ) as journal:
@@ -57,10 +62,10 @@ def _decode(
     """Decode the batches that the journal lacks; returns the model for the policies to come."""
     if f"{number}/all" in journal.done:
         return local
-    name = policy.model or config.model_name_or_path
+    name, option = _model_of(number, config)
     if local is None or local.name != name:
         local = None  # the old weights go before the new ones come
-        local = LocalModel(name, drafts, config)
+        local = LocalModel(name, drafts, config, option)
     title = source_of(policy)
     with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
         for index, batch in enumerate(local.batches):
@@ -71,6 +76,13 @@ def _decode(
             progress.update(len(batch))
     journal.write(f"{number}/all", None)  # a run that goes on need not load this model
     return local
+
+
+def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
+    """The model of a policy, and the option that names it."""
+    if config.policies[number].model:
+        return config.policies[number].model, f"policies[{number}].model"
+    return config.model_name_or_path, "model_name_or_path"
 
 
 def _ask_endpoint(
@@ -106,6 +118,7 @@ def _ask_endpoint(
         ask_all(missing, journal, config.max_concurrency, progress)
     if all("error" in journal.done[key] for key in work):
         problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
+        journal.forget(work)
         raise ValueError(f"policies[{number}]: {problem}")
 
 

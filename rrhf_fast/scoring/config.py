@@ -75,7 +75,7 @@ class ScoreConfig(ScorerConfig):
     output: str | None = None
     """The file of rows to write; OUTPUT.journal keeps unfinished work."""
     overwrite: bool = False
-    """Replace an output that is there already."""
+    """Replace an output that is there already, and give up unfinished work."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """Stop at the first bad row, or leave bad rows out."""
     kl_coef: float = 0.0

@@ -21,9 +21,10 @@ DEFAULT_WINDOW = 4096
 class LogProbs:
     """A causal LM that rates the responses of rows, token by token."""
 
-    def __init__(self, name: str, config: ScorerConfig):
-        """Raises ValueError when there is no such model, or the forest cannot serve it."""
-        code = {"trust_remote_code": config.trust_remote_code}
+    def __init__(self, name: str, config: ScorerConfig, option: str = "model_name_or_path"):
+        """`option` is the one that names the model. Raises ValueError when there is no such model,
+        or the forest cannot serve it."""
+        code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.tokenizer = load_tokenizer(name, **code)
         lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
         self.max_length = max_positions(lm) or DEFAULT_WINDOW
@@ -76,6 +77,8 @@ class LogProbs:
 
 
 def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:
-    """The log-probs of the tokens that the sampler drew: a response that was cut off had no end
-    token."""
+    """The log-probs of a response's own tokens: one that was cut off had no end token.
+
+    They are the tokens of its text, as in training: those that the sampler drew, but for the rare
+    word that it spelt in other pieces than the tokenizer does."""
     return logps[:-1] if finish_reason == "length" else logps

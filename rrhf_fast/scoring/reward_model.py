@@ -19,8 +19,9 @@ class RewardModel:
         """Raises ValueError where there is no such model, or it has no trained head of one
         label."""
         name, code = config.reward_model_name_or_path, config.trust_remote_code
-        where = f"reward_model_name_or_path: {name}"
-        self.tokenizer = load_tokenizer(name, trust_remote_code=code)
+        option = "reward_model_name_or_path"
+        where = f"{option}: {name}"
+        self.tokenizer = load_tokenizer(name, trust_remote_code=code, option=option)
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -49,7 +50,8 @@ class RewardModel:
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
         """What the model reads of each: input_ids, and token_type_ids where it has them.
 
-        Raises ValueError for `reward_input` "chat" without a chat template.
+        Raises ValueError for `reward_input` "chat" without a chat template, or with one that
+        rejects the messages.
         """
         return [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
 
@@ -73,7 +75,11 @@ class RewardModel:
                 raise ValueError("reward_input: the reward model's tokenizer has no chat template")
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = [*turns, {"role": "assistant", "content": response}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            try:
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+            except Exception as error:  # a template raises what it likes
+                problem = f"the reward model's chat template rejects {str(turns)[:80]}... ({error})"
+                raise ValueError(f"reward_input: {problem}") from error
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             ids = tokenizer(plain_text(prompt) + response, verbose=False)["input_ids"]

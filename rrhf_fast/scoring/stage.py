@@ -11,6 +11,7 @@ from tqdm import tqdm
 from rrhf_fast.data.journal import Journal, fingerprint
 from rrhf_fast.data.rows import Draft, load_drafts
 from rrhf_fast.engine.evaluate import load_reward_fn
+from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sampling.config import identity
 from rrhf_fast.sampling.endpoint import ask_all
 from rrhf_fast.sampling.generate import batches_by_length
@@ -42,6 +43,10 @@ def score(config: ScoreConfig) -> Counter:
         if draft.responses is None:
             raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
     texts = [[draft.prompt, draft.responses, draft.finish_reasons] for draft in drafts]
+    check_scorer(config)  # a wrong name shall not cost any work
+    for option in ("model_name_or_path", "reference_model_name_or_path"):
+        if config.kl_coef:
+            _tokenizer_of(option, config)
     with Journal(
         config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
     ) as journal:
@@ -53,15 +58,31 @@ def score(config: ScoreConfig) -> Counter:
         elif config.reward_fn:
             results = _reward_fn(journal, drafts, pairs, config)
         else:
-            logps = _logps(journal, config.model_name_or_path, drafts, config)
-            results = [{"score": logps[row][i][0]} for row, i in pairs]
+            logps = _logps(journal, "model_name_or_path", drafts, config)
+            results = [_checked(logps[row][i][0]) for row, i in pairs]
         ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
         rows, counts = _merge(drafts, pairs, results, ratios, config.kl_coef)
         if pairs and not counts["scored"]:
-            reason = rows[0]["unscored"][0]["error"]
+            reason = next(row["unscored"] for row in rows if "unscored" in row)[0]["error"]
+            journal.forget(list(journal.done))
             raise ValueError(f"no response could be scored: {reason}")
         journal.finish(rows)
     return counts
+
+
+def check_scorer(config: ScorerConfig) -> None:
+    """Raise ValueError, with the option's name, where there is no such function or model."""
+    if config.reward_fn:
+        load_reward_fn(config.reward_fn, "reward_fn")
+    elif config.reward_model_name_or_path:
+        _tokenizer_of("reward_model_name_or_path", config)
+    elif config.policy_as_reward:
+        _tokenizer_of("model_name_or_path", config)
+
+
+def _tokenizer_of(option: str, config: ScorerConfig) -> None:
+    name, code = getattr(config, option), config.trust_remote_code
+    load_tokenizer(name, trust_remote_code=code, option=option)
 
 
 def _in_batches(
@@ -154,14 +175,14 @@ def _judge(
 
 
 def _logps(
-    journal: Journal, name: str, drafts: Sequence[Draft], config: ScorerConfig
+    journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
 ) -> list[list[list[float]]]:
-    """[row][response] -> [p, sum of the log-probs of the tokens that were drawn] under a model."""
-    model: LogProbs | None = None
+    """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model."""
+    name, model = getattr(config, option), None
 
     def work(batch: Sequence[int]) -> list:
         nonlocal model
-        model = model or LogProbs(name, config)
+        model = model or LogProbs(name, config, option)
         found = model([drafts[row] for row in batch])
         out = []
         for row, responses in zip(batch, found, strict=True):
@@ -183,11 +204,11 @@ def _log_ratios(
     journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
 ) -> list[list[float]]:
     """[row][response] -> log(policy / reference)."""
-    policy = _logps(journal, config.model_name_or_path, drafts, config)
+    policy = _logps(journal, "model_name_or_path", drafts, config)
     if config.model_name_or_path == config.reference_model_name_or_path:
         reference = policy
     else:
-        reference = _logps(journal, config.reference_model_name_or_path, drafts, config)
+        reference = _logps(journal, "reference_model_name_or_path", drafts, config)
     return [
         [p[1] - r[1] for p, r in zip(policy[row], reference[row], strict=True)]
         for row in range(len(drafts))

@@ -79,6 +79,41 @@ def test_what_is_not_ours_is_refused(tmp_path):
         Journal(output / "below.jsonl", "g")
 
 
+def test_overwrite_starts_anew_even_with_the_same_options(tmp_path):
+    with Journal(tmp_path / "rows.jsonl", "f") as journal:
+        journal.write("a", 1)
+    with Journal(tmp_path / "rows.jsonl", "f", overwrite=True) as journal:
+        assert journal.done == {}
+        journal.write("a", 2)
+    assert Journal(tmp_path / "rows.jsonl", "f").done == {"a": 2}
+
+
+def test_what_is_forgotten_can_be_done_again(tmp_path):
+    with Journal(tmp_path / "rows.jsonl", "f") as journal:
+        for key in "abc":
+            journal.write(key, 1)
+        journal.forget(["a", "c"])
+        journal.write("a", 2)
+    with Journal(tmp_path / "rows.jsonl", "f") as journal:
+        assert journal.done == {"b": 1, "a": 2}
+        journal.forget(["a", "b"])
+    Journal(tmp_path / "rows.jsonl", "g").__exit__(None)  # nothing is left to lose
+
+
+def test_a_run_that_came_to_nothing_is_in_nobodys_way(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError), Journal(output, "f"):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    Journal(output, "f").__exit__(None)  # killed
+    write_rows(output, [])
+    with pytest.raises(ValueError, match="exists already"):  # another run's consent is not ours
+        Journal(output, "g")
+    output.unlink()
+    with Journal(output, "g") as journal:
+        assert journal.done == {}
+
+
 def test_threads_write_whole_lines(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -108,4 +143,4 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         Journal(tmp_path / "rows.jsonl", "f")
     process.kill()
     process.join()
-    Journal(tmp_path / "rows.jsonl", "f").__exit__()
+    Journal(tmp_path / "rows.jsonl", "f").__exit__(None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.rows import BadRow, load_rows, parse_draft, parse_row
+from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -140,14 +140,28 @@ def test_a_line_that_is_no_json(tmp_path, line):
         load_rows(path)
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_called_one(tmp_path, indent):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a"}], indent=indent))
+    with pytest.raises(ValueError, match="expected a JSON object on each line, .* JSON array"):
+        load_drafts(str(path))
+
+
+def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
+    path, stale = tmp_path / "rows.jsonl", ("rewards", "log_ratios", "criteria", "unscored")
+    path.write_text(json.dumps({"prompt": "a", "responses": ["b"], "id": 1} | dict.fromkeys(stale)))
+    assert load_drafts(str(path))[0][0].others == {"id": 1}
+
+
 def test_unusable_sources(tmp_path):
     with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
         load_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(ValueError, match="neither a file nor a data set"):
         load_rows(str(tmp_path / "no_such_folder"))
     latin = tmp_path / "latin.jsonl"
-    latin.write_bytes(b'{"prompt": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match="latin.jsonl: not UTF-8"):
+    latin.write_bytes(b"\n" * 20_000 + b'{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"latin.jsonl:20001: not UTF-8 text \(byte 20015 of"):
         load_rows(str(latin))
     path = write(tmp_path / "rows.jsonl", {}, {})
     with pytest.raises(ValueError, match="no usable row among the 2 read.*2 missing field"):

@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
+from rrhf_fast.data.tokenise import (
+    decode_response,
+    encode_responses,
+    end_token_ids,
+    tokenise_rows,
+)
 
 BOS, EOS, PAD, TURN = "<s>", "</s>", "<pad>", "<|end|>"
 TEMPLATE = (
@@ -125,6 +130,19 @@ def test_messages_need_a_template_and_its_consent():
     assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
 
 
+def test_a_template_that_rejects_an_answer():
+    guard = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = make_tokenizer(template=guard + TEMPLATE)
+    messages = [{"role": "user", "content": "a"}]
+    problem = r"f:1: prompt: the chat template rejects an answer behind these messages \(no\)"
+    with pytest.raises(BadRow, match=problem):
+        tokenise(tokenizer, row(messages))
+    with pytest.raises(BadRow, match=problem):
+        end_token_ids(tokenizer, [row(messages)])
+    queries, _, report = tokenise(tokenizer, row(messages), row(), on_bad_rows="skip")
+    assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
+
+
 def test_a_tokenizer_without_eos():
     with pytest.raises(ValueError, match="no eos_token"):
         tokenise(make_tokenizer(eos_token=None), row())
@@ -177,6 +195,49 @@ def test_any_text_comes_back(prompt, responses):
     assert text(tokenizer, query.prompt_ids) == BOS + prompt
     for ids, response in zip(query.response_ids, responses, strict=True):
         assert text(tokenizer, ids) == response + EOS
+
+
+def make_sentencepiece(kind):
+    """The two ways in which a space gets in front of a text; letters, and bytes for what is
+    none."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = [BOS, EOS, *bytes_, *"▁.,abcdeH", "▁a", "▁H"]
+    merges = [("▁", "a"), ("▁", "H")]
+    ids = {token: i for i, token in enumerate(vocab)}
+    bpe = Tokenizer(models.BPE(ids, merges, byte_fallback=True, fuse_unk=True))
+    space, end = decoders.Replace("▁", " "), [decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "prepend":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        bpe.normalizer = normalizers.Sequence(steps)
+        bpe.decoder = decoders.Sequence([space, *end, decoders.Strip(" ", 1, 0)])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+        bpe.decoder = decoders.Sequence([decoders.Metaspace(split=False), *end])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), min_size=1))
+def test_no_space_gets_between_prompt_and_response(kind, response):
+    tokenizer = make_sentencepiece(kind)
+    before = tokenizer("a b")["input_ids"]
+    (query,), _, _ = tokenise(tokenizer, row("a", [response, " a"], [0.0, 0.0]), max_length=9999)
+    assert query.prompt_ids.tolist() == tokenizer.convert_tokens_to_ids([BOS, "▁a"])
+    assert query.response_ids[1].tolist() == tokenizer.convert_tokens_to_ids(["▁a", EOS])
+    assert decode_response(tokenizer, query.response_ids[0]) == response
+    together = np.concatenate([query.prompt_ids, query.response_ids[0]])
+    assert tokenizer.decode(together, skip_special_tokens=True) == "a" + response
+    assert tokenizer("a b")["input_ids"] == before  # as it was
+
+
+def test_punctuation_behind_a_prompt_is_no_word_of_its_own():
+    tokenizer = make_sentencepiece("prepend")
+    assert tokenizer.tokenize(". H") == ["▁", ".", "▁H"]
+    (ids,) = encode_responses(tokenizer, [". H"])
+    assert tokenizer.convert_ids_to_tokens(ids) == [".", "▁H"]
 
 
 @given(

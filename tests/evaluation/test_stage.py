@@ -18,7 +18,7 @@ from rrhf_fast.data.rows import load_rows
 from rrhf_fast.evaluate import main
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.report import write_report
-from rrhf_fast.evaluation.stage import evaluate
+from rrhf_fast.evaluation.stage import claim, evaluate, read_side
 
 MODEL = str(demo.MODEL_DIR)
 FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
@@ -157,6 +157,82 @@ def test_it_goes_on_where_it_was_and_refuses_other_options(config):
     assert Path(config.output_dir, "evaluation.json").read_text() == before
     with pytest.raises(ValueError, match="output_dir: .* another num_samples, seed"):
         evaluate(replace(config, seed=1, num_samples=2))
+
+
+def test_samples_of_a_model_that_changed_are_not_reported(tmp_path, config, worse, capsys):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = replace(config, model_name_or_path=str(folder), num_samples=1)
+    before = evaluate(config).model["reward"]
+    assert evaluate(config).model["reward"] == before
+    assert f"reusing {config.output_dir}/scored.jsonl" in capsys.readouterr().out
+    shutil.copyfile(Path(worse, "model.safetensors"), folder / "model.safetensors")
+    with pytest.raises(ValueError, match="another content of model_name_or_path"):
+        evaluate(config)
+    assert evaluate(replace(config, overwrite=True)).model["reward"] != before
+    write(Path(config.data), read(config.data)[1:])
+    with pytest.raises(ValueError, match="another content of data"):
+        evaluate(config)
+
+
+def test_overwrite_removes_an_evaluation_and_nothing_else(config):
+    config = replace(config, num_samples=1, data=write(Path(config.data), read(config.data)[:1]))
+    evaluate(config)
+    Path(config.output_dir, "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds more than an evaluation, mine.txt"):
+        evaluate(replace(config, overwrite=True))
+    assert {path.name for path in Path(config.output_dir).iterdir()} > FILES
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, config):
+    Path(config.output_dir).mkdir()
+    samples = write(Path(config.output_dir, "samples.jsonl"), [{"prompt": "a"}])
+    with pytest.raises(ValueError, match="output_dir: .* holds other files, samples.jsonl"):
+        evaluate(config)
+    assert [str(path) for path in Path(config.output_dir).iterdir()] == [samples]
+
+
+def test_damaged_options_are_named(config):
+    Path(config.output_dir).mkdir()
+    write(Path(config.output_dir, "samples.jsonl"), [{"prompt": "a"}])
+    Path(config.output_dir, "options.json").write_text("{")
+    with pytest.raises(ValueError, match="options.json is damaged"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize(
+    "option", ["model_name_or_path", "reference_model_name_or_path", "baseline"]
+)
+def test_a_wrong_name_locks_nothing(config, option):
+    problem = f"^{option}: /no/such/model: no such folder, and no such model on the hub"
+    with pytest.raises(ValueError, match=problem):
+        evaluate(replace(config, **{option: "/no/such/model"}))
+    assert not Path(config.output_dir).exists()
+    claim(config.output_dir, {"seed": 1})
+    claim(config.output_dir, {"seed": 2})  # nothing came of the first
+
+
+BASELINES = {
+    "missing": (None, "cannot be read"),
+    "not evaluated": ([{"prompt": "a", "responses": ["b"], "scores": [1]}], "holds no scored samp"),
+    "unscored": ([{"prompt": "a", "responses": ["b"]}], "base.jsonl:1: scores: expected one for"),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_read_before_anything_is_sampled(tmp_path, config, name):
+    rows, problem = BASELINES[name]
+    if rows is not None:
+        write(tmp_path / "base.jsonl", rows)
+    config.baseline = str(tmp_path / "base.jsonl")
+    with pytest.raises(ValueError, match=f"baseline: .*{problem}"):
+        evaluate(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_blank_lines_of_a_baseline_do_not_matter(tmp_path):
+    row = {"prompt": "a", "responses": ["b"], "scores": [1], "sources": ["model"]}
+    (tmp_path / "base.jsonl").write_text(f"\n{json.dumps(row)}\n\n")
+    assert read_side(tmp_path / "base.jsonl", "model").rewards[0].tolist() == [1]
 
 
 class Loads(HTMLParser):

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rrhf_fast import demo
 from rrhf_fast.data.rows import load_drafts
+from rrhf_fast.data.tokenise import encode_responses
 from rrhf_fast.sample import main
 from rrhf_fast.sampling.config import Policy, SampleConfig
 from rrhf_fast.sampling.endpoint import EndpointDown
-from rrhf_fast.sampling.generate import batches_by_length
+from rrhf_fast.sampling.generate import batches_by_length, generate_batch
 from rrhf_fast.sampling.stage import sample
 
 MODEL = str(demo.MODEL_DIR)
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 PROMPTS = [json.loads(line)["prompt"] for line in demo.EVAL_FILE.read_text().splitlines()[:10]]
 
 
@@ -123,6 +125,33 @@ def test_sampling_depends_on_the_seed_alone(config):
         assert torch.equal(torch.get_rng_state(), before)
         outputs.append(read(run.output))
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the model stories260K is not there")
+def test_the_text_of_a_sample_has_the_tokens_that_were_drawn(config, monkeypatch):
+    """SentencePiece, whose decoder drops a space and whose encoder adds one. A model may also draw
+    a word in other pieces than the tokenizer cuts it into; that no text can hold."""
+    drawn = []
+
+    def keep(*arguments, **options):
+        found = generate_batch(*arguments, **options)
+        drawn.extend(ids.tolist() for responses in found for ids in responses)
+        return found
+
+    monkeypatch.setattr("rrhf_fast.sampling.local.generate_batch", keep)
+    rows = [{"prompt": prompt} for prompt in ("One day, Lily", 'He said: "I', "They went home.")]
+    config = replace(config, data=write(Path(config.data), rows), keep_all=True, batch_size=1)
+    config.model_name_or_path = str(STORIES)
+    config.policies = [Policy(num_responses=50, max_new_tokens=16)]
+    sample(config)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    texts = sorted(text for row in read(config.output) for text in row["responses"])
+    found = sorted(encode_responses(tokenizer, texts))
+    same = Counter(map(tuple, found)) & Counter(
+        tuple(token for token in ids if token not in tokenizer.all_special_ids) for ids in drawn
+    )
+    assert len(drawn) == 150 and same.total() >= 0.95 * 150
+    assert {text[:1] == " " for text in texts} == {True, False}
 
 
 def test_each_batch_draws_anew(tmp_path, config):
@@ -333,6 +362,51 @@ def test_an_endpoint_that_refuses_everything_writes_no_rows(tmp_path, remote):
     with pytest.raises(ValueError, match=r"policies\[0\]: every request was refused: .*filtered"):
         sample(remote)
     assert not os.path.exists(remote.output)
+
+
+def test_refusals_alone_are_not_kept(tmp_path, remote, openai_server):
+    """Everything is asked again once the server is set right; other policies' work is kept."""
+    remote.data = write(tmp_path / "refused.jsonl", [{"prompt": "forbidden"}])
+    remote.policies[0].model = "refuses"
+    remote.policies = [*policies({"method": "greedy"}), *remote.policies]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"policies\[1\]: every request was refused"):
+            sample(remote)
+    records = read(remote.output + ".journal")
+    assert records[-1] == {"forgotten": ["1/0/0", "1/0/1"]}
+    assert [r["key"] for r in records if "key" in r].count("1/0/0") == 2
+    assert [r["key"] for r in records if "key" in r].count("0/batch 0") == 1
+
+
+def test_a_wrong_name_locks_nothing(tmp_path, config, capsys):
+    arguments = ["--data", config.data, "--output", config.output]
+    wrong = "[{method: greedy, max_new_tokens: 4}, {method: greedy, model: /no/such/model}]"
+    right = ["--model_name_or_path", MODEL, "--policies"]
+    for names, option in (
+        (["--model_name_or_path", "/no/such/model"], "model_name_or_path"),
+        ([*right, wrong], "policies[1].model"),
+    ):
+        assert main([*arguments, *names]) == 2
+        problem = "/no/such/model: no such folder, and no such model on the hub could be loaded"
+        assert capsys.readouterr().err == f"rrhf_fast.sample: error: {option}: {problem}\n"
+    assert main([*arguments, *right, "[{method: greedy, max_new_tokens: 4}]"]) == 0
+
+
+def test_samples_of_two_models_under_one_name_are_not_mixed(tmp_path, config, lm):
+    model, tokenizer = lm
+    folder = tmp_path / "model"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    config.model_name_or_path, config.policies = str(folder), policies({"method": "greedy"})
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": "long " * 400}]
+    config = replace(config, data=write(tmp_path / "two.jsonl", rows), batch_size=1)
+    config.policies.append(Policy(method="openai", model="m", base_url="http://127.0.0.1:9"))
+    config.on_bad_rows, config.max_retries = "skip", 0
+    with pytest.raises(EndpointDown):
+        sample(config)
+    os.utime(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="unfinished work of a run with other .*models"):
+        sample(config)
 
 
 MISTAKES = {

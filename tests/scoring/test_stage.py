@@ -1,8 +1,11 @@
 """The stage `score`: reward models, functions, judges with faults, the policy itself, kills."""
 
+import importlib
 import json
 import math
 import os
+import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +104,65 @@ def test_what_cannot_be_scored_is_set_apart_with_its_reason(config):
     assert row["responses"] == ["Because.", ""] and row["scores"] == [1.0, 1.0]
     assert row["unscored"] == [
         {"response": "No idea at all.", "source": None, "error": "a score of nan"}
+    ]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_function_that_was_mended_is_called_again(tmp_path, config, monkeypatch, overwrite):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"mended{overwrite}"
+    (tmp_path / f"{name}.py").write_text("def fn(prompts, responses): return [float('nan')] * 2")
+    config = replace(config, reward_fn=f"{name}:fn", data=write(tmp_path / "two.jsonl", ROWS[1:2]))
+    with pytest.raises(ValueError, match="no response could be scored: a score of nan"):
+        score(config)
+    (tmp_path / f"{name}.py").write_text("def fn(prompts, responses): return [2, 1]")
+    sys.modules.pop(name)
+    importlib.invalidate_caches()
+    assert score(replace(config, overwrite=overwrite))["scored"] == 2
+    assert read(config.output)[0]["scores"] == [2, 1]
+
+
+def test_scores_of_two_functions_are_not_mixed(tmp_path, config, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def fn(prompts, responses): {}return [1.0] * len(prompts)"
+    (tmp_path / "halfway.py").write_text(code.format("assert '' not in responses; "))
+    config.reward_fn = "halfway:fn"
+    config.data = write(Path(config.data), [*ROWS[1:2], *ROWS[:1]])
+    with pytest.raises(ValueError, match="raised AssertionError"):
+        score(config)
+    (tmp_path / "halfway.py").write_text(code.format(""))
+    with pytest.raises(ValueError, match="unfinished work .* reward function"):
+        score(config)
+
+
+def test_a_wrong_name_locks_nothing(config, capsys):
+    arguments = ["--data", config.data, "--output", config.output]
+    kl = ["--reward_fn", f"{__name__}:count_letters", "--kl_coef", "1"]
+    kl += ["--model_name_or_path", MODEL]
+    for wrong in (
+        ["--reward_fn", f"{__name__}:nothing"],
+        ["--reward_model_name_or_path", "/no/such/model"],
+        ["--policy_as_reward", "true", "--model_name_or_path", "/no/such/model"],
+        [*kl, "--reference_model_name_or_path", "/no/such/model"],
+    ):
+        assert main([*arguments, *wrong]) == 2
+        option = next(name for name in wrong[::-1] if name.startswith("--")).removeprefix("--")
+        error = capsys.readouterr().err
+        assert f"error: {option}: " in error
+        if "/no/such/model" in wrong:
+            problem = "no such folder, and no such model on the hub could be loaded"
+            assert error.endswith(f"{option}: /no/such/model: {problem}\n")
+    assert main([*arguments, "--reward_fn", f"{__name__}:count_letters"]) == 0
+
+
+def test_scoring_again_leaves_nothing_of_the_first_scores(tmp_path, config):
+    row = {"prompt": "Who?", "responses": ["a", "bc"], "scores": [1, 2], "rewards": [3, 4]}
+    row |= {"log_ratios": [5, 6], "criteria": [{}, {}], "unscored": [{"error": "x"}], "id": 7}
+    config = replace(config, data=write(tmp_path / "again.jsonl", [row]))
+    config.reward_fn = f"{__name__}:count_letters"
+    score(config)
+    assert read(config.output) == [
+        {"id": 7, "prompt": "Who?", "responses": ["a", "bc"], "scores": [1, 2]}
     ]
 
 
@@ -212,6 +274,16 @@ def test_the_reward_model_reads_messages_through_its_template(tmp_path, config):
     assert [len(row["scores"]) for row in rows] == [3, 2, 0, 1]
     assert all(math.isfinite(value) for row in rows for value in row["scores"])
     assert main(["--data", config.data, "--output", config.output, "--policy_as_reward", "x"]) == 2
+
+
+def test_a_chat_template_that_rejects_is_one_line(tmp_path, config, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = "{{ raise_exception('users only') }}"
+    tokenizer.save_pretrained(tmp_path / "rm")
+    tiny("llama", len(tokenizer), 2).save_pretrained(tmp_path / "rm")
+    arguments = ["--data", config.data, "--output", config.output]
+    assert main([*arguments, "--reward_model_name_or_path", str(tmp_path / "rm")]) == 2
+    assert re.search("reward_input: .* template rejects .*users only", capsys.readouterr().err)
 
 
 def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path):
@@ -326,6 +398,15 @@ def test_a_judge_that_is_never_understood_writes_no_rows(tmp_path, judged):
     with pytest.raises(ValueError, match="no response could be scored: malformed judgement"):
         score(judged)
     assert not os.path.exists(judged.output)
+
+
+def test_a_judge_that_was_mended_is_asked_again(tmp_path, judged, openai_server):
+    rows = [{"prompt": "a", "responses": []}, {"prompt": "a", "responses": ["never"]}]
+    judged = replace(judged, data=write(tmp_path / "never.jsonl", rows), max_retries=0)
+    for asked in (1, 2):
+        with pytest.raises(ValueError, match="no response could be scored"):
+            score(judged)
+        assert len(openai_server.answered) == asked
 
 
 def test_a_dead_judge_is_taken_up_again_without_judging_twice(tmp_path, judged, openai_server):

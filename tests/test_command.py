@@ -1,0 +1,41 @@
+"""What all commands share: files of options, lists, launchers."""
+
+import pytest
+
+from rrhf_fast.evaluate import main as evaluate
+from rrhf_fast.iterate import main as iterate
+from rrhf_fast.sample import main as sample
+from rrhf_fast.score import main as score
+from rrhf_fast.train import main as train
+
+FILES = {
+    "empty": ("", "o.yaml: expected lines of `option: value`, found nothing"),
+    "a list": ("- seed", "o.yaml: expected lines of `option: value`, found ['seed']"),
+    "broken": ("data: [1\nb", "o.yaml:"),
+    "misspelt": ("sed: 1", "o.yaml: sed: no such option (did you mean seed?)"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_options_is_named_with_what_is_wrong(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text, problem = FILES[name]
+    (tmp_path / "o.yaml").write_text(text)
+    assert sample(["--config", "o.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rrhf_fast.sample: error: config: {problem}")
+    assert error.count("\n") == 1 and ("not YAML" in error) == (name == "broken")
+
+
+def test_a_list_is_suggested_where_one_belongs(capsys):
+    assert train(["--report_to", "tensorboard"]) == 2
+    problem = "report_to: expected a list, [tensorboard], found tensorboard"
+    assert capsys.readouterr().err == f"rrhf_fast.train: error: {problem}\n"
+
+
+@pytest.mark.parametrize("command", [sample, score, evaluate, iterate])
+def test_a_command_of_one_process_refuses_a_launcher(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "WORLD_SIZE is 2" in error

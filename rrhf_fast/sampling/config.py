@@ -46,7 +46,7 @@ def _module_file(function: str) -> str:
     """Where the module of package.module:function is; "" where nothing can be found."""
     try:
         spec = find_spec(function.partition(":")[0])
-    except (ImportError, ValueError):  # no such package, or a name that is none
+    except Exception:  # packages above it are imported; what is wrong is said when it is called
         return ""
     return spec.origin or "" if spec else ""
 

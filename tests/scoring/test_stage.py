@@ -27,6 +27,7 @@ from transformers import (
 
 from rrhf_fast import demo, reference
 from rrhf_fast.data.rows import load_drafts, load_rows
+from rrhf_fast.sampling.config import identity
 from rrhf_fast.sampling.endpoint import EndpointDown
 from rrhf_fast.score import main
 from rrhf_fast.scoring.config import ScoreConfig, ScorerConfig
@@ -120,6 +121,13 @@ def test_a_function_that_was_mended_is_called_again(tmp_path, config, monkeypatc
     importlib.invalidate_caches()
     assert score(replace(config, overwrite=overwrite))["scored"] == 2
     assert read(config.output)[0]["scores"] == [2, 1]
+
+
+def test_a_function_in_a_package_that_is_broken_has_an_identity(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("1 +")
+    assert "content of reward_fn" not in identity(ScoreConfig(reward_fn="broken.module:fn"))
 
 
 def test_scores_of_two_functions_are_not_mixed(tmp_path, config, monkeypatch):

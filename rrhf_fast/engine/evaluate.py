@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.active import kept_rows
 from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids
+from rrhf_fast.data.tokenise import TokenisedQuery, decode_response, end_token_ids
 from rrhf_fast.engine.distributed import World, gathered
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
@@ -134,7 +134,7 @@ def evaluate_samples(
     tokens = [None] * len(prompts)
     for rank, sampled in enumerate(world.gather(share)):
         tokens[rank :: world.size] = sampled
-    responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    responses = [decode_response(tokenizer, ids) for ids in tokens]
     rewards = world.once(lambda: _score(reward_fn, prompts, responses, config.eval_reward_fn))
     by_prompt = rewards.reshape(len(queries), -1).mean(1)
     measures = {

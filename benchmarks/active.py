@@ -53,9 +53,9 @@ def run(
         )
         queries = draw(PAPER, num_queries, model.lm.config.vocab_size)
         ranks = _ranks(model, queries)
-        for share in SHARES:
+        for backwards in sorted({round(share * num_queries) for share in SHARES}):
             for i, query in enumerate(queries):
-                query.rewards[:] = -ranks[i] if i < round(share * num_queries) else ranks[i]
+                query.rewards[:] = -ranks[i] if i < backwards else ranks[i]
             case = _case(model, queries, config, rounds)
             cases.append({"activation_checkpointing": checkpointing} | case)
     return {"model": SHAPES[preset], "workload": str(PAPER), "cases": cases}

@@ -110,13 +110,17 @@ time; rrhf_fast takes as many as `--max_tokens_per_pack` allows, here both:
 
 def _active(figures: dict) -> str:
     modes = dict.fromkeys(case["activation_checkpointing"] for case in figures["cases"])
-    shares = list(dict.fromkeys(f"{case['active_fraction']:.0%}" for case in figures["cases"]))
+    shares = list(dict.fromkeys(case["active_fraction"] for case in figures["cases"]))
     rows = []
     for mode in modes:
-        cases = [case for case in figures["cases"] if case["activation_checkpointing"] == mode]
+        found = {
+            case["active_fraction"]: case
+            for case in figures["cases"]
+            if case["activation_checkpointing"] == mode
+        }
         cells = [
-            f"{_range(case['speedup'])}{'' if case['auto'] == 'active' else ' (auto: whole)'}"
-            for case in cases
+            f"{_range(found[share]['speedup'])}, auto takes {found[share]['auto']}"
+            for share in shares
         ]
         rows.append([mode, *cells])
     return f"""\
@@ -124,7 +128,7 @@ def _active(figures: dict) -> str:
 that has a gradient, where that is less work. Times as fast as the whole backward, by that part
 ({figures["model"]} shape, {figures["workload"]}; {_machine(figures)}):
 
-{_table(["`--activation_checkpointing`", *shares], rows)}
+{_table(["`--activation_checkpointing`", *(f"{share:.0%}" for share in shares)], rows)}
 
 {_command(figures)}
 """

@@ -33,7 +33,7 @@ MODEL, BASELINE = "model", "baseline"
 # What an evaluation leaves, finished or not.
 ROWS = ("samples.jsonl", "scored.jsonl")
 FILES = ("options.json", "options.saving", "evaluation.json", "evaluation.saving")
-FILES += ("evaluation.png", "report.html", *ROWS)
+FILES += ("by_prompt.json", "by_prompt.saving", "evaluation.png", "report.html", *ROWS)
 FILES += tuple(f"{name}.{kind}" for name in ROWS for kind in ("journal", "saving"))
 
 

@@ -65,7 +65,7 @@ def contenders(device: str) -> dict[str, Contender | str]:
     if device == "cuda":
         found["rrhf_fast triton, two steps"] = _ours("triton")
         found["rrhf_fast triton, one sweep"] = _sweep("triton")
-        found["torch.compile"] = _of_logps(torch.compile(_plain))
+        found["torch.compile"] = _of_logps(torch.compile(_plain, dynamic=False))
         peers = {
             "cut-cross-entropy, exact": _cut_cross_entropy,
             "Liger": _liger,
@@ -148,6 +148,7 @@ def _quack() -> Contender:
 
 def _case(shape: tuple[int, int, int], fraction: float, device: str, rounds: int) -> dict:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch._dynamo.reset()  # else later shapes would be given graphs of any shape
     tensors, queries, exact = _inputs(shape, fraction, device, dtype)
 
     def step(contender: Contender) -> tuple[torch.Tensor, ...]:
@@ -258,12 +259,14 @@ def table(figures: dict) -> str:
 def plot(figures: dict, path: Path) -> None:
     """Milliseconds of forward and backward, a panel a shape, a group of bars a fraction."""
     panels = []
+    # The same names in every panel, so that colours mean the same.
+    names = dict.fromkeys(
+        name
+        for case in figures["cases"]
+        for name, result in case["contenders"].items()
+        if "ms" in result
+    )
     for title, cases in _by_shape(figures).items():
-        names = [
-            name
-            for name in cases[0]["contenders"]
-            if any("ms" in case["contenders"][name] for case in cases)
-        ]
         heights = {name: [case["contenders"][name].get("ms") for case in cases] for name in names}
         panels.append((title, [f"{case['fraction']:.0%}" for case in cases], heights))
     label = "edges with a gradient"

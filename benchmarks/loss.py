@@ -1,5 +1,5 @@
-"""The ranking loss on its own, from token log-probs to their gradient: one call for all queries
-against the ways it is usually written."""
+"""L_rank on its own, from token log-probs to their gradient: one call for all queries against the
+ways it is usually written."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ def _case(shape: tuple[int, int, int], device: str, rounds: int) -> dict:
     g = torch.Generator().manual_seed(0)
     logps = -torch.rand(shape, generator=g).to(device)
     rewards = torch.rand(shape[:2], generator=g).to(device)
-    exact = _gradient(_query_by_query, logps.double(), rewards)
+    exact = _gradient(_exact, logps.double(), rewards)
     ways, results = {}, {}
     for name, way in _ways(shape, device).items():
         found = _gradient(way, logps, rewards)
@@ -61,7 +61,8 @@ def _ways(shape: tuple[int, int, int], device: str) -> dict[str, Callable]:
 
     def ours(backend: str) -> Callable:
         def loss(logps, rewards):
-            return rrhf_loss(logps.flatten(), rewards.flatten(), backend=backend, **layout).loss
+            options = layout | {"backend": backend, "sft_weight": 0.0}
+            return rrhf_loss(logps.flatten(), rewards.flatten(), **options).loss
 
         return loss
 
@@ -70,21 +71,24 @@ def _ways(shape: tuple[int, int, int], device: str) -> dict[str, Callable]:
     return found | {f"rrhf_fast {backend}": ours(backend) for backend in backends}
 
 
-def _query_by_query(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+def _exact(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     losses = [
-        reference.rrhf_loss(list(responses), scores)[0]
+        reference.rrhf_loss(list(responses), scores, sft_weight=0.0)[0]
         for responses, scores in zip(logps, rewards, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def _query_by_query(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    pairs = zip(logps, rewards, strict=True)
+    return torch.stack([_all_pairs(each[None], scores[None]) for each, scores in pairs]).mean()
 
 
 def _all_pairs(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     scores = logps.mean(-1)
     gaps = scores.unsqueeze(2) - scores.unsqueeze(1)  # [G, i, j] = p_i - p_j
     wrong = rewards.unsqueeze(2) < rewards.unsqueeze(1)
-    best = rewards.argmax(1, keepdim=True)
-    sft = -logps.sum(-1).gather(1, best).squeeze(1)
-    return ((gaps.clamp(min=0) * wrong).sum((1, 2)) + sft).mean()
+    return (gaps.clamp(min=0) * wrong).sum((1, 2)).mean()
 
 
 def table(figures: dict) -> str:
@@ -94,7 +98,9 @@ def table(figures: dict) -> str:
         [name, *(f"{case['contenders'][name]['ms']:.2f}" for case in cases)]
         for name in cases[0]["contenders"]
     ]
-    return text_table(["ms, forward and backward", *map(_label, cases)], rows)
+    return text_table(
+        ["ms, forward and backward", *(_label(c).replace("\n", ", ") for c in cases)], rows
+    )
 
 
 def plot(figures: dict, path: Path) -> None:
@@ -109,4 +115,4 @@ def plot(figures: dict, path: Path) -> None:
 
 def _label(case: dict) -> str:
     queries, k, tokens = case["queries/k/tokens"]
-    return f"{queries} queries, k = {k}, {tokens} tokens"
+    return f"{queries} queries, k = {k}\n{tokens} tokens"

@@ -28,6 +28,8 @@ PRESETS = {
     "paper": [("SmolLM2-135M", PAPER)],
     "full": [("SmolLM2-135M", PAPER), ("SmolLM2-135M", LONG_PROMPTS)],
 }
+# Relative, between the ways: they compute the same, the GPU in bfloat16.
+LOSS_TOLERANCES = {"cpu": 1e-4, "cuda": 0.05}
 GPU_PRESETS = {
     "paper": [("Llama-3.2-1B", PAPER)],
     "full": [("Llama-3.2-1B", PAPER), ("Llama-3.2-1B", LONG_PROMPTS)],
@@ -54,6 +56,9 @@ def run(
                 found[way].append(measure(point))
         ways = {way: _summary(measured) for way, measured in found.items()}
         released = ways[RELEASED]
+        for name, way in ways.items():
+            error = abs(way["loss"] / released["loss"] - 1)
+            assert error < LOSS_TOLERANCES[device], (name, error)
         for way in ways.values():
             way["of_released"] = way["total_bytes"] / released["total_bytes"]
             way["extra_of_released"] = way["extra_bytes"] / released["extra_bytes"]

@@ -36,15 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one case or all; returns the exit code."""
     options = vars(_parser().parse_args(arguments))
     case, out = options.pop("case"), options.pop("out")
-    options["device"] = _device(options["device"])
     options["rounds"] = options["rounds"] or (1 if options["preset"] == "smoke" else 3)
     options = {name: value for name, value in options.items() if value is not None}
     try:
+        options["device"] = _device(options["device"])
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         for name in CASES if case == "all" else [case]:
             print(f"== {name}: {CASES[name]}", flush=True)
             _run(name, options, out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="smoke: minutes for all cases on two cores; paper: what is published; full: more",
     )
     shared.add_argument(
-        "--rounds", type=int, help="each times every contender once; default 3, in smoke 1"
+        "--rounds", type=_positive, help="each times every contender once; default 3, in smoke 1"
     )
     shared.add_argument("--out", type=Path, help="folder for JSON and plots")
     cases = parser.add_subparsers(dest="case", required=True, metavar="|".join([*CASES, "all"]))
@@ -72,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument("--model", help="causal language model, for --data")
             case.add_argument("--data", help="real rows, JSONL, instead of the preset's lengths")
         if name in ("step", "active"):
-            case.add_argument("--num_queries", type=int, help="default: as the preset has it")
-            case.add_argument("--max_tokens_per_pack", type=int, default=2048)
+            case.add_argument("--num_queries", type=_positive, help="default: as the preset has it")
+            case.add_argument("--max_tokens_per_pack", type=_positive, default=2048)
         if name == "step":
             case.add_argument(
                 "--profile",
@@ -84,17 +86,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
 def _device(name: str) -> str:
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: device: cuda was asked for, and torch finds no CUDA GPU")
+        raise ValueError("device: cuda was asked for, and torch finds no CUDA GPU")
     return name
 
 
 def _run(case: str, options: dict, out: Path | None) -> None:
+    if case in ("step", "data") and ("model" in options) != ("data" in options):
+        raise ValueError("model, data: real rows need --model, for its tokenizer; expected both")
     if options.pop("profile", False):
         _profile(options, out)
         return
@@ -104,8 +114,7 @@ def _run(case: str, options: dict, out: Path | None) -> None:
     options = {k: Path(v).name if k in FILES else v for k, v in options.items()}
     figures |= {"environment": environment(options["device"]), "case": case, "options": options}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        names = [Path(options[key]).stem for key in FILES if key in options]
+        names = [options[key].removesuffix(".jsonl") for key in FILES if key in options]
         device = figures["environment"]["device"].lower().replace(" ", "-")
         stem = "-".join([case, *(names or [options["preset"]]), device])
         (out / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -69,6 +69,8 @@ def estimate(
 
 def _student(freedom: float) -> float:
     """The 97.5 % quantile of Student's t, by its expansion around the normal's."""
+    if freedom < 3:  # where the expansion is of no use
+        return float(np.interp(1 / freedom, [1 / 3, 1 / 2, 1], [3.182, 4.303, 12.706]))
     z = NormalDist().inv_cdf(0.975)
     terms = (
         (z**3 + z) / 4,

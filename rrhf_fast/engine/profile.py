@@ -236,8 +236,9 @@ class Work:
         """Floating-point operations of the matrix products of each part, a multiply-add being two.
 
         Counted is what the result needs: not what is computed again in the backward, nor padding
-        and hidden scores. The backward of a product is two of its kind, one where a weight is
-        frozen; of a prediction without a gradient there is none.
+        and hidden scores; where the active part is trained alone, its scoring counts. The backward
+        of a product is two of its kind, one where a weight is frozen; of a prediction without a
+        gradient there is none.
         """
         decoder = attention = 0
         forward, backward = decoder_flops(self._model.lm)
@@ -263,8 +264,10 @@ class Work:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the decoder encoded, padding not counted."""
-        return sum(int(_real_rows(pack).sum()) for pack, *_ in self._decoded)
+        """Tokens of the steps' packs, padding not counted, nor those that are encoded again to
+        train the active part."""
+        packs = (pack for pack, *_ in self._decoded if isinstance(pack, PackedForest))
+        return sum(int(_real_rows(pack).sum()) for pack in packs)
 
 
 def _real_rows(pack: PackedForest | WeightedForest) -> torch.Tensor:

@@ -99,7 +99,14 @@ def test_a_ratio_of_sums_counts_cells_by_their_denominators():
 
 
 def test_students_quantiles():
-    for freedom, expected in ((3, 3.182), (4, 2.776), (10, 2.228), (100, 1.984)):
+    for freedom, expected in (
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (10, 2.228),
+        (100, 1.984),
+    ):
         assert _student(freedom) == pytest.approx(expected, rel=0.01)
 
 

@@ -29,9 +29,11 @@ def test_a_case_leaves_figures_and_a_plot(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, problem",
     [
-        (["step", "--data", "rows.jsonl"], "data: real rows need --model"),
+        (["step", "--data", "rows.jsonl"], "real rows need --model"),
         (["step", "--model", "nowhere", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["data", "--model", "nowhere"], "expected both"),
         (["step", "--profile"], "profile: needs --out"),
+        (["loss", "--out", __file__], "File exists"),
     ],
 )
 def test_mistakes_cost_one_line(options, problem, capsys):

@@ -44,13 +44,16 @@ class LossConfig:
     """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
 
     length_penalty: float = 1.0
-    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum."""
+    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. 0 gave
+    less reward in benchmarks/results/experiments/choices.md."""
     rank_weight: float = 1.0
-    """Weight of the pairwise ranking loss."""
+    """Weight of the pairwise ranking loss. 10 and 100 rank better and give less reward
+    (choices.md)."""
     sft_weight: float = 1.0
     """Weight of the likelihood of the best response. At 0 the method is reported to degenerate."""
     sft_reduction: Literal["sum", "mean"] = "sum"
-    """Over the best response's tokens: their sum (the paper) or their mean."""
+    """Over the best response's tokens: their sum (the paper) or their mean, which gave less reward
+    (choices.md)."""
     margin: float = 0.0
     """Added inside the hinge, in units of p."""
     compat: Literal["none", "official"] = "none"

@@ -55,7 +55,8 @@ Loss and gradient of {case["queries"]} queries, spread by size over the human-ju
 {figures["options"]["rounds"]} interleaved rounds ({_machine(figures)}). The released method pads k
 rows a query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. From
 rrhf_fast on, one thing at a time is changed. On the two shortest queries every gradient is within
-{worst:.0e} of float64.
+{worst:.0e} of float64. The model is HuggingFaceTB/{case["model"]}; the rows are the test set of
+WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the format above.
 
 {table}
 

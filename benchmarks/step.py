@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.baselines import HEADS, released_loss, repeat_prompts
 from benchmarks.plots import ranked_bars
+from benchmarks.points import ENGINE, PADDED, RELEASED, REPEATED
 from benchmarks.tables import text_table
 from benchmarks.timing import interleaved, ratio
 from benchmarks.workloads import (
@@ -39,7 +40,6 @@ from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 
-RELEASED, REPEATED, ENGINE = "released method", "packed, prompts repeated", "rrhf_fast"
 # Largest relative error of the whole gradient, in the norm, against float64.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LENGTHS = {
@@ -203,7 +203,7 @@ def contenders(
     by_active = Contender(engine.lm, tokens, active)
     found = {
         RELEASED: way(padded, released, [(query, 1) for query in queries], padded_count),
-        "padded batches": way(padded, rows, packs(padded, "none", max_tokens), padded_count),
+        PADDED: way(padded, rows, packs(padded, "none", max_tokens), padded_count),
         REPEATED: way(engine, forest, repeated, repeated_count),
     }
     if takes_active:

@@ -236,47 +236,73 @@ def plot(figures: dict, path: Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    for axis, name in zip(axes.flat, names, strict=False):
-        (_curves if curves else _dots)(axis, arms, name)
-        for arm in arms:
-            if not curves and arm["name"] == figures["baseline"] and name in arm["measures"]:
-                axis.axvline(arm["measures"][name]["value"], color="gray", linestyle=":")
-        axis.set_title(TITLES.get(name, name), fontsize="medium")
+    shown = list(axes.flat)[: len(names)]
+    for axis, name in zip(shown, names, strict=True):
         if curves:
+            _curves(axis, arms, name)
             axis.set_xlabel(figures["x"] or "")
+        else:
+            _dots(axis, arms, name, figures["baseline"])
+        axis.set_title(TITLES.get(name, name), fontsize="medium")
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
-    if not curves:
+    if curves:  # one for all panels, beside them: it would cover points
+        figure.legend(*_legend(shown), loc="outside right upper", fontsize="small")
+    else:
         for axis in axes[:, 1:].flat:
             axis.tick_params(labelleft=False)
     figure.suptitle(figures["title"])
-    save_figure(figure, list(axes.flat)[: len(names)], path)
+    save_figure(figure, shown, path)
 
 
-def _dots(axis, arms: list[dict], name: str) -> None:
+def _dots(axis, arms: list[dict], name: str, baseline: str) -> None:
     series = list(dict.fromkeys(arm["series"] for arm in arms))
     for y, arm in enumerate(arms):
         if found := arm["measures"].get(name):
-            spread = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
             color = f"C{series.index(arm['series'])}"
-            axis.errorbar(found["value"], y, xerr=spread, fmt="o", color=color, markersize=4)
+            axis.errorbar(
+                found["value"], y, xerr=_spread([found]), fmt="o", color=color, markersize=4
+            )
+            if arm["name"] == baseline:
+                axis.axvline(found["value"], color="gray", linestyle=":")
     axis.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize="small")
     axis.set_ylim(len(arms) - 0.5, -0.5)
 
 
 def _curves(axis, arms: list[dict], name: str) -> None:
-    for number, series in enumerate(dict.fromkeys(arm["series"] for arm in arms)):
-        found = [
-            (a["x"], a["measures"][name])
-            for a in arms
-            if a["series"] == series
-            if name in a["measures"]
-        ]
-        if found:
-            x = [at for at, _ in found]
-            low, value, high = ([m[k] for _, m in found] for k in ("low", "value", "high"))
-            axis.plot(x, value, "o-", label=series, color=f"C{number}", markersize=4)
-            axis.fill_between(x, low, high, alpha=0.15, color=f"C{number}", linewidth=0)
+    """Intervals stand side by side; a series of one point is a level, drawn through the panel."""
+    series = list(dict.fromkeys(arm["series"] for arm in arms))
+    reach = max(arm["x"] for arm in arms) - min(arm["x"] for arm in arms)
+    for number, label in enumerate(series):
+        here = [arm for arm in arms if arm["series"] == label and name in arm["measures"]]
+        if not here:
+            continue
+        found = [arm["measures"][name] for arm in here]
+        values = [record["value"] for record in found]
+        if len(here) == 1:
+            axis.axhline(values[0], color="gray", linestyle=":", label=label)
+            continue
+        aside = (number - len(series) / 2) * 0.005 * reach
+        x = [arm["x"] + aside for arm in here]
+        style = {"color": f"C{number}", "markersize": 4, "elinewidth": 0.8}
+        axis.errorbar(x, values, yerr=_spread(found), fmt="o-", label=label, **style)
+
+
+def _spread(found: list[dict]) -> list[list[float]]:
+    """Intervals as the distances below and above that matplotlib wants."""
+    below = [record["value"] - record["low"] for record in found]
+    above = [record["high"] - record["value"] for record in found]
+    return [below, above]
+
+
+def _legend(axes: list) -> tuple[list, list[str]]:
+    """Every label once, and the labels off the panels."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+            handle.set_label("_")
+    return list(handles.values()), list(handles)
 
 
 def write_index(texts: dict[str, dict], folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.experiments.__main__ import EXPERIMENTS, main
+from benchmarks.experiments import report
+from benchmarks.experiments.__main__ import EXPERIMENTS, RESULTS, main
 from benchmarks.experiments.recipe import CONFIGS, load_experiment
 from benchmarks.experiments.runner import all_stages
 from benchmarks.experiments.stages import KINDS, build_config
@@ -306,6 +308,40 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path, capsys):
     assert main([*arguments("whole"), "--report_only"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "expected initial above initial in reward" in line
+
+
+def test_committed_pages_say_what_their_figures_and_recipes_say(tmp_path):
+    names = sorted(path.stem for path in RESULTS.glob("*.json"))
+    assert names
+    for name in names:
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    assert main([*names, "--report_only", "--results", str(tmp_path)]) == 0
+    for page in (*(f"{name}.md" for name in names), "index.md"):
+        assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), page
+
+
+def test_a_plot_of_series_names_each_once_and_beside_its_panels(tmp_path, monkeypatch):
+    """A series of one point is a level."""
+    drawn = []
+    measures = {
+        "reward": {"value": 1.0, "low": 0.5, "high": 1.5},
+        "tokens": {"value": 20.0, "low": 19.0, "high": 21.0},
+    }
+    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.append(figure))
+    arms = [
+        {"name": f"{series}, {x}", "series": series, "x": x, "measures": measures}
+        for series, x in [("initial", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    ]
+    figures = {"title": "T", "baseline": "a", "x": "steps", "measures": ["reward", "tokens"]}
+    report.plot(figures | {"arms": arms}, tmp_path / "figure.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["initial", "a", "b"]
+    for axis, value in zip(figure.axes, (1.0, 20.0), strict=True):
+        assert axis.get_legend_handles_labels()[1] == []
+        assert list(axis.lines[0].get_ydata()) == [value, value]
+        curves = [[float(x) for x in curve.lines[0].get_xdata()] for curve in axis.containers]
+        assert np.round(curves).tolist() == [[1, 2], [1, 2]]
 
 
 @pytest.mark.slow

@@ -105,8 +105,8 @@ def run_command(
     many_processes: bool = False,
 ) -> int:
     """Parse and run; returns the exit code: that of `run`, 2 for a mistake in options or data (a
-    ValueError), 130 for Ctrl-C. A launcher of several processes is refused, unless the command
-    shares its work among `many_processes`."""
+    ValueError), 1 where the device's memory does not suffice, 130 for Ctrl-C. A launcher of several
+    processes is refused, unless the command shares its work among `many_processes`."""
     try:
         if not many_processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
@@ -120,6 +120,11 @@ def run_command(
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(10)
         return fail(name, error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: torch loads slowly
+            raise
+        problem, has_batch = str(error).partition(". ")[0], hasattr(config_class, "batch_size")
+        return fail(name, f"{problem}{': lower --batch_size' if has_batch else ''}", 1)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
 

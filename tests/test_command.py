@@ -1,12 +1,18 @@
 """What all commands share: files of options, lists, launchers."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+import rrhf_fast
 from rrhf_fast.evaluate import main as evaluate
 from rrhf_fast.iterate import main as iterate
 from rrhf_fast.sample import main as sample
 from rrhf_fast.score import main as score
 from rrhf_fast.train import main as train
+
+MODEL = str(Path(rrhf_fast.__file__).parent / "demo" / "model")
 
 FILES = {
     "empty": ("", "o.yaml: expected lines of `option: value`, found nothing"),
@@ -39,3 +45,18 @@ def test_a_command_of_one_process_refuses_a_launcher(command, monkeypatch, capsy
     assert command([]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "WORLD_SIZE is 2" in error
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    """What a device raises, raised where the model samples."""
+
+    def generate(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", generate)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    files = ["--data", "prompts.jsonl", "--output", "out.jsonl"]
+    assert sample([*files, "--model_name_or_path", MODEL]) == 1
+    problem = "CUDA out of memory: lower --batch_size"
+    assert capsys.readouterr().err.splitlines()[-1] == f"rrhf_fast.sample: error: {problem}"

@@ -47,13 +47,14 @@ class LossConfig:
     """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. 0 gave
     less reward in benchmarks/results/experiments/choices.md."""
     rank_weight: float = 1.0
-    """Weight of the pairwise ranking loss. 10 and 100 rank better and give less reward
-    (choices.md)."""
+    """Weight of the pairwise ranking loss. More than 1 ranks better, but gives less reward in
+    choices.md; for the stories of data.md 10 gave more."""
     sft_weight: float = 1.0
-    """Weight of the likelihood of the best response. At 0 the method is reported to degenerate."""
+    """Weight of the likelihood of the best response. At 0 the method degenerates
+    (alternatives.md)."""
     sft_reduction: Literal["sum", "mean"] = "sum"
-    """Over the best response's tokens: their sum (the paper) or their mean, which gave less reward
-    (choices.md)."""
+    """Over the best response's tokens: their sum (the paper) or their mean, which acts as a larger
+    rank_weight: less reward in choices.md, more for the stories of data.md."""
     margin: float = 0.0
     """Added inside the hinge, in units of p."""
     compat: Literal["none", "official"] = "none"

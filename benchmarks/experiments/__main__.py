@@ -2,6 +2,7 @@
 
 python -m benchmarks.experiments                   # all, or those named: sources rounds ...
 python -m benchmarks.experiments smallest          # two minutes; exit code 1 if RRHF gains nothing
+python -m benchmarks.experiments tuning            # not among all, like real_model
 python -m benchmarks.experiments --report_only     # tables and plots again, from the JSON files
 python -m benchmarks.experiments my.yaml --models DIR --data DIR
 
@@ -28,6 +29,7 @@ EXPERIMENTS = (
     *("sources", "rounds", "alternatives", "choices", "responses"),
     *("size", "data", "equivalence"),
 )
+BY_NAME = ("tuning", "real_model")  # what chose the rates; what takes a model of the user's
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
 
 
@@ -99,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{experiment.name}: {seconds / 60:.1f} CPU minutes, some shared with others")
         print(write_results(figures, experiment.text, options.results), flush=True)
         problems += failed_checks(figures, experiment.text.get("check", []))
-    texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in EXPERIMENTS}
+    texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in (*EXPERIMENTS, *BY_NAME)}
     write_index(texts, options.results)
     for problem in problems:
         _fail(problem, 1)

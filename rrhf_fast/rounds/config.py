@@ -94,7 +94,7 @@ class IterateConfig(EvaluationOptions):
             "model_name_or_path": model,
             "train_data": str(folder / "scored.jsonl"),
             "output_dir": str(folder / "model"),
-            # What an interrupted attempt left is of no use.
+            # What an attempt left that came to no checkpoint is of no use.
             "overwrite_output_dir": True,
             "on_bad_rows": "skip",
             "trust_remote_code": self.trust_remote_code,

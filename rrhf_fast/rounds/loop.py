@@ -18,6 +18,7 @@ import torch
 from rrhf_fast.data.journal import write_rows
 from rrhf_fast.data.rows import Draft, load_drafts
 from rrhf_fast.engine.loop import train
+from rrhf_fast.engine.output_dir import complete_checkpoints
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.report import write_report
 from rrhf_fast.evaluation.stage import claim, evaluate, pass_on
@@ -39,8 +40,7 @@ def iterate(config: IterateConfig) -> list[dict]:
     Raises:
         ValueError: a mistake in options, files or rows.
         EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; the same call goes on.
-        KeyboardInterrupt, Preempted: Ctrl-C or a signal; training saves what it has, but its round
-            will train anew.
+        KeyboardInterrupt, Preempted: Ctrl-C or a signal; training saves what it has.
     """
     if config.model_name_or_path is None and config.data is None:
         config = with_demo(config)
@@ -89,7 +89,11 @@ def iterate(config: IterateConfig) -> list[dict]:
 
 
 def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
-    result = train(config.train_config(number, model, here))
+    stage = config.train_config(number, model, here)
+    if complete_checkpoints(here / "model"):  # of an attempt that was interrupted
+        more = {"resume_from_checkpoint": "latest", "init_optimizer_from": None}
+        stage = replace(stage, overwrite_output_dir=False, **more)
+    result = train(stage)
     if result.preempted:
         raise Preempted("stopped by a signal")
     if result.interrupted:

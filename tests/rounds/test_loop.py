@@ -106,19 +106,30 @@ def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
         loop.iterate(replace(config, rounds=2))
 
 
-def test_a_signal_while_training_is_exit_code_75(config, monkeypatch, capsys):
-    step = engine.take_step
+@pytest.mark.parametrize("steps_per_round", [None, 2])
+def test_a_signal_while_training_is_exit_code_75_and_the_round_goes_on(
+    steps_per_round, config, monkeypatch, capsys
+):
+    step, taken = engine.take_step, []
 
     def signalled(*arguments):
-        signal.raise_signal(signal.SIGTERM)
+        taken.append(1)
+        if len(taken) == 3:  # the first of the second round
+            signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
-    config.rounds, config.train.max_steps = 1, 2
+    config.rounds, config.steps_per_round = 2, steps_per_round
+    config.train = replace(config.train, max_steps=2, train_batch_size=4)
+    loop.iterate(replace(config, output_dir=f"{config.output_dir}-whole"))
     monkeypatch.setattr(engine, "take_step", signalled)
     assert _run(config) == 75
     problem = "rrhf_fast.iterate: error: stopped by a signal; what is done is kept: run the same"
     assert problem in capsys.readouterr().err
-    assert not Path(config.output_dir, "round-1", "trained.json").exists()
+    assert not Path(config.output_dir, "round-2", "trained.json").exists()
+    assert _run(config) == 0 and len(taken) == 4
+    file = Path("round-2", "model", "model.safetensors")
+    one, other = (Path(f"{config.output_dir}{end}", file) for end in ("", "-whole"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_the_penalty_compares_with_the_first_model(config):

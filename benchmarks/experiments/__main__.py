@@ -1,13 +1,14 @@
 """Does RRHF align? The paper's experiments in miniature, over seeds, with intervals and tests.
 
 python -m benchmarks.experiments                   # all, or those named: sources rounds ...
-python -m benchmarks.experiments smallest          # two minutes; exit code 1 if RRHF gains nothing
+python -m benchmarks.experiments smallest          # a minute; exit code 1 if its check fails
 python -m benchmarks.experiments tuning            # not among all, like real_model
-python -m benchmarks.experiments --report_only     # tables and plots again, from the JSON files
-python -m benchmarks.experiments my.yaml --models DIR --data DIR
+python -m benchmarks.experiments my.yaml data --models DIR --data DIR
+python -m benchmarks.experiments --report_only --results benchmarks/results/experiments
 
 Killed? The same command goes on where it was. Stages are known by their options and by what their
-files hold, not by the code that ran them: after a change of the engine use another --work.
+files hold, not by the code that ran them: after a change of the engine use another --work. The last
+command makes tables and plots again, from the figures of an earlier run.
 """
 
 import argparse
@@ -23,14 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.experiments.recipe import CONFIGS, load_experiment, read_text
 from benchmarks.experiments.report import collect, failed_checks, write_index, write_results
-from benchmarks.experiments.runner import StageFailed, all_stages, read_result, run_stages
+from benchmarks.experiments.runner import StageFailed, all_stages, run_stages
 
 EXPERIMENTS = (
     *("sources", "rounds", "alternatives", "choices", "responses"),
     *("size", "data", "equivalence"),
 )
 BY_NAME = ("tuning", "real_model")  # what chose the rates; what takes a model of the user's
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", help=f"of {' '.join(EXPERIMENTS)}; or YAML files")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="stages' files")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="tables and plots")
+    parser.add_argument(
+        "--results", type=Path, help="folder of tables and plots; default results in --work"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, help="use the first so many; default all")
     parser.add_argument("--models", type=Path, help="folder that holds stories260k and others")
@@ -70,25 +72,26 @@ def _run(options: argparse.Namespace) -> int:
     paths = [Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml" for name in names]
     roots = {"models": options.models, "data": options.data}
     work = options.work.resolve()
+    results = options.results or work / "results"
     experiments = [load_experiment(path, work, roots, options.seeds) for path in paths]
-    results = [
-        stage
-        for experiment in experiments
-        for arm in experiment.arms
-        for stages in arm.results.values()
-        for stage in stages
-    ]
+    stages = [stage for experiment in experiments for stage in experiment.results()]
     if options.dry_run:
         for experiment in experiments:
             _say_arms(experiment)
-        print(f"{len(all_stages(results))} stages")
+        print(f"{len(all_stages(stages))} stages")
         return 0
+    for name, folder in (("work", work), ("results", results)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"{name}: {folder} cannot be a folder ({error.strerror})"
+            raise ValueError(problem) from error
     if not options.report_only:
-        run_stages(results, work, options.jobs)
+        run_stages(stages, work, options.jobs)
     problems = []
     for experiment in experiments:
         if options.report_only:
-            path = options.results / f"{experiment.name}.json"
+            path = results / f"{experiment.name}.json"
             if not path.exists():
                 print(f"{experiment.name}: no {path.name}, left out")
                 continue
@@ -96,13 +99,10 @@ def _run(options: argparse.Namespace) -> int:
         else:
             figures = collect(experiment, work)
             _say_arms(experiment)
-            stages = all_stages(s for a in experiment.arms for r in a.results.values() for s in r)
-            seconds = sum(read_result(stage, work)["seconds"] for stage in stages)
-            print(f"{experiment.name}: {seconds / 60:.1f} CPU minutes, some shared with others")
-        print(write_results(figures, experiment.text, options.results), flush=True)
+        print(write_results(figures, experiment.text, results), flush=True)
         problems += failed_checks(figures, experiment.text.get("check", []))
     texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in (*EXPERIMENTS, *BY_NAME)}
-    write_index(texts, options.results)
+    write_index(texts, results)
     for problem in problems:
         _fail(problem, 1)
     return 1 if problems else 0

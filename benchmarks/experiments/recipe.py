@@ -24,7 +24,7 @@ import copy
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,12 +33,24 @@ import yaml
 
 from benchmarks.experiments.stages import KINDS, NEEDS, build_config
 from rrhf_fast import demo
+from rrhf_fast.evaluation.report import TITLES as MEASURED
 
+MEASURES = MEASURED | {
+    "perplexity": "perplexity under the initial model",
+    "tokens": "tokens a sample",
+    "ranking_accuracy": "ranking accuracy",
+    "ranking_provided": "ranking accuracy, provided pairs",
+    "ranking_sampled": "ranking accuracy, sampled pairs",
+    "ranking_mixed": "ranking accuracy, mixed pairs",
+}
 CONFIGS = Path(__file__).parent / "configs"
 _REFERENCE = re.compile(r"\{([^{}]+)\}(/.*)?")
-_FIELDS = {
-    *("title", "question", "reading", "seeds", "baseline", "measures", "stages", "results"),
-    *("arms", "series", "points", "x", "check"),
+_REQUIRED = {"title", "question", "seeds", "baseline", "measures", "stages", "results"}
+_KINDS = {
+    **dict.fromkeys(("title", "question", "reading", "x"), str),
+    **dict.fromkeys(("seeds", "measures", "results", "check"), list),
+    **dict.fromkeys(("stages", "arms", "series", "points"), dict),
+    "baseline": (str, int),
 }
 
 
@@ -80,6 +92,10 @@ class Experiment:
             if name in names:
                 return None if name == arm.name else name
         return None
+
+    def results(self) -> list[Stage]:
+        """The result stages of all arms and seeds."""
+        return [stage for arm in self.arms for stages in arm.results.values() for stage in stages]
 
 
 class Missing(Exception):
@@ -128,19 +144,53 @@ def read_text(path: Path) -> dict:
         raise ValueError(f"{path.name}: cannot be read ({error})") from error
     if not isinstance(text, dict):
         raise ValueError(f"{path.name}: expected a mapping, found {type(text).__name__}")
-    if unknown := sorted(set(text) - _FIELDS):
+    if unknown := sorted(set(map(str, text)) - set(_KINDS)):
         raise ValueError(
-            f"{path.name}: {unknown[0]}: no such field (of {', '.join(sorted(_FIELDS))})"
+            f"{path.name}: {unknown[0]}: no such field (of {', '.join(sorted(_KINDS))})"
         )
-    for name, kind in (
-        *(("title", str), ("question", str), ("seeds", list), ("measures", list)),
-        *(("stages", dict), ("results", list), ("baseline", (str, int))),
-    ):
-        if not isinstance(text.get(name), kind) or text[name] in ("", [], {}):
-            raise ValueError(f"{path.name}: {name}: missing, or of the wrong type")
+    text = {name: value for name, value in text.items() if value is not None}
+    for name, kind in _KINDS.items():
+        if name in _REQUIRED and text.get(name, "") in ("", [], {}):
+            raise ValueError(f"{path.name}: {name}: missing")
+        found = text.get(name)
+        if name in text and (not isinstance(found, kind) or isinstance(found, bool)):
+            expected = "text" if kind is str else "a list" if kind is list else "a mapping"
+            raise ValueError(f"{path.name}: {name}: expected {expected}, found {found!r:.60}")
     if ("arms" in text) == ("series" in text and "points" in text):
         raise ValueError(f"{path.name}: arms: expected arms, or series and points")
+    _check_parts(text, path.name)
     return text
+
+
+def _check_parts(text: dict, file: str) -> None:
+    """Raise ValueError for an entry of a field that is of the wrong kind."""
+    seeds = text["seeds"]
+    if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{file}: seeds: expected different whole numbers, found {seeds}")
+    for name in ("measures", "results"):
+        if not all(isinstance(entry, str) for entry in text[name]):
+            raise ValueError(f"{file}: {name}: expected names, found {text[name]}")
+    if unknown := [name for name in text["measures"] if name not in MEASURES]:
+        raise ValueError(
+            f"{file}: measures: {unknown[0]}: no such measure (of {', '.join(MEASURES)})"
+        )
+    for name in ("stages", "arms", "series", "points"):
+        kinds = (dict, str, type(None)) if name == "stages" else (dict, type(None))
+        for key, entry in text.get(name, {}).items():
+            if not isinstance(entry, kinds):
+                raise ValueError(f"{file}: {name}: {key}: expected a mapping, found {entry!r:.60}")
+    for key, entry in text.get("series", {}).items():
+        wanted, points = (entry or {}).get("points", []), [*text["points"]]
+        if not isinstance(wanted, list) or not all(point in points for point in wanted):
+            raise ValueError(f"{file}: {key}: points: expected some of {points}, found {wanted}")
+    for check in text.get("check", []):
+        if not isinstance(check, dict) or set(check) != {"better", "than", "measure"}:
+            raise ValueError(f"{file}: check: expected better, than and measure, found {check}")
+        names = [name for name, *_ in _arms(text)]
+        if not {check["better"], check["than"]} <= set(names):
+            raise ValueError(f"{file}: check: expected two of {names}, found {check}")
+        if check["measure"] not in text["measures"]:
+            raise ValueError(f"{file}: check: {check['measure']} is not among the measures")
 
 
 def _arms(text: dict):
@@ -168,14 +218,21 @@ def _apply(stages: dict, changes: list[dict], where: str) -> dict:
                 raise ValueError(f"{where}: {name}: there is no stage {stage}")
             if stages[stage] is None:  # an arm without it
                 continue
-            target = next(iter(stages[stage].values()))
+            target = _options(stages[stage])
             for step in path[:-1]:
-                target = target.setdefault(step, {})
+                target = target.setdefault(step, {}) if isinstance(target, dict) else None
+            if not isinstance(target, dict):
+                raise ValueError(f"{where}: {name}: there are no options to change")
             if value is None:
                 target.pop(path[-1], None)
             else:
                 target[path[-1]] = value
     return stages
+
+
+def _options(stage) -> dict | None:
+    """The mapping inside {kind: {option: value}}."""
+    return next(iter(stage.values()), None) if isinstance(stage, dict) else None
 
 
 class _Resolver:
@@ -197,13 +254,16 @@ class _Resolver:
             raise ValueError(f"{self._where}: {name}: expected a stage, one of {kinds}")
         self._made[name] = None
         (kind, options), inputs = next(iter(text.items())), []
+        if not isinstance(options, dict):
+            raise ValueError(f"{self._where}: {name}: expected options, found {options!r:.60}")
         if kind in NEEDS and find_spec(NEEDS[kind]) is None:
             raise Missing(f"{NEEDS[kind]} is not installed")
-        paths, identity = self._resolve(options or {}, inputs)
+        paths, identity = self._resolve(options, inputs)
         try:
-            build_config(kind, copy.deepcopy(paths))
+            config = build_config(kind, copy.deepcopy(paths))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self._where}: {name}: {error}") from error
+        identity = _with_defaults(identity, asdict(config))
         key = hashlib.sha256(json.dumps([kind, identity], sort_keys=True).encode()).hexdigest()[:16]
         self._made[name] = Stage(key, kind, paths, tuple(inputs))
         return self._made[name]
@@ -218,7 +278,8 @@ class _Resolver:
             return [given for given, _ in both], [known for _, known in both]
         match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            return value, value
+            is_file = isinstance(value, str) and "/" in value and Path(value).exists()
+            return value, _content(Path(value)) if is_file else value
         name, below = match[1], match[2] or ""
         if name == "seed":
             return self._seed, self._seed
@@ -250,6 +311,16 @@ class _Resolver:
         if not path.exists():
             raise Missing(f"there is no {below.lstrip('/')} in --{name}")
         return path
+
+
+def _with_defaults(given, options):
+    """What a stage is known by, and what it leaves at a default: defaults change, too."""
+    if isinstance(given, dict) and isinstance(options, dict):
+        both = {name: _with_defaults(value, options.get(name)) for name, value in given.items()}
+        return options | both
+    if isinstance(given, list) and isinstance(options, list) and len(given) == len(options):
+        return [_with_defaults(*pair) for pair in zip(given, options, strict=True)]
+    return given
 
 
 @cache

@@ -3,7 +3,7 @@ experiment, and an index of all."""
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -12,21 +12,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend comes first
 
-from benchmarks.experiments.recipe import Arm, Experiment
+from benchmarks.experiments.recipe import CONFIGS, MEASURES, Arm, Experiment, Stage
 from benchmarks.experiments.runner import read_result
 from benchmarks.experiments.statistics import Table, estimate, holm, swap_test
 from rrhf_fast.evaluation.measures import Estimate
-from rrhf_fast.evaluation.report import TITLES as MEASURED
 from rrhf_fast.evaluation.report import save_figure
-
-TITLES = MEASURED | {
-    "perplexity": "perplexity under the initial model",
-    "tokens": "tokens a sample",
-    "ranking_accuracy": "ranking accuracy",
-    "ranking_provided": "ranking accuracy, provided pairs",
-    "ranking_sampled": "ranking accuracy, sampled pairs",
-    "ranking_mixed": "ranking accuracy, mixed pairs",
-}
 
 
 def collect(experiment: Experiment, work: Path) -> dict:
@@ -43,7 +33,7 @@ def collect(experiment: Experiment, work: Path) -> dict:
         "question": experiment.text["question"],
         "seeds": experiment.text["seeds"],
         "baseline": experiment.text["baseline"],
-        "environment": {name: _version(name) for name in ("torch", "transformers", "trl", "numpy")},
+        "environment": _environment(experiment.results(), work),
         "measures": names,
         "x": experiment.text.get("x"),
         "prompts": prompts,
@@ -87,7 +77,7 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
         compared, p_values = [], []
         for arm in figures["arms"]:
             table = tables[arm["name"]].get(name)
-            if table is None:
+            if table is None or not table.denominators.any():
                 continue
             record = arm["measures"][name] = _record(estimate(table))
             against = baselines[arm["name"]]
@@ -129,11 +119,13 @@ def _record(found: Estimate) -> dict:
     return {k: float(f"{getattr(found, k):.6g}") for k in ("value", "low", "high")}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _environment(stages: Iterable[Stage], work: Path) -> dict[str, str]:
+    """What the stages ran on; more than one, where some are older."""
+    found: dict[str, set[str]] = {}
+    for stage in stages:
+        for name, value in read_result(stage, work)["environment"].items():
+            found.setdefault(name, set()).add(value)
+    return {name: " and ".join(sorted(values)) for name, values in found.items()}
 
 
 def write_results(figures: dict, text: dict, folder: Path) -> str:
@@ -153,23 +145,29 @@ def _save(path: Path, text: str) -> None:
 
 
 def _page(figures: dict, text: dict, tables: list[str]) -> str:
-    seeds = len(figures["seeds"])
-    versions = ", ".join(f"{k} {v}" for k, v in figures["environment"].items() if v)
+    name, environment = figures["name"], dict(figures["environment"])
+    device = environment.pop("device")
+    versions = ", ".join(f"{package} {found}" for package, found in environment.items())
     skipped = [f"{arm['name']} ({arm['skipped']})" for arm in figures["arms"] if arm["skipped"]]
+    roots = "".join(f" --{root} DIR" for root in ("models", "data") if f"{{{root}}}" in str(text))
+    recipe, given = f"{name}.yaml", f"{name}.yaml"
+    if (CONFIGS / recipe).exists():
+        recipe, given = f"[{recipe}](../../experiments/configs/{recipe})", name
     parts = [
         f"# {figures['title']}",
         figures["question"].strip(),
         *([text["reading"].strip()] if text.get("reading") else []),
-        f"![{figures['title']}]({figures['name']}.png)",
+        f"![{figures['title']}]({name}.png)",
         *tables,
-        f"Values are means over {seeds} seeds and the held-out prompts, with 95 % intervals over "
-        "both. Differences are paired by seed and prompt; **bold** ones differ from 0 by their "
-        "interval and by a paired permutation test over prompts (p < 0.05 after Holm's correction, "
-        "over all rows of a column).",
+        f"Values are means over {len(figures['seeds'])} seeds and the held-out prompts, with 95 % "
+        "intervals over both, which are symmetric and so may reach over a bound. Differences are "
+        "paired by seed and prompt; **bold** ones differ from 0 by a paired permutation test over "
+        "prompts (p < 0.05 after Holm's correction, over all rows of a column) and by their "
+        "interval, which is not corrected for the number of rows. Seeds share the initial model "
+        "and, where a set of rows is nearly used up, most rows: other ones may differ more.",
         *([f"Left out: {'; '.join(skipped)}."] if skipped else []),
-        f"Made by `python -m benchmarks.experiments {figures['name']}` ({versions}, CPU) from "
-        f"[{figures['name']}.yaml](../../experiments/configs/{figures['name']}.yaml); "
-        f"[every prompt's figures]({figures['name']}.json).",
+        f"Made by `python -m benchmarks.experiments {given}{roots}` ({versions}, {device}) from "
+        f"{recipe}; [every prompt's figures]({name}.json).",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -179,7 +177,7 @@ def _tables(figures: dict) -> list[str]:
     names = figures["measures"]
     arms = [arm for arm in figures["arms"] if arm["measures"]]
     values = [[arm["name"], *(_cell(arm["measures"].get(name)) for name in names)] for arm in arms]
-    tables = [_markdown(["", *(TITLES.get(name, name) for name in names)], values)]
+    tables = [_markdown(["", *(MEASURES[name] for name in names)], values)]
     differences = [
         [
             f"{arm['name']} − {against}",
@@ -189,7 +187,7 @@ def _tables(figures: dict) -> list[str]:
         if (against := _against(arm))
     ]
     if differences:
-        head = ["difference", *(TITLES.get(name, name) for name in names)]
+        head = ["difference", *(MEASURES[name] for name in names)]
         tables.append(_markdown(head, differences))
     return tables
 
@@ -243,7 +241,7 @@ def plot(figures: dict, path: Path) -> None:
             axis.set_xlabel(figures["x"] or "")
         else:
             _dots(axis, arms, name, figures["baseline"])
-        axis.set_title(TITLES.get(name, name), fontsize="medium")
+        axis.set_title(MEASURES[name], fontsize="medium")
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     if curves:  # one for all panels, beside them: it would cover points
@@ -272,7 +270,10 @@ def _dots(axis, arms: list[dict], name: str, baseline: str) -> None:
 def _curves(axis, arms: list[dict], name: str) -> None:
     """Intervals stand side by side; a series of one point is a level, drawn through the panel."""
     series = list(dict.fromkeys(arm["series"] for arm in arms))
-    reach = max(arm["x"] for arm in arms) - min(arm["x"] for arm in arms)
+    points = sorted({arm["x"] for arm in arms})
+    reach = points[-1] - points[0]
+    if len(points) <= 8:
+        axis.set_xticks(points)
     for number, label in enumerate(series):
         here = [arm for arm in arms if arm["series"] == label and name in arm["measures"]]
         if not here:
@@ -281,6 +282,7 @@ def _curves(axis, arms: list[dict], name: str) -> None:
         values = [record["value"] for record in found]
         if len(here) == 1:
             axis.axhline(values[0], color="gray", linestyle=":", label=label)
+            axis.axhspan(found[0]["low"], found[0]["high"], color="gray", alpha=0.15, linewidth=0)
             continue
         aside = (number - len(series) / 2) * 0.005 * reach
         x = [arm["x"] + aside for arm in here]
@@ -307,15 +309,17 @@ def _legend(axes: list) -> tuple[list, list[str]]:
 
 def write_index(texts: dict[str, dict], folder: Path) -> None:
     """index.md: every experiment that has results, with its question and its reading."""
+    texts = {name: text for name, text in texts.items() if (folder / f"{name}.md").exists()}
+    if not texts:
+        return
     parts = ["# Does it align?", "Made by `python -m benchmarks.experiments`."]
     for name, text in texts.items():
-        if (folder / f"{name}.md").exists():
-            parts += [
-                f"## [{text['title']}]({name}.md)",
-                text["question"].strip(),
-                *([text["reading"].strip()] if text.get("reading") else []),
-                f"![{text['title']}]({name}.png)",
-            ]
+        parts += [
+            f"## [{text['title']}]({name}.md)",
+            text["question"].strip(),
+            *([text["reading"].strip()] if text.get("reading") else []),
+            f"![{text['title']}]({name}.png)",
+        ]
     _save(folder / "index.md", "\n\n".join(parts) + "\n")
 
 

@@ -3,6 +3,7 @@
 work/<key>/   a stage's files; log.txt; then result.json, which says that it is done
 """
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
     context = multiprocessing.get_context("forkserver")  # imports once, forks in an instant
     context.set_forkserver_preload(["benchmarks.experiments.report"])
     running: dict[multiprocessing.Process, Stage] = {}
-    failed: list[Stage] = []
+    failed: list[tuple[Stage, int]] = []
     while running or (waiting and not failed):
         pending = {stage.key for stage in [*waiting, *running.values()]}
         ready = [s for s in waiting if not pending.intersection(i.key for i in s.inputs)]
@@ -52,7 +54,7 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
             process.join()
             stage = running.pop(process)
             if process.exitcode != 0:
-                failed.append(stage)
+                failed.append((stage, process.exitcode))
             count = total - len(waiting) - len(running)
             minutes = (time.monotonic() - started) / 60
             print(
@@ -61,13 +63,14 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
                 flush=True,
             )
     if failed:
-        folder = work / failed[0].key
-        lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["killed"]
-        raise StageFailed(f"{failed[0].kind} {failed[0].key}: {lines[-1]} (see {folder}/log.txt)")
+        (stage, code), log = failed[0], work / failed[0][0].key / "log.txt"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        problem = f"killed by signal {-code}" if code < 0 else (lines or [f"exit code {code}"])[-1]
+        raise StageFailed(f"{stage.kind} {stage.key}: {problem} (see {log})")
 
 
 def read_result(stage: Stage, work: Path) -> dict:
-    """What a finished stage measured, and its CPU seconds."""
+    """What a finished stage measured, its CPU seconds, and what it ran on."""
     return json.loads((work / stage.key / "result.json").read_text())
 
 
@@ -109,25 +112,41 @@ def _work(stage: Stage, work: Path) -> None:
 
     folder = work / stage.key
     folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        # A process that outlived its killed parent may be at the same stage: it ends first.
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (folder / "result.json").exists():
-                return
+    # A process that outlived its killed parent may be at the same stage: it ends first.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "result.json").exists():
+            return
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
             torch.set_num_threads(1)
             (folder / "stage.json").write_text(
                 json.dumps({"kind": stage.kind, "options": stage.options}, indent=1)
             )
             measures = KINDS[stage.kind].run(build_config(stage.kind, stage.options), folder)
-            result = {"seconds": round(time.process_time(), 2), "measures": measures}
+            result = {
+                "seconds": round(time.process_time(), 2),
+                "environment": _environment(),
+                "measures": measures,
+            }
             staging = folder / "result.saving"
             staging.write_text(json.dumps(result))
             os.replace(staging, folder / "result.json")
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _environment() -> dict[str, str]:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found = {"device": device}
+    for name in ("torch", "transformers", "trl", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+    return found

@@ -41,7 +41,7 @@ class SelectConfig:
 
     data: str
     rows: int | None = None
-    """So many, drawn by the seed; default all."""
+    """So many, drawn by the seed, or the first of those that the folds leave; default all."""
     responses: int | None = None
     """As many rows as hold so many responses together, by `take`."""
     folds: int | None = None
@@ -54,6 +54,9 @@ class SelectConfig:
     """Standard deviation of what is added to each score."""
     round_to: float | None = None
     """Round scores to multiples of this, which ties them."""
+    shuffle: bool = False
+    """Each row's responses in an order drawn by the seed, so that chance decides which of those
+    that tie counts as the best."""
     seed: int = 0
 
     def validate(self) -> None:
@@ -93,6 +96,8 @@ class RoundConfig:
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         check_types(self)
+        if self.per_round < 1 or self.steps % self.per_round:
+            raise ValueError("steps, per_round: expected whole rounds")
 
 
 @dataclass
@@ -153,6 +158,9 @@ def _choose(row: dict, config: SelectConfig, rng: np.random.Generator) -> dict:
             left[name] -= 1
         keep.append(i)
     found |= {name: [row[name][i] for i in keep] for name in lists}
+    if config.shuffle:
+        order = rng.permutation(len(keep))
+        found |= {name: [found[name][i] for i in order] for name in lists}
     if "scores" in found:
         scores = np.array(found["scores"]) + config.noise * rng.standard_normal(len(keep))
         step = config.round_to

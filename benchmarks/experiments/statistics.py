@@ -101,9 +101,10 @@ def swap_test(table: Table, baseline: Table, *, draws: int = 10_000, seed: int =
         return np.abs(values[0] - values[1])
 
     observed = gap(np.zeros(2))
-    # Rounding must not make a draw that equals the observed one smaller.
-    extreme = gap(change) >= observed * (1 - 1e-9) - 1e-12
-    return float((1 + extreme.sum()) / (1 + draws))
+    # Rounding must not make a draw that equals the observed one smaller; a draw that leaves a side
+    # without data says nothing against chance.
+    smaller = gap(change) < observed * (1 - 1e-9) - 1e-12
+    return float((1 + (~smaller).sum()) / (1 + draws))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.experiments import report
-from benchmarks.experiments.__main__ import EXPERIMENTS, RESULTS, main
+from benchmarks.experiments.__main__ import EXPERIMENTS, main
 from benchmarks.experiments.recipe import CONFIGS, load_experiment
 from benchmarks.experiments.runner import all_stages
 from benchmarks.experiments.stages import KINDS, build_config
 from benchmarks.experiments.statistics import Table, _student, estimate, holm, swap_test
+from rrhf_fast.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 
 
 def table(values):
@@ -96,6 +99,11 @@ def test_the_permutation_test_is_uniform_under_the_null_and_sees_a_difference():
     assert swap_test(shifted, b) < 0.001
 
 
+def test_an_arm_without_data_does_not_differ():
+    empty, other = Table(*np.zeros((2, 3, 8))), table(np.ones((3, 8)))
+    assert swap_test(empty, other) == 1
+
+
 def test_a_ratio_of_sums_counts_cells_by_their_denominators():
     above, below = np.array([[1.0, 3.0], [0.0, 2.0]]), np.array([[1.0, 6.0], [0.0, 3.0]])
     assert estimate(Table(above, below)).value == pytest.approx(0.6)
@@ -158,6 +166,12 @@ def test_select(tmp_path):
         assert not held_out & others and len(held_out | others) == 10
         by_fold += held_out
     assert len(by_fold) == len(set(by_fold)) == 10
+    shuffled = select(tmp_path, rows, shuffle=True, seed=3)
+    assert len({tuple(row["responses"]) for row in shuffled}) > 1
+    for row in shuffled:
+        given = zip(rows[0]["responses"], rows[0]["scores"], rows[0]["sources"], strict=True)
+        found = zip(row["responses"], row["scores"], row["sources"], strict=True)
+        assert set(found) <= set(given) and len(row["responses"]) == 4
     noisy = select(tmp_path, rows, noise=1.0, seed=3)
     assert noisy == select(tmp_path, rows, noise=1.0, seed=3)
     assert noisy != select(tmp_path, rows, noise=1.0, seed=4)
@@ -216,22 +230,42 @@ def test_equal_stages_are_one_stage(tmp_path):
     kinds = [stage.kind for stage in all_stages(results)]
     # Two seeds' rows, the held-out rows, two trainings; the initial model is evaluated once.
     assert [kinds.count(k) for k in ("select", "train", "evaluate", "rank")] == [3, 2, 5, 3]
-    other = load_experiment(write(tmp_path / "other.yaml", title="u", seeds=[1]), tmp_path, roots)
-    assert other.arms[1].results[1] == arms["RRHF"].results[1]
+    # Nor is a default that is spelled out another option.
+    spelt = SMALL["arms"] | {"RRHF": {"train.rank_weight": 1.0}, "SFT": {"train.rank_weight": 0.0}}
+    changes = {"title": "u", "seeds": [1], "arms": spelt}
+    other = load_experiment(write(tmp_path / "other.yaml", **changes), tmp_path, roots)
+    assert other.arms[1].results[1] == arms["RRHF"].results[1] != other.arms[-1].results[1]
+
+
+def test_a_stage_is_known_by_its_defaults(tmp_path, monkeypatch):
+    """A default that changes makes another stage of one that does not name it."""
+
+    @dataclass
+    class Changed(TrainConfig):
+        rank_weight: float = 2.0
+
+    def key():
+        roots = {"models": None, "data": None}
+        return load_experiment(path, tmp_path, roots).arms[1].results[0][0].key
+
+    path = write(tmp_path / "one.yaml")
+    before = key()
+    monkeypatch.setitem(KINDS, "train", replace(KINDS["train"], config=Changed))
+    assert key() != before
 
 
 def test_a_stage_is_known_by_what_its_files_hold(tmp_path):
-    file, found = tmp_path / "rows.jsonl", []
-    stages = {**SMALL["stages"], "rows": {"select": {"data": "{data}/rows.jsonl"}}}
-    path = write(tmp_path / "own.yaml", stages=stages)
+    found = []
     for text in ("a", "b"):
         folder = tmp_path / text
         folder.mkdir()
-        file = folder / "rows.jsonl"
-        file.write_text(text)
-        arms = load_experiment(path, tmp_path, {"models": None, "data": folder}).arms
-        found.append(arms[1].results[0][0])
-    assert found[0] != found[1]
+        (folder / "rows.jsonl").write_text(text)
+        for file in ("{data}/rows.jsonl", str(folder / "rows.jsonl")):
+            stages = {**SMALL["stages"], "rows": {"select": {"data": file}}}
+            path = write(tmp_path / "own.yaml", stages=stages)
+            arms = load_experiment(path, tmp_path, {"models": None, "data": folder}).arms
+            found.append(arms[1].results[0][0])
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
@@ -259,6 +293,20 @@ def test_every_recipe_is_sound(name, tmp_path):
         ({"arms": {"a": {"train.train_data": "{train}"}}}, "train: depends on itself"),
         ({"arms": {"a": {"train.train_data": "{rws}"}}}, "{rws} is no stage, file or seed"),
         ({"series": {"a": None}, "points": {1: None}}, "expected arms, or series and points"),
+        ({"arms": ["initial"]}, "arms: expected a mapping"),
+        ({"arms": {"a": 5}}, "arms: a: expected a mapping, found 5"),
+        ({"arms": {"a": {"train.max_steps.x": 1}}}, "train.max_steps.x: there are no options"),
+        (
+            {"stages": SMALL["stages"] | {"held_out": {"select": None}}},
+            "expected options, found None",
+        ),
+        ({"results": [{"evaluate": 1}]}, "results: expected names"),
+        ({"measures": ["rewrad"]}, "measures: rewrad: no such measure"),
+        ({"seeds": [0, 0]}, "seeds: expected different whole numbers"),
+        ({"reading": 5}, "reading: expected text, found 5"),
+        ({"check": [{"better": "RRHF"}]}, "check: expected better, than and measure"),
+        ({"check": [{"better": "x", "than": "RRHF", "measure": "reward"}]}, "check: expected two"),
+        ({"arms": None, "series": {"a": {"points": [7]}}, "points": {1: None}}, "a: points:"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(changes, expected, tmp_path, capsys):
@@ -267,6 +315,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(changes, expected, tmp_path, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert "bad.yaml" in line and expected in line
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("option", ["work", "results"])
+def test_a_file_where_a_folder_belongs_is_one_line(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folders = {"work": tmp_path / "work", "results": tmp_path / "results"}
+    folders[option] = tmp_path / "file"
+    arguments = [x for name, folder in folders.items() for x in (f"--{name}", str(folder))]
+    assert main([str(write(tmp_path / "one.yaml")), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {option}: {tmp_path / 'file'} cannot be a folder" in line
 
 
 def test_what_is_no_yaml_is_one_line_too(tmp_path, capsys):
@@ -358,6 +417,25 @@ def test_a_stage_that_fails_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert main(arguments) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "experiments: error" in x]
     assert "select" in line and "none.jsonl" in line
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_says_so(tmp_path):
+    deadly = "import os\n\n\ndef score(prompts, responses):\n    os.kill(os.getpid(), 9)\n"
+    (tmp_path / "deadly.py").write_text(deadly)
+    arms = {"initial": SMALL["arms"]["initial"] | {"evaluate.reward_fn": "deadly:score"}, "a": {}}
+    path = write(tmp_path / "deadly.yaml", arms=arms, seeds=[0], results=["evaluate"])
+    command = [sys.executable, "-m", "benchmarks.experiments", str(path), "--jobs", "1"]
+    found = subprocess.run(
+        [*command, "--work", str(tmp_path / "work")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    (line,) = [x for x in found.stderr.splitlines() if "experiments: error" in x]
+    assert "killed by signal 9 (see" in line
 
 
 @pytest.mark.slow

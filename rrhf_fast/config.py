@@ -44,14 +44,14 @@ class LossConfig:
     """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
 
     length_penalty: float = 1.0
-    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. 0 gave
-    less reward in benchmarks/results/experiments/choices.md."""
+    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. Less
+    than 1 ranks worse at equal reward (benchmarks/results/experiments/choices.md)."""
     rank_weight: float = 1.0
-    """Weight of the pairwise ranking loss. More than 1 ranks better, but gives less reward in
-    choices.md; for the stories of data.md 10 gave more."""
+    """Weight of the pairwise ranking loss. 1 never cost much reward; more ranks better, but gives
+    less reward in choices.md and more for the stories of data.md."""
     sft_weight: float = 1.0
-    """Weight of the likelihood of the best response. At 0 the method degenerates
-    (alternatives.md)."""
+    """Weight of the likelihood of the best response. At 0 samples became short and earned hardly
+    more than before (alternatives.md)."""
     sft_reduction: Literal["sum", "mean"] = "sum"
     """Over the best response's tokens: their sum (the paper) or their mean, which acts as a larger
     rank_weight: less reward in choices.md, more for the stories of data.md."""

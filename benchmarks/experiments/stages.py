@@ -45,7 +45,8 @@ class SelectConfig:
     responses: int | None = None
     """As many rows as hold so many responses together, by `take`."""
     folds: int | None = None
-    """Deal the rows into so many parts, and keep part `fold` or all the others."""
+    """Deal the rows into so many parts, and keep part `fold`, which counts on behind the last from
+    the first, or all the others."""
     fold: int = 0
     keep: Literal["fold", "others"] = "others"
     take: dict | None = None

@@ -14,6 +14,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
 MODEL = "SmolLM2-135M-Instruct"
+# What a row of the table of slopes counts by.
+UNITS = {
+    "k": ("response", 1),
+    "vocab_size": ("1,000 vocabulary entries", 1000),
+    "prompt": ("prompt token", 1),
+    "response": ("token in each response", 1),
+}
 
 
 def speed_section(results: Path = RESULTS) -> str:
@@ -30,6 +37,7 @@ def speed_section(results: Path = RESULTS) -> str:
         _workloads([pandalm, vicuna, read("step-paper")]),
         _memory(read("memory-paper")),
         _active(read("active-paper")),
+        _scaling(read("scaling-paper")),
         _kernel(read("kernel-paper")),
     ]
     return "\n".join(parts)
@@ -130,6 +138,33 @@ that has a gradient, where that is less work. Times as fast as the whole backwar
 ({figures["model"]} shape, {figures["workload"]}; {_machine(figures)}):
 
 {_table(["`--activation_checkpointing`", *(f"{share:.0%}" for share in shares)], rows)}
+
+{_command(figures)}
+"""
+
+
+def _scaling(figures: dict) -> str:
+    """What one more of something costs, by the slopes of the sweeps."""
+    rows = []
+    for sweep in figures["sweeps"]:
+        if sweep["axis"] not in UNITS:
+            continue
+        unit, of = UNITS[sweep["axis"]]
+        fixed = ", ".join(f"{name} {n}" for name, n in sweep["lengths"].items() if n is not None)
+        slopes = [series["slopes"] for series in sweep["series"].values()]
+        times, memory = (
+            [f"{slope[name] * of * scale:,.2f}" for slope in slopes]
+            for name, scale in (("seconds", 1e3), ("extra_bytes", 1 / 1024**2))
+        )
+        cells = [f"{ms} ms, {mib} MiB" for ms, mib in zip(times, memory, strict=True)]
+        rows.append([f"{unit} ({fixed})", *cells])
+    ways = list(figures["sweeps"][0]["series"])
+    return f"""\
+What more of something costs, as slopes of [sweeps](benchmarks/results/scaling-paper-cpu.png) over it:
+time and memory, beyond weights and gradients, of one query's loss and gradient
+({figures["model"]} shape, hidden size {figures["hidden_size"]}; {_machine(figures)}):
+
+{_table(["one more", *ways], rows)}
 
 {_command(figures)}
 """

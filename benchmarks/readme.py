@@ -160,7 +160,7 @@ def _scaling(figures: dict) -> str:
         rows.append([f"{unit} ({fixed})", *cells])
     ways = list(figures["sweeps"][0]["series"])
     return f"""\
-What more of something costs, as slopes of [sweeps](benchmarks/results/scaling-paper-cpu.png) over it:
+What more of something costs, by the slopes of [sweeps](benchmarks/results/scaling-paper-cpu.png):
 time and memory, beyond weights and gradients, of one query's loss and gradient
 ({figures["model"]} shape, hidden size {figures["hidden_size"]}; {_machine(figures)}):
 

@@ -59,6 +59,7 @@ def iterate(config: IterateConfig) -> list[dict]:
         here.mkdir(exist_ok=True)
         _say(f"round {number} of {config.rounds}")
         samples, scored = here / "samples.jsonl", here / "scored.jsonl"
+        same_rows = scored.exists()
         for file in (samples, scored, here / "trained.json"):
             if file.exists():
                 _say(f"reusing {file}")
@@ -80,7 +81,7 @@ def iterate(config: IterateConfig) -> list[dict]:
             )
             _report("scored", score(stage))
         if not (here / "trained.json").exists():
-            _train(config, number, model, here)
+            _train(config, number, model, here, go_on=same_rows)
         model = str(here / "model")
         records.append(_evaluate(config, number, model))
         table = write_rounds(folder, records)
@@ -88,9 +89,9 @@ def iterate(config: IterateConfig) -> list[dict]:
     return records
 
 
-def _train(config: IterateConfig, number: int, model: str, here: Path) -> None:
+def _train(config: IterateConfig, number: int, model: str, here: Path, *, go_on: bool) -> None:
     stage = config.train_config(number, model, here)
-    if complete_checkpoints(here / "model"):  # of an attempt that was interrupted
+    if go_on and complete_checkpoints(here / "model"):  # of an attempt that was interrupted
         more = {"resume_from_checkpoint": "latest", "init_optimizer_from": None}
         stage = replace(stage, overwrite_output_dir=False, **more)
     result = train(stage)

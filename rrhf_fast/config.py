@@ -44,8 +44,8 @@ class LossConfig:
     """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
 
     length_penalty: float = 1.0
-    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. Less
-    than 1 ranks worse at equal reward (benchmarks/results/experiments/choices.md)."""
+    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. 0 orders
+    the mean log-probs worse at equal reward (benchmarks/results/experiments/choices.md)."""
     rank_weight: float = 1.0
     """Weight of the pairwise ranking loss. 1 never cost much reward; more ranks better, but gives
     less reward in choices.md and more for the stories of data.md."""

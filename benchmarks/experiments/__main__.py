@@ -97,8 +97,10 @@ def _run(options: argparse.Namespace) -> int:
                 continue
             figures = json.loads(path.read_text())
         else:
-            figures = collect(experiment, work)
             _say_arms(experiment)
+            if not experiment.results():
+                continue
+            figures = collect(experiment, work)
         print(write_results(figures, experiment.text, results), flush=True)
         problems += failed_checks(figures, experiment.text.get("check", []))
     texts = {name: read_text(CONFIGS / f"{name}.yaml") for name in (*EXPERIMENTS, *BY_NAME)}

@@ -38,7 +38,7 @@ from rrhf_fast.evaluation.report import TITLES as MEASURED
 MEASURES = MEASURED | {
     "perplexity": "perplexity under the initial model",
     "tokens": "tokens a sample",
-    "ranking_accuracy": "ranking accuracy",
+    "ranking_accuracy": "ranking accuracy of the mean log-prob",
     "ranking_provided": "ranking accuracy, provided pairs",
     "ranking_sampled": "ranking accuracy, sampled pairs",
     "ranking_mixed": "ranking accuracy, mixed pairs",
@@ -226,7 +226,7 @@ def _apply(stages: dict, changes: list[dict], where: str) -> dict:
             if value is None:
                 target.pop(path[-1], None)
             else:
-                target[path[-1]] = value
+                target[path[-1]] = copy.deepcopy(value)
     return stages
 
 

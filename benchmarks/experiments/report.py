@@ -146,7 +146,7 @@ def _save(path: Path, text: str) -> None:
 
 def _page(figures: dict, text: dict, tables: list[str]) -> str:
     name, environment = figures["name"], dict(figures["environment"])
-    device = environment.pop("device")
+    device = environment.pop("device", "CPU")
     versions = ", ".join(f"{package} {found}" for package, found in environment.items())
     skipped = [f"{arm['name']} ({arm['skipped']})" for arm in figures["arms"] if arm["skipped"]]
     roots = "".join(f" --{root} DIR" for root in ("models", "data") if f"{{{root}}}" in str(text))

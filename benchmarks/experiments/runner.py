@@ -149,4 +149,3 @@ def _environment() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-    return found

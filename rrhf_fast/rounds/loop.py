@@ -40,7 +40,7 @@ def iterate(config: IterateConfig) -> list[dict]:
     Raises:
         ValueError: a mistake in options, files or rows.
         EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; the same call goes on.
-        KeyboardInterrupt, Preempted: Ctrl-C or a signal; training saves what it has.
+        KeyboardInterrupt, Preempted: Ctrl-C, or a signal, after which the round goes on half-way.
     """
     if config.model_name_or_path is None and config.data is None:
         config = with_demo(config)

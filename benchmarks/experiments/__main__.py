@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", help=f"of {' '.join(EXPERIMENTS)}; or YAML files")
+    parser.add_argument(
+        "names", nargs="*", help=f"default all: {' '.join(EXPERIMENTS)}; or YAML files"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="stages' files")
     parser.add_argument(
         "--results", type=Path, help="folder of tables and plots; default results in --work"

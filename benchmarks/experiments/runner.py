@@ -29,7 +29,7 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
     Raises:
         StageFailed: a stage failed, after those under way have ended.
     """
-    todo = _in_order(results, work)
+    todo = all_stages(results, work)
     # These take longest, and wait for nothing.
     todo.sort(key=lambda stage: stage.kind != "make")
     waiting, total, started = list(todo), len(todo), time.monotonic()
@@ -70,38 +70,25 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
 
 
 def read_result(stage: Stage, work: Path) -> dict:
-    """What a finished stage measured, its CPU seconds, and what it ran on."""
+    """What a finished stage measured, and what it ran on."""
     return json.loads((work / stage.key / "result.json").read_text())
 
 
-def all_stages(results: Iterable[Stage]) -> list[Stage]:
-    """These and all that they need, each once, inputs first."""
+def all_stages(results: Iterable[Stage], work: Path | None = None) -> list[Stage]:
+    """These and all that they need, each once, inputs first. With the folder `work`, only those
+    that are not done, and what these need."""
     found: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
-        if stage.key not in found:
-            for needed in stage.inputs:
-                visit(needed)
-            found[stage.key] = stage
+        if stage.key in found or (work and (work / stage.key / "result.json").exists()):
+            return
+        for needed in stage.inputs:
+            visit(needed)
+        found[stage.key] = stage
 
     for stage in results:
         visit(stage)
     return list(found.values())
-
-
-def _in_order(results: Iterable[Stage], work: Path) -> list[Stage]:
-    """The stages that are not done and that something not done needs, inputs first."""
-    needed: dict[str, Stage] = {}
-
-    def visit(stage: Stage) -> None:
-        if stage.key not in needed and not (work / stage.key / "result.json").exists():
-            for before in stage.inputs:
-                visit(before)
-            needed[stage.key] = stage
-
-    for stage in results:
-        visit(stage)
-    return list(needed.values())
 
 
 def _work(stage: Stage, work: Path) -> None:
@@ -126,11 +113,7 @@ def _work(stage: Stage, work: Path) -> None:
                 json.dumps({"kind": stage.kind, "options": stage.options}, indent=1)
             )
             measures = KINDS[stage.kind].run(build_config(stage.kind, stage.options), folder)
-            result = {
-                "seconds": round(time.process_time(), 2),
-                "environment": _environment(),
-                "measures": measures,
-            }
+            result = {"environment": _environment(), "measures": measures}
             staging = folder / "result.saving"
             staging.write_text(json.dumps(result))
             os.replace(staging, folder / "result.json")

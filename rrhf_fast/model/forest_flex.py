@@ -16,6 +16,7 @@ Legend: N tokens in the pack, B rows of a block, M = ceil(N / B) blocks.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -29,8 +30,17 @@ BLOCK_SIZE = 128
 # The classification is M x M: at this many tokens, each of its four lists takes 64 MiB.
 MAX_TOKENS = 2**19
 
-# Lengths are dynamic, so there is one compilation for each kind of layer, not one a pack.
-compiled = torch.compile(flex_attention, dynamic=True)
+# Consumer cards, with 99 KB for a program where others have 163 and 227.
+SMALL_SHARED_MEMORY = (86, 89, 120)
+# Tiles of tl.dot, and therefore heads, have at least this many columns.
+MIN_HEAD_SIZE = 16
+# One kind of layer takes a graph with gradients and one without, and another pair for packs of one
+# block; PyTorch's default of 8 graphs would end at four kinds.
+RECOMPILE_LIMIT = 64
+
+# Lengths are dynamic, so there is one compilation per kind of layer, not per pack. fullgraph: what
+# cannot be compiled is an error, because PyTorch would compute all N x N scores instead.
+compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,12 @@ def obstacle(
     """Why FlexAttention cannot serve, or None. Heads too large for a GPU show in a trial."""
     if device.type != "cuda":
         return f"has no backward on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        # In float32 its code for sm_90 needs 279,296 bytes of shared memory at head sizes 192/128,
+        # of 232,448, and spills more than 15,000 instructions at 80, 96 and 128.
+        return f"takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if min(spec.head_size, spec.value_size) < MIN_HEAD_SIZE:
+        return f"takes heads of {MIN_HEAD_SIZE} numbers or more"
     if max_tokens > MAX_TOKENS:
         return f"packs of {max_tokens} tokens exceed its {MAX_TOKENS}"
     return None
@@ -81,7 +97,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention over a packed forest; see `rrhf_fast.model.backend`."""
     # Scale and cap are constants: no code can be generated for floats that may change.
-    with torch._dynamo.config.patch(specialize_float=True):
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=RECOMPILE_LIMIT):
         out = compiled(
             query,
             key,
@@ -90,6 +106,9 @@ def attend(
             block_mask=plan.mask(window),
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            kernel_options=kernel_options(
+                query.shape[2], max(query.shape[3], value.shape[3]), capability(query.device)
+            ),
             return_aux=None if sinks is None else AuxRequest(lse=True),
         )
     if sinks is not None:
@@ -98,6 +117,34 @@ def attend(
         share = torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype))
         out = out * share.unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2)
+
+
+def kernel_options(num_tokens: int, head_size: int, capability: int) -> dict[str, Any]:
+    """What FlexAttention cannot know of packs of N tokens, and tiles for a device of this compute
+    capability (90 for 9.0) where its own spill registers or do not fit, by
+    `rrhf_fast.kernels.report`."""
+    options = {
+        # For less than 128 tokens it would take a kernel for decoding, which is chosen by shapes
+        # that packs do not have and exists for some numbers of heads only.
+        "BACKEND": "TRITON",
+        # Packs are multiples of the block, so no load needs a mask. It looks for this in the
+        # shapes, where it cannot see it because lengths are dynamic.
+        "IS_DIVISIBLE": num_tokens % BLOCK_SIZE == 0,
+        # With 4, up to 17,000 instructions spill, with 8 at most 500.
+        "bwd_num_warps": 8,
+    }
+    if capability >= 100:
+        options["fwd_num_warps"] = 8
+    if head_size > 128 and capability in SMALL_SHARED_MEMORY:
+        options |= {"fwd_num_stages": 1, "bwd_num_stages": 1}
+        options |= {"bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 16}
+    return options
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; without a GPU, 80."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
 
 
 def block_mask(
@@ -120,6 +167,7 @@ def block_mask(
         live &= min_depth[:, None] - max_depth < window
         full &= max_depth[:, None] - min_depth < window
     partial = live & ~full
+    # The kernels read every list with unit stride, whatever its strides are: all are contiguous.
     return BlockMask(
         (num_rows, num_rows),
         *_ordered(partial),
@@ -146,7 +194,9 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_true = blocks.cumsum(-1, dtype=torch.int32)  # up to each column, it included
     counts = num_true[:, -1].contiguous()
     place = torch.where(blocks, num_true - 1, counts[:, None] + column - num_true)
-    columns = torch.empty_like(place).scatter_(1, place.long(), column.expand_as(place))
+    # Not empty_like, which would keep the strides of a transposed `blocks`.
+    columns = torch.empty(place.shape, dtype=place.dtype, device=place.device)
+    columns.scatter_(1, place.long(), column.expand_as(place))
     return counts[None, None], columns[None, None]
 
 

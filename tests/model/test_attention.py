@@ -268,3 +268,20 @@ def test_a_trial_covers_what_each_layer_asks_for(flash_without_obstacle, monkeyp
 def test_what_is_right_passes_its_trial(change, dtype):
     spec = replace(LLAMA, **change)
     try_backend(forest_sdpa, spec, CPU, dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "reason"),
+    [
+        ({}, torch.float32, "takes bfloat16 and float16, not float32"),
+        ({}, torch.float64, "takes bfloat16 and float16, not float64"),
+        ({"head_size": 8}, torch.bfloat16, "heads of 16 numbers or more"),
+        ({"value_size": 8}, torch.float16, "heads of 16 numbers or more"),
+        ({}, torch.bfloat16, None),
+        ({"head_size": 192}, torch.float16, None),
+    ],
+)
+def test_flex_names_what_it_does_not_take(change, dtype, reason):
+    spec = replace(LLAMA, **({"head_size": 64, "value_size": 64} | change))
+    found = forest_flex.obstacle(spec, torch.device("cuda"), dtype, 8192)
+    assert found == reason if reason is None else reason in found

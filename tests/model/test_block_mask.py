@@ -56,6 +56,7 @@ def test_equals_create_block_mask_block_by_block(num_tokens):
         for part in ("num_blocks", "indices"):
             a, b = (getattr(mask, f"{name}_{part}") for mask in (ours, theirs))
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert a.is_contiguous()  # the kernels read it with unit stride
 
 
 def test_the_cases_hold_every_kind_of_block():

@@ -119,11 +119,16 @@ def try_backend(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g).to(device, dtype).requires_grad_()
 
+    def heads(count: int, size: int) -> torch.Tensor:
+        # Laid out as a decoder's projections are, so that a compiler makes no graph for the trial
+        # alone.
+        return draw(1, n, count, size).transpose(1, 2).detach().requires_grad_()
+
     n = pack.num_tokens
     tensors = [
-        draw(1, spec.num_heads, n, spec.head_size),
-        draw(1, spec.num_kv_heads, n, spec.head_size),
-        draw(1, spec.num_kv_heads, n, spec.value_size),
+        heads(spec.num_heads, spec.head_size),
+        heads(spec.num_kv_heads, spec.head_size),
+        heads(spec.num_kv_heads, spec.value_size),
     ]
     upstream = torch.randn(1, n, spec.num_heads, spec.value_size, generator=g).to(device)
     options = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
@@ -148,7 +153,8 @@ def try_backend(
 
 def _trial_pack():
     """A forest of 7 blocks. Compilers take sizes that are equal at first for equal always, so their
-    number should be none that a decoder has heads."""
+    number should be none that a decoder has heads; and below 128 tokens FlexAttention would take
+    another kernel."""
     rng = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
@@ -199,16 +205,18 @@ def _forest_attention(
         # Queries and keys come out of RoPE in float32; no autocast rule knows our kernels.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = forest.backend.attend(
-        query,
-        key,
-        value,
-        forest.plan,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    # Graphs are made for each state of autocast, and a trial runs without.
+    with torch.autocast(device_type, enabled=False):
+        out = forest.backend.attend(
+            query,
+            key,
+            value,
+            forest.plan,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
     return out, None
 
 

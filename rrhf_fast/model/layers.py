@@ -12,6 +12,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 COMPILER = "inductor"
+# Graphs of one function. A kind of layer takes one with gradients and one without, and others for
+# packs of one block; PyTorch's 8 are few for two kinds.
+RECOMPILE_LIMIT = 64
+PRIMES = (7, 11, 13, 17, 19, 23)
 # What selective checkpointing keeps: results of matrix products and attention.
 CHECKPOINT_KEEPS = [
     torch.ops.aten.mm.default,
@@ -51,9 +55,11 @@ def compile_layers(lm: PreTrainedModel) -> None:
     """Compile each layer's forward for any number of tokens.
 
     Layers of one kind share their graphs, so this costs what one layer costs. The graphs end where
-    attention is called. PyTorch bounds them: beyond torch._dynamo.config.recompile_limit (8) of a
-    function it runs that function as it is.
+    attention is called. PyTorch bounds their number, which this raises to `RECOMPILE_LIMIT`, and
+    runs a function beyond it as it is: `count_given_up`.
     """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(lm):
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
 
@@ -67,6 +73,20 @@ def uncompile_layers(lm: PreTrainedModel) -> None:
 def count_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def count_given_up() -> int:
+    """How often in this process torch.compile found a function to have too many graphs, and ran it
+    uncompiled from then on."""
+    reasons = torch._dynamo.utils.counters["unimplemented"]
+    return sum(n for reason, n in reasons.items() if "recompile limit exceeded" in reason)
+
+
+def trial_length(lm: PreTrainedModel, multiple: int) -> int:
+    """Tokens for a trial of compiled layers, a multiple of `multiple`. Compilers take sizes that
+    are equal at first for equal always, so it is a prime times that, and no size of a weight."""
+    sizes = {size for parameter in lm.parameters() for size in parameter.shape}
+    return next(prime * multiple for prime in PRIMES if prime * multiple not in sizes)
 
 
 def checkpoint_layers(lm: PreTrainedModel, mode: str) -> None:

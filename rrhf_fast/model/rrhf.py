@@ -27,6 +27,7 @@ from rrhf_fast.model.layers import (
     checkpoint_layers,
     compile_layers,
     compiles_by_default,
+    trial_length,
     uncompile_layers,
 )
 from rrhf_fast.model.sharded import small_twin
@@ -115,8 +116,8 @@ class RRHFModel(nn.Module):
         if self.attention is None:
             pack = build_padded(queries)
         else:
-            # Compilers take sizes that are equal at first for equal always: a prime is no other.
-            pack = build_forest(queries, pad_to_multiple_of=61)
+            multiple = trial_length(self.lm, self.pad_to_multiple_of)
+            pack = build_forest(queries, pad_to_multiple_of=multiple)
         try:
             with torch.enable_grad():
                 self(pack.to(self.device)).loss.backward()

@@ -24,7 +24,7 @@ SIZES = {
 
 def tiny_model(kind="llama", **sizes):
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **sizes))
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | sizes)))
     return lm.eval()
 
 
@@ -55,6 +55,7 @@ def loss_and_gradients(model, pack):
 def fresh_compiler(monkeypatch):
     """Graphs are made and differentiated as ever, but run by PyTorch's own operators."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(layers, "COMPILER", "aot_eager")
     yield
     torch._dynamo.reset()
@@ -154,3 +155,24 @@ def test_inductor_changes_nothing_beyond_rounding(kind, sizes, monkeypatch):
         torch.testing.assert_close(
             loss_and_gradients(compiled, pack), expected, rtol=1e-4, atol=1e-5
         )
+
+
+def test_a_limit_on_graphs_that_is_reached_is_counted(monkeypatch):
+    assert layers.count_given_up() == 0
+    model = tiny_model()
+    layers.compile_layers(model)
+    assert torch._dynamo.config.recompile_limit >= layers.RECOMPILE_LIMIT > 8
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with torch.no_grad():
+        model(torch.arange(3, 9)[None], use_cache=False)
+    assert layers.count_given_up() == 0
+    model(torch.arange(3, 9)[None], use_cache=False)  # with gradients: another graph
+    assert layers.count_given_up() > 0
+
+
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_a_trial_has_a_length_that_is_no_size_of_the_model(multiple):
+    model = tiny_model(intermediate_size=7 * 128) if multiple > 1 else tiny_model()
+    length = layers.trial_length(model, multiple)
+    assert length % multiple == 0 and length > multiple
+    assert all(length not in parameter.shape for parameter in model.parameters())

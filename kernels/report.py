@@ -6,8 +6,10 @@ Registers and stack are those of a thread; shared memory is that of a program. A
 store of registers to local memory. Must run without TRITON_INTERPRET.
 """
 
+import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rrhf_fast.kernels import linear_logprob, ranking
+from rrhf_fast.kernels import adamw_bf16, linear_logprob, ranking
 from rrhf_fast.kernels.configs import TILES, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -44,6 +46,7 @@ class Usage:
     shared: int  # bytes
     matrix: str  # the matrix instruction, or ""
     doubles: int  # lines of PTX that compute in float64
+    accesses: dict[int, int]  # loads and stores of global memory in PTX, by a thread's bytes
 
 
 def compile_all() -> Iterator[Usage]:
@@ -68,6 +71,12 @@ def compile_all() -> Iterator[Usage]:
             constants = {"BLOCK_T": ranking.BLOCK_T, "BLOCK_K": ranking.BLOCK_K}
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
             yield _compile(kernel, constants, {}, arch, "ranking", {})
+        for element in ("fp32", "bf16"):
+            types = {"parameter": f"*{element}", "gradient": f"*{element}"}
+            types |= {"exp_avg": "*bf16", "exp_avg_sq": "*bf16"}
+            kernel, constants = adamw_bf16.update_kernel, {"BLOCK": adamw_bf16.BLOCK}
+            options = {"num_warps": adamw_bf16.NUM_WARPS}
+            yield _compile(kernel, constants, types, arch, f"adamw {element}", options)
 
 
 def _compile_head(
@@ -102,12 +111,11 @@ def _compile_head(
         )
 
 
-def _compile(
-    kernel, constants: dict, blocks: dict, arch: int, variant: str, options: dict
-) -> Usage:
+def _compile(kernel, constants: dict, types: dict, arch: int, variant: str, options: dict) -> Usage:
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else blocks.get(name) or _type(name)
+        known = types.get(name) or kernel.params[i].annotation_type
+        signature[name] = "constexpr" if name in constants else known or _type(name)
         # Pointers as torch allocates, and sizes as models have.
         if signature[name].startswith("*") or name == "hidden_size":
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -132,7 +140,13 @@ def _compile(
         shared=compiled.metadata.shared,
         matrix=next((name for name in MATRIX_INSTRUCTIONS if name in ptx), ""),
         doubles=sum(".f64" in line for line in ptx.splitlines()),
+        accesses=_accesses(ptx),
     )
+
+
+def _accesses(ptx: str) -> dict[int, int]:
+    found = re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return dict(Counter(int(count or 1) * int(bits) // 8 for count, bits in found))
 
 
 def _type(name: str) -> str:

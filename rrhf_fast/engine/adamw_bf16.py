@@ -3,22 +3,27 @@
 A moment moves by a small share of itself each step, the second by 0.001 with the default beta,
 which is less than half the distance between two bfloat16 numbers. Rounded to the nearest, it would
 never move again. So moments are rounded up or down at random, in proportion to what is nearer:
-right on average.
+right on average. On a GPU one kernel makes the whole update (`rrhf_fast.kernels.adamw_bf16`).
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-# Numbers that are updated at once.
+# Numbers that are updated at once where no kernel does it.
 PART = 2**24
+HAS_TRITON = find_spec("triton") is not None
 
 
 class AdamWBF16(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with bfloat16 moments; parameters keep their
-    dtype, and arithmetic is float32. Options are those of `torch.optim.AdamW`."""
+    dtype, and arithmetic is float32. Options are those of `torch.optim.AdamW`, and so is
+    `grad_scale`, a float32 scalar on the parameters' device that gradients are divided by."""
+
+    grad_scale: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -36,19 +41,24 @@ class AdamWBF16(Optimizer):
     def step(self, closure=None) -> None:
         """One update of every parameter that has a gradient."""
         assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-                state["step"] += 1
-                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                for parts in _parts(*(_local(tensor) for tensor in tensors)):
-                    _update(*parts, state["step"].item(), group)
+        parameters = [(group, p) for group in self.param_groups for p in group["params"]]
+        for index, (group, parameter) in enumerate(parameters):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state["step"] += 1
+            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            local = [_local(tensor) for tensor in tensors]
+            step = int(state["step"].item())
+            if _kernel_takes(*local):
+                _update_by_kernel(*local, self.grad_scale, step, index, group)
+            else:
+                for parts in _parts(*local):
+                    _update(*parts, self.grad_scale, step, group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As `Optimizer.load_state_dict`, which casts moments to the parameter's dtype."""
@@ -63,11 +73,14 @@ def _update(
     gradient: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    step: float,
+    grad_scale: torch.Tensor | None,
+    step: int,
     group: dict,
 ) -> None:
     beta1, beta2 = group["betas"]
     gradient = gradient.float()
+    if grad_scale is not None:
+        gradient = gradient * grad_scale.reciprocal()
     first = exp_avg.float().lerp_(gradient, 1 - beta1)
     second = exp_avg_sq.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     exp_avg.copy_(round_at_random(first))
@@ -75,6 +88,36 @@ def _update(
     denominator = second.div_(1 - beta2**step).sqrt_().add_(group["eps"])
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.sub_(first.div_(denominator).mul_(group["lr"] / (1 - beta1**step)))
+
+
+def _kernel_takes(*tensors: torch.Tensor) -> bool:
+    """Whether the kernel updates this parameter, given with its gradient and moments."""
+    return HAS_TRITON and all(
+        # Its arithmetic is float32, too little for float64.
+        tensor.device.type == "cuda" and tensor.is_contiguous() and tensor.dtype.itemsize <= 4
+        for tensor in tensors
+    )
+
+
+def _update_by_kernel(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    step: int,
+    index: int,
+    group: dict,
+) -> None:
+    # Imported late: triton exists on Linux only.
+    from rrhf_fast.kernels import adamw_bf16 as kernel
+
+    options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    # The seed of torch's CPU generator, which checkpoints keep with its state, is at hand without
+    # waiting for the device, and the same on ranks that hold copies of the same parameters.
+    seed = torch.initial_seed()
+    tensors = (parameter, gradient, exp_avg, exp_avg_sq)
+    kernel.update(*tensors, grad_scale, step=step, index=index, seed=seed, **options)
 
 
 def round_at_random(x: torch.Tensor) -> torch.Tensor:

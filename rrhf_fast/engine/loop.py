@@ -28,7 +28,7 @@ from rrhf_fast.engine.distributed import World, is_on_all_ranks, join_world, who
 from rrhf_fast.engine.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.engine.memory import memory_table
 from rrhf_fast.engine.metrics import MetricsLog
-from rrhf_fast.engine.optimizer import build_optimizer
+from rrhf_fast.engine.optimizer import build_optimizer, clipped_step
 from rrhf_fast.engine.output_dir import find_checkpoint
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare, with_demo
@@ -305,12 +305,15 @@ def take_step(
     if signals.stop:
         totals.flag()
     world.sum(totals.sums)
-    max_norm = run.config.max_grad_norm or float("inf")
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    # The one wait for the device: from here on, sums are on the host.
+    read = torch.cat([totals.sums, norm.reshape(1).to(totals.sums)]).cpu()
+    totals.sums, grad_norm = read[:-1], read[-1].item()
     problem = None
     if torch.isfinite(totals.sums[0]) and grad_norm < float("inf"):
         signals.hold()
-        optimizer.step()
+        clipped_step(optimizer, grad_norm, run.config.max_grad_norm or float("inf"))
     else:
         problem = _not_finite(run, batch.packs, totals, grad_norm, step)
     optimizer.zero_grad()

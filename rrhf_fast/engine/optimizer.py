@@ -59,6 +59,30 @@ def build_optimizer(
     return optimizer, schedule
 
 
+def clipped_step(optimizer: torch.optim.Optimizer, grad_norm: float, max_norm: float) -> None:
+    """One step on gradients scaled down to `max_norm` as by `torch.nn.utils.clip_grad_norm_`, given
+    their norm.
+
+    Scaling takes no pass of its own over the gradients: the update divides by `grad_scale`, which
+    torch.amp introduced for this. Gradients are of no use afterwards (torch's update leaves scaled
+    ones behind).
+    """
+    scale = (grad_norm + 1e-6) / max_norm  # the small number is clip_grad_norm_'s
+    if scale <= 1:
+        optimizer.step()
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # Filled on the device: a copy from the host would wait for the device.
+    on_device = partial(torch.full, (), dtype=torch.float32, device=parameters[0].device)
+    if isinstance(optimizer, AdamWBF16 | torch.optim.AdamW):
+        optimizer.grad_scale = on_device(scale)
+        optimizer.step()
+        del optimizer.grad_scale
+    else:  # torchao's takes no scale
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, on_device(grad_norm))
+        optimizer.step()
+
+
 def _adamw(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
     if config.optim == "adamw_8bit":
         try:

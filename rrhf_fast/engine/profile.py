@@ -115,7 +115,8 @@ def _parts_of(model: RRHFModel) -> list[tuple[object, str, str]]:
         (rrhf, "rrhf_loss", "loss"),
         (backward, "_has_gradient", "loss"),
         *((ranking, name, "loss") for ranking in rankings for name in ("forward", "backward")),
-        (torch.nn.utils, "clip_grad_norm_", "optimizer"),
+        (torch.nn.utils, "get_total_norm", "optimizer"),
+        (torch.nn.utils, "clip_grads_with_norm_", "optimizer"),
     ]
 
 
@@ -300,14 +301,14 @@ def attention_flops(spec: AttentionSpec, pairs: int) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """That one step has to move: gradients are read for their norm, scaled, and read again;
-    parameters and moments are read and written."""
+    """That one step has to move: gradients are read for their norm and for the update; parameters
+    and moments are read and written."""
     moved = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = [t for t in optimizer.state[parameter].values() if t.shape == parameter.shape]
             # Gradients have the parameter's size.
-            moved += (2 + 4) * _size(parameter) + 2 * sum(_size(t) for t in moments)
+            moved += (2 + 2) * _size(parameter) + 2 * sum(_size(t) for t in moments)
     return moved
 
 

@@ -13,6 +13,20 @@ pytest.importorskip("triton", reason="compiles with triton")
 from rrhf_fast.kernels.configs import TILES, choose
 
 ROOT = Path(__file__).parents[2]
+SPECIALISATIONS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from rrhf_fast.kernels.adamw_bf16 import update_kernel as kernel
+backend = make_backend(GPUTarget("cuda", 90, 32))
+bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+tensors = [torch.zeros(64), torch.zeros(64), *torch.zeros(2, 64).bfloat16(), torch.ones(())]
+kinds = set()
+for size, seed, count, rate in [(1, 1, 1, 1), (16, 0, 16, 1.0), (2**33, 2**64 - 1, 999, 1e-3)]:
+    kinds.add(str(bind(*tensors, size, seed, count, count - 1, *[rate] * 8, BLOCK=512)[1]))
+print(len(kinds))
+"""
 SCRIPT = """
 import json
 from dataclasses import asdict
@@ -21,17 +35,22 @@ print(json.dumps({"limits": SHARED_LIMITS, "kernels": [asdict(u) for u in compil
 """
 
 
-@pytest.mark.slow
-def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
+def compiled(script):
+    """What a process prints in which kernels are compiled, not interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
+    report = compiled(SCRIPT)
     # Four variants of each row of the table, those of the backward for the forward that keeps
     # exponentials too; and the kernels without a product on each architecture.
     rows = [2 if kernel == "dlogits" else 1 for kernel, _, _ in TILES]
-    assert len(report["kernels"]) == 4 * sum(rows) + (4 + 2) * len(report["limits"])
+    assert len(report["kernels"]) == 4 * sum(rows) + (4 + 2 + 2) * len(report["limits"])
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for usage in report["kernels"]:
         assert usage["doubles"] == 0, usage
@@ -43,6 +62,13 @@ def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
         assert usage["shared"] <= limit, usage
         is_product = usage["kernel"] in ("forward", "dlogits") and "bf16" in usage["variant"]
         assert usage["matrix"] == (instruction[usage["arch"]] if is_product else ""), usage
+        if "adamw" in usage["variant"]:
+            # Reads and writes of parameter, gradient and moments in each of four blocks: none of a
+            # single element outside of the tensor's last program.
+            is_float32 = "fp32" in usage["variant"]
+            expected = {"16": 4 * 3, "8": 4 * 4} if is_float32 else {"8": 4 * 7}
+            wide = {size: n for size, n in usage["accesses"].items() if int(size) > 4}
+            assert wide == expected, usage
 
 
 def test_every_device_finds_a_tile_that_it_can_run():
@@ -51,3 +77,8 @@ def test_every_device_finds_a_tile_that_it_can_run():
     assert choose("dlogits", 103, 2) is TILES["dlogits", 100, 2]
     assert choose("dlogits", 100, 4) is TILES["dlogits", 80, 4]
     assert choose("forward", 120, 2) is TILES["forward", 80, 2]
+
+
+def test_neither_size_nor_step_nor_rate_compiles_the_optimizer_anew():
+    """Triton makes a variant of a kernel for each type, for 1, and for multiples of 16."""
+    assert compiled(SPECIALISATIONS) == 1

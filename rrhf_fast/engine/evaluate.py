@@ -27,7 +27,7 @@ class Totals:
         self.sums = torch.zeros(11, dtype=torch.float64, device=device)
 
     def add(self, out: RRHFLoss, pack: Pack) -> None:
-        """Add one pack, if it is no filler."""
+        """Add one pack, if it is no filler. Waits for no device."""
         if not pack.num_queries:
             return
         parts = [
@@ -35,13 +35,9 @@ class Totals:
             out.rank_loss.detach().sum(),
             out.sft_loss.detach().sum(),
         ]
-        parts += [
-            out.num_correct.sum(),
-            out.margins.sum(),
-            out.num_pairs.sum(),
-            out.loss.new_tensor(pack.num_queries),
-        ]
-        self.sums[:7] += torch.stack([part.double() for part in parts])
+        parts += [out.num_correct.sum(), out.margins.sum(), out.num_pairs.sum()]
+        self.sums[:6] += torch.stack([part.double() for part in parts])
+        self.sums[6] += pack.num_queries
         self.sums[7] += pack.num_tokens
 
     def add_active(self, pack: PackedForest, is_active: torch.Tensor) -> None:

@@ -175,9 +175,8 @@ class RRHFModel(nn.Module):
             return rrhf_loss(self.edge_logps(pack), pack.rewards, **self.loss_options(pack))
         hidden, weight, head = self.head_inputs(pack)
         edges = (pack.edge_rows, pack.edge_targets)
-        return linear_rrhf_loss(
-            hidden, weight, *edges, pack.rewards, **head, **self.loss_options(pack)
-        )
+        options = {"bounds": pack.bounds, **head, **self.loss_options(pack)}
+        return linear_rrhf_loss(hidden, weight, *edges, pack.rewards, **options)
 
     def edge_logps(self, pack: Pack | WeightedForest) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
@@ -212,10 +211,15 @@ class RRHFModel(nn.Module):
         config = self.loss_config
         widths = None
         if config.compat == "official":
-            longest = torch.segment_reduce(
-                pack.path_offsets.diff().float(), "max", lengths=pack.group_offsets.diff()
+            # Not torch.segment_reduce, which waits for the device to check the lengths.
+            lengths, group_sizes = pack.path_offsets.diff(), pack.group_offsets.diff()
+            query_of = torch.repeat_interleave(
+                torch.arange(len(group_sizes), device=lengths.device),
+                group_sizes,
+                output_size=len(lengths),
             )
-            widths = pack.prompt_lengths + longest.long() - 1
+            longest = torch.zeros_like(group_sizes).scatter_reduce_(0, query_of, lengths, "amax")
+            widths = pack.prompt_lengths + longest - 1
         return {
             "path_edges": pack.path_edges,
             "path_offsets": pack.path_offsets,

@@ -78,8 +78,8 @@ class PackedForest(Pack):
 
     position_ids: torch.Tensor  # [N] int64, depth in the tree = the position unpacked
     subtree_end: torch.Tensor  # [N] int32, one past the last token below token j
-    # (edges, responses, path tokens) before each query, and in all: G+1 triples on the host, so that
-    # the loss need not wait for a device to know them.
+    # (edges, responses, path tokens) before each query, and in all: G+1 triples on the host, so
+    # that the loss need not wait for a device to know them.
     bounds: tuple[tuple[int, int, int], ...] | None = None
     # How an attention backend computes this pack, made on the host while packs are built, because
     # there it costs the device no wait.

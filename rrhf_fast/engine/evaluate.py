@@ -26,12 +26,13 @@ class Totals:
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(11, dtype=torch.float64, device=device)
 
-    def add(self, out: RRHFLoss, pack: Pack) -> None:
-        """Add one pack, if it is no filler. Waits for no device."""
+    def add(self, out: RRHFLoss, pack: Pack, share: float = 1.0) -> None:
+        """Add one pack, if it is no filler. `share` is what its loss was multiplied by. Waits for
+        no device."""
         if not pack.num_queries:
             return
         parts = [
-            out.loss.detach() * pack.num_queries,
+            out.loss.detach() * (pack.num_queries / share),
             out.rank_loss.detach().sum(),
             out.sft_loss.detach().sum(),
         ]

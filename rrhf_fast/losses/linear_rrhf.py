@@ -58,8 +58,8 @@ def linear_rrhf_loss(
         rewards [S], path_edges [R], path_offsets [S+1], group_offsets [G+1], and the options of
             the loss: as for `rrhf_loss`. The edges of a query are one span, in the order of the
             queries, as in `PackedForest`.
-        bounds: G+1 triples of ints as in `PackedForest`: the edges, responses and path tokens before
-            each query, and in all. Read from the device where they are left out.
+        bounds: G+1 triples of ints as in `PackedForest`: the edges, responses and path tokens
+            before each query, and in all. Read from the device where they are left out.
         workspace_mb: MiB for the logits of a few queries; default 512 for the kernels, 128 for
             torch. A query that needs more by itself is walked in slices of the vocabulary, at the
             price of the fourth product.
@@ -101,8 +101,8 @@ def linear_rrhf_loss(
         workspace_mb = 512 if backend == "triton" else 128
     loss, *parts = _LinearRRHF.apply(
         *tensors, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
-        scales, sft_scales, softcap, logit_scale, float(margin), float(rank_weight), float(sft_weight),
-        backend, float(workspace_mb), *wants,
+        scales, sft_scales, softcap, logit_scale, float(margin), float(rank_weight),
+        float(sft_weight), backend, float(workspace_mb), *wants,
     )  # fmt: skip
     return RRHFLoss(loss, *parts)
 
@@ -118,7 +118,7 @@ class _LinearRRHF(torch.autograd.Function):
         # Not saved by autograd, so that the backward may scale them in place: a second [V, H] would
         # be the largest tensor here.
         ctx.gradients = [gradient if wanted else None for gradient, wanted in found]
-        ctx.num_inputs = len(arguments)
+        ctx.num_inputs, ctx.backend = len(arguments), arguments[-5]
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
@@ -128,8 +128,23 @@ class _LinearRRHF(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_rrhf_loss: its gradient can be taken only once")
-        scaled = [None if gradient is None else gradient.mul_(d_loss) for gradient in gradients]
-        return *scaled, *[None] * (ctx.num_inputs - 3)
+        for gradient in gradients:
+            if gradient is not None:
+                scale_op(gradient, d_loss, ctx.backend)
+        return *gradients, *[None] * (ctx.num_inputs - 3)
+
+
+@torch.library.custom_op("rrhf_fast::scale", mutates_args=("gradient",))
+def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """gradient *= factor, in place. A factor of 1, which the trainer's is, saves a pass over the
+    head's gradient: on CUDA the kernel sees it, since the host would have to wait."""
+    if backend == "triton":
+        # Imported late: triton exists on Linux only.
+        from rrhf_fast.kernels.scale import scale
+
+        scale(gradient, factor)
+    elif factor.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
 
 
 @torch.library.custom_op("rrhf_fast::linear_rrhf", mutates_args=())
@@ -218,8 +233,8 @@ def linear_rrhf_op(
 @linear_rrhf_op.register_fake
 def _(
     hidden, weight, bias, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
-    scales, sft_scales, softcap, logit_scale, margin, rank_weight, sft_weight, backend, workspace_mb,
-    wants_hidden, wants_weight, wants_bias,
+    scales, sft_scales, softcap, logit_scale, margin, rank_weight, sft_weight, backend,
+    workspace_mb, wants_hidden, wants_weight, wants_bias,
 ):  # fmt: skip
     group = scales.new_empty(group_offsets.shape[0] - 1)
     count = torch.empty_like(group, dtype=torch.int64)

@@ -160,6 +160,24 @@ def test_a_bias_may_forbid_tokens(backend, workspace_mb):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("upstream", [1.0, 0.5, -2.0, 0.0])
+def test_any_upstream_gradient(backend, upstream):
+    """It scales the gradient exactly, powers of two as they are."""
+    for dtype in dtypes(backend):
+        (hidden, weight, bias), indices, layout = case(dtype=dtype)
+        tensors, gradients = [hidden, weight, bias], []
+        for factor in (1.0, upstream):
+            out = linear_rrhf_loss(
+                hidden, weight, *indices, bias=bias, rank_weight=64.0, backend=backend, **layout
+            )
+            factor = torch.full_like(out.loss, factor)
+            gradients.append(torch.autograd.grad(out.loss, tensors, factor))
+        for one, found in zip(*gradients, strict=True):
+            expected = (one.double() * upstream).to(one.dtype)
+            assert one.any() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend):
     (hidden, weight, bias), indices, layout = case(dtype=torch.float32)
     other = torch.stack([bias.detach(), bias.detach() + 1], 1)[:, 0].requires_grad_()
@@ -273,8 +291,8 @@ def test_opcheck_and_compile(backend):
     scales = torch.rand(14, device=DEVICE)
     options = (None, 1.0, 0.0, 1.0, 1.0, backend, 1.0, True, False, True)
     bounds = read_bounds(*layout.values(), len(rows))
-    for given in (None, [number for triple in bounds for number in triple]):
-        arguments = (*tensors, rows, targets, rewards, *layout.values(), given, scales, scales)
+    for flat in (None, [number for triple in bounds for number in triple]):
+        arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, scales, scales)
         torch.library.opcheck(linear_rrhf_op, (*arguments, *options))
 
     def loss(hidden, weight, bias):

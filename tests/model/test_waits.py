@@ -70,7 +70,8 @@ def as_on_cuda(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_: None)
     # A mode does not look into an operator.
-    monkeypatch.setattr(linear_rrhf, "linear_rrhf_op", linear_rrhf.linear_rrhf_op._init_fn)
+    for name in ("linear_rrhf_op", "scale_op"):
+        monkeypatch.setattr(linear_rrhf, name, getattr(linear_rrhf, name)._init_fn)
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,16 @@ def test_a_step_is_the_mean_over_its_queries_however_they_are_packed(lm, monkeyp
     assert len(upstream) > 2 and set(upstream) == {1.0}
     padded = deepcopy(lm)
     padded.set_attn_implementation("sdpa")
-    others = [
+    others = [  # the second with norms and positions in float32, over rows of another width
         step(lm, backward_whole, config, max_tokens=10_000, at_least=1),
         step(padded, backward_whole, replace(config, packing="none"), max_tokens=300),
     ]
     means = totals.means()
     weighed = config.rank_weight * means["rank_loss"] + config.sft_weight * means["sft_loss"]
     assert means["loss"] == pytest.approx(weighed, rel=1e-12)
-    for gradient, others_totals in others:
-        assert (gradient - packs).norm() < 1e-12 * packs.norm()
-        assert others_totals.means() == pytest.approx(means, rel=1e-12)
+    for (gradient, others_totals), rel in zip(others, (1e-12, 1e-6), strict=True):
+        assert (gradient - packs).norm() < rel * packs.norm()
+        assert others_totals.means() == pytest.approx(means, rel=rel)
 
 
 def test_a_step_without_any_gradient_has_a_gradient_of_zero(lm):

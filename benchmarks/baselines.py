@@ -45,10 +45,11 @@ def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], 
         for i, ids in enumerate(query.response_ids)
     ]
     pack = build_forest(alone, **options)
-    sizes = [len(query.response_ids) for query in queries]
+    group_offsets = offsets([len(query.response_ids) for query in queries])
     return replace(
         pack,
-        group_offsets=offsets(sizes),
+        group_offsets=group_offsets,
+        bounds=tuple(pack.bounds[i] for i in group_offsets.tolist()),
         prompt_lengths=torch.tensor([len(query.prompt_ids) for query in queries]),
         query_ids=torch.tensor(list(query_ids)),
     )

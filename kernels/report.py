@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rrhf_fast.kernels import adamw_bf16, linear_logprob, ranking
+from rrhf_fast.kernels import adamw_bf16, linear_logprob, ranking, scale
 from rrhf_fast.kernels.configs import TILES, Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -28,6 +28,7 @@ MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 VARIANTS = ("plain", "bias", "softcap", "bias softcap")
 INTEGERS = (
     "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width", "row_stride",
+    "num_values", "num_blocks",
 )  # fmt: skip
 FLOATS = ("logit_scale", "softcap", "margin")
 INDICES = ("targets", "active", "path_edges", "path_offsets", "group_offsets", "best", "num_pairs")
@@ -77,6 +78,9 @@ def compile_all() -> Iterator[Usage]:
             kernel, constants = adamw_bf16.update_kernel, {"BLOCK": adamw_bf16.BLOCK}
             options = {"num_warps": adamw_bf16.NUM_WARPS}
             yield _compile(kernel, constants, types, arch, f"adamw {element}", options)
+        for element in ("bf16", "fp32"):
+            constants, blocks = {"BLOCK": scale.BLOCK}, {"values": f"*{element}"}
+            yield _compile(scale.scale_kernel, constants, blocks, arch, element, {})
 
 
 def _compile_head(

@@ -78,6 +78,9 @@ class PackedForest(Pack):
 
     position_ids: torch.Tensor  # [N] int64, depth in the tree = the position unpacked
     subtree_end: torch.Tensor  # [N] int32, one past the last token below token j
+    # (edges, responses, path tokens) before each query, and in all: G+1 triples on the host, so
+    # that the loss need not wait for a device to know them.
+    bounds: tuple[tuple[int, int, int], ...] | None = None
     # How an attention backend computes this pack, made on the host while packs are built, because
     # there it costs the device no wait.
     plan: Movable | None = None
@@ -132,7 +135,8 @@ def build_forest(
     """
     inputs, positions, ends, edge_rows, edge_targets = [], [], [], [], []
     path_edges, path_lengths, group_sizes = [], [], []
-    num_rows = num_edges = 0
+    num_rows = num_edges = num_path_tokens = 0
+    bounds = [(0, 0, 0)]
     for query in queries:
         prompt_length = len(query.prompt_ids)
         trie = _build_trie(query.response_ids, share_prefixes)
@@ -153,6 +157,8 @@ def build_forest(
         path_lengths += [len(path) for path in trie.paths]
         group_sizes.append(len(trie.paths))
         num_rows, num_edges = int(tree_end), num_edges + len(trie.tokens)
+        num_path_tokens += sum(map(len, trie.paths))
+        bounds.append((num_edges, len(path_lengths), num_path_tokens))
     padding = -num_rows % pad_to_multiple_of
     inputs.append(np.zeros(padding, np.int64))
     positions.append(np.zeros(padding, np.int64))
@@ -173,6 +179,7 @@ def build_forest(
         rewards=torch.from_numpy(np.concatenate([query.rewards for query in queries])),
         prompt_lengths=torch.tensor([len(query.prompt_ids) for query in queries]),
         query_ids=torch.tensor(query_ids if query_ids is not None else range(len(queries))),
+        bounds=tuple(bounds),
     )
     return pack if plan is None else replace(pack, plan=plan(pack))
 

@@ -46,11 +46,13 @@ def backward_whole(
         prepare_backward(model, config, is_last=number == len(batch.packs))
         with _clear_memory_error(model, config, pack):
             pack = pack.to(model.device)
-            out = model(pack)
-            (out.loss * _share(pack, batch, world)).backward()
-        totals.add(out, pack)
+            # As part of the loss, the share costs no pass over the head's gradient.
+            share = _share(pack, batch, world)
+            out = model(pack, share=share)
+            out.loss.backward()
+        totals.add(out, pack, share)
         if isinstance(pack, PackedForest):
-            totals.add_active(pack, _has_gradient(out, pack, model))
+            totals.add_active(pack, _has_gradient(out, pack, model, share))
 
 
 def backward_active(
@@ -61,9 +63,10 @@ def backward_active(
     for pack in batch.packs:
         with _clear_memory_error(model, config, pack):
             pack = pack.to(model.device)
-            out, weights = model(pack, wants_weights=True)
-        totals.add(out, pack)
-        parts.append(active_part(pack, weights * _share(pack, batch, world)))
+            share = _share(pack, batch, world)
+            out, weights = model(pack, share=share, wants_weights=True)
+        totals.add(out, pack, share)
+        parts.append(active_part(pack, weights))
         totals.add_active(pack, weights != 0)
     options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
     packs = join(parts, max_tokens=config.max_tokens_per_pack, **options)
@@ -84,10 +87,13 @@ def _share(pack: Pack, batch: Batch, world: World) -> float:
 
 
 @torch.no_grad()
-def _has_gradient(out: RRHFLoss, pack: PackedForest, model: RRHFModel) -> torch.Tensor:
-    """[E] bool, the edges of responses with a gradient, which follow from the scores alone."""
+def _has_gradient(
+    out: RRHFLoss, pack: PackedForest, model: RRHFModel, share: float
+) -> torch.Tensor:
+    """[E] bool, the edges of responses with a gradient, which follow from the scores and the pack's
+    share alone."""
     one_each = torch.arange(len(out.scores) + 1, device=out.scores.device)
-    options = model.loss_options(pack) | {
+    options = model.loss_options(pack, share) | {
         "path_edges": one_each[:-1], "path_offsets": one_each, "length_penalty": 0.0,
         "sft_reduction": "sum", "padded_widths": None,
     }  # fmt: skip

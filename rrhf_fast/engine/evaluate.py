@@ -26,22 +26,19 @@ class Totals:
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(11, dtype=torch.float64, device=device)
 
-    def add(self, out: RRHFLoss, pack: Pack) -> None:
-        """Add one pack, if it is no filler."""
+    def add(self, out: RRHFLoss, pack: Pack, share: float = 1.0) -> None:
+        """Add one pack, if it is no filler. `share` is what its loss was multiplied by. Waits for
+        no device."""
         if not pack.num_queries:
             return
         parts = [
-            out.loss.detach() * pack.num_queries,
+            out.loss.detach() * (pack.num_queries / share),
             out.rank_loss.detach().sum(),
             out.sft_loss.detach().sum(),
         ]
-        parts += [
-            out.num_correct.sum(),
-            out.margins.sum(),
-            out.num_pairs.sum(),
-            out.loss.new_tensor(pack.num_queries),
-        ]
-        self.sums[:7] += torch.stack([part.double() for part in parts])
+        parts += [out.num_correct.sum(), out.margins.sum(), out.num_pairs.sum()]
+        self.sums[:6] += torch.stack([part.double() for part in parts])
+        self.sums[6] += pack.num_queries
         self.sums[7] += pack.num_tokens
 
     def add_active(self, pack: PackedForest, is_active: torch.Tensor) -> None:

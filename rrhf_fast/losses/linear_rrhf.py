@@ -10,7 +10,7 @@ Legend: N tokens, E edges, H hidden size, V vocabulary, S responses, G queries.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import ModuleType
 
 import torch
@@ -42,13 +42,15 @@ def linear_rrhf_loss(
     sft_reduction: str = "sum",
     margin: float = 0.0,
     padded_widths: Tensor | None = None,
+    bounds: Sequence[tuple[int, int, int]] | None = None,
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> RRHFLoss:
     """`rrhf_loss(linear_logprob(hidden, ...), ...)` for less work where a gradient is wanted.
 
     Only `loss` of the result carries a gradient, in hidden, weight and bias, and it can be taken
-    once. Waits for the device once a few queries, because sizes have to be known.
+    once. Waits for the device once a few queries, because the matrix products need to know how many
+    edges have a gradient, and once more without `bounds`.
 
     Args:
         hidden [N, H], weight [V, H], rows [E], targets [E], bias, softcap, logit_scale, backend:
@@ -56,6 +58,8 @@ def linear_rrhf_loss(
         rewards [S], path_edges [R], path_offsets [S+1], group_offsets [G+1], and the options of
             the loss: as for `rrhf_loss`. The edges of a query are one span, in the order of the
             queries, as in `PackedForest`.
+        bounds: G+1 triples of ints as in `PackedForest`: the edges, responses and path tokens
+            before each query, and in all. Read from the device where they are left out.
         workspace_mb: MiB for the logits of a few queries; default 512 for the kernels, 128 for
             torch. A query that needs more by itself is walked in slices of the vocabulary, at the
             price of the fourth product.
@@ -82,6 +86,9 @@ def linear_rrhf_loss(
             padded_widths=padded_widths, backend=backend,
         )  # fmt: skip
     check_layout(len(rows), rewards, path_edges, path_offsets, group_offsets)
+    if bounds is not None:
+        check_bounds(bounds, len(rows), path_edges, path_offsets, group_offsets)
+        bounds = list(chain.from_iterable(bounds))
     scales, sft_scales = loss_scales(
         path_offsets,
         group_offsets,
@@ -93,9 +100,9 @@ def linear_rrhf_loss(
     if workspace_mb is None:
         workspace_mb = 512 if backend == "triton" else 128
     loss, *parts = _LinearRRHF.apply(
-        *tensors, rows, targets, rewards, path_edges, path_offsets, group_offsets, scales,
-        sft_scales, softcap, logit_scale, float(margin), float(rank_weight), float(sft_weight),
-        backend, float(workspace_mb), *wants,
+        *tensors, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
+        scales, sft_scales, softcap, logit_scale, float(margin), float(rank_weight),
+        float(sft_weight), backend, float(workspace_mb), *wants,
     )  # fmt: skip
     return RRHFLoss(loss, *parts)
 
@@ -111,7 +118,7 @@ class _LinearRRHF(torch.autograd.Function):
         # Not saved by autograd, so that the backward may scale them in place: a second [V, H] would
         # be the largest tensor here.
         ctx.gradients = [gradient if wanted else None for gradient, wanted in found]
-        ctx.num_inputs = len(arguments)
+        ctx.num_inputs, ctx.backend = len(arguments), arguments[-5]
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
@@ -121,8 +128,23 @@ class _LinearRRHF(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_rrhf_loss: its gradient can be taken only once")
-        scaled = [None if gradient is None else gradient.mul_(d_loss) for gradient in gradients]
-        return *scaled, *[None] * (ctx.num_inputs - 3)
+        for gradient in gradients:
+            if gradient is not None:
+                scale_op(gradient, d_loss, ctx.backend)
+        return *gradients, *[None] * (ctx.num_inputs - 3)
+
+
+@torch.library.custom_op("rrhf_fast::scale", mutates_args=("gradient",))
+def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """gradient *= factor, in place. A factor of 1, which the trainer's is, saves a pass over the
+    head's gradient: on CUDA the kernel sees it, since the host would have to wait."""
+    if backend == "triton":
+        # Imported late: triton exists on Linux only.
+        from rrhf_fast.kernels.scale import scale
+
+        scale(gradient, factor)
+    elif factor.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
 
 
 @torch.library.custom_op("rrhf_fast::linear_rrhf", mutates_args=())
@@ -136,6 +158,7 @@ def linear_rrhf_op(
     path_edges: Tensor,
     path_offsets: Tensor,
     group_offsets: Tensor,
+    bounds: list[int] | None,
     scales: Tensor,
     sft_scales: Tensor,
     softcap: float | None,
@@ -166,7 +189,10 @@ def linear_rrhf_op(
     head_arguments = (matrix, bias, softcap, logit_scale, workspace_mb)
     kept = kept_logits.KeptLogits(*head_arguments, len(rows))
     sliced = _SlicedLogits(logprob, *head_arguments)
-    bounds = _bounds(path_edges, path_offsets, group_offsets, len(rows))
+    if bounds is None:
+        bounds = read_bounds(path_edges, path_offsets, group_offsets, len(rows))
+    else:
+        bounds = list(zip(bounds[::3], bounds[1::3], bounds[2::3], strict=True))
     num_queries = len(bounds) - 1
     d_rank = scales.new_full((num_queries,), rank_weight / num_queries)
     d_sft = scales.new_full((num_queries,), sft_weight / num_queries)
@@ -206,9 +232,9 @@ def linear_rrhf_op(
 
 @linear_rrhf_op.register_fake
 def _(
-    hidden, weight, bias, rows, targets, rewards, path_edges, path_offsets, group_offsets, scales,
-    sft_scales, softcap, logit_scale, margin, rank_weight, sft_weight, backend, workspace_mb,
-    wants_hidden, wants_weight, wants_bias,
+    hidden, weight, bias, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
+    scales, sft_scales, softcap, logit_scale, margin, rank_weight, sft_weight, backend,
+    workspace_mb, wants_hidden, wants_weight, wants_bias,
 ):  # fmt: skip
     group = scales.new_empty(group_offsets.shape[0] - 1)
     count = torch.empty_like(group, dtype=torch.int64)
@@ -266,7 +292,28 @@ def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
     return kept_logits_triton, linear_logprob_triton, ranking
 
 
-def _bounds(
+def check_bounds(
+    bounds: Sequence[tuple[int, int, int]],
+    num_edges: int,
+    path_edges: Tensor,
+    path_offsets: Tensor,
+    group_offsets: Tensor,
+) -> None:
+    """Raise ValueError for bounds that begin or end elsewhere than the pack and, on the CPU, for
+    those of other queries."""
+    first, last = (0, 0, 0), (num_edges, len(path_offsets) - 1, len(path_edges))
+    if len(bounds) != len(group_offsets) or bounds[0] != first or bounds[-1] != last:
+        expected = f"expected {len(group_offsets)} triples from {first} to {last}"
+        raise ValueError(f"bounds: {expected}, found {len(bounds)}: {str(bounds)[:100]}")
+    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    if path_edges.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = read_bounds(path_edges, path_offsets, group_offsets, num_edges)
+        for query, (given, here) in enumerate(zip(bounds, found, strict=True)):
+            if tuple(given) != here:
+                raise ValueError(f"bounds[{query}]: expected {here}, found {given}")
+
+
+def read_bounds(
     path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor, num_edges: int
 ) -> list[tuple[int, int, int]]:
     """Where each query's edges, responses and path tokens begin, and where the last one's end."""

@@ -189,7 +189,9 @@ def loss_scales(
         raise ValueError(f"padded_widths: {expected}, found {tuple(padded_widths.shape)}")
     divisors = path_offsets.diff()
     if padded_widths is not None:
-        divisors = torch.repeat_interleave(padded_widths, group_offsets.diff())
+        divisors = torch.repeat_interleave(
+            padded_widths, group_offsets.diff(), output_size=len(divisors)
+        )
     divisors = divisors.to(dtype)
     scales = divisors**-length_penalty
     return scales, 1 / divisors if sft_reduction == "mean" else torch.ones_like(scales)

@@ -156,29 +156,29 @@ class RRHFModel(nn.Module):
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
     def forward(
-        self, pack: Pack | WeightedForest, *, wants_weights: bool = False
+        self, pack: Pack | WeightedForest, *, share: float = 1.0, wants_weights: bool = False
     ) -> RRHFLoss | tuple[RRHFLoss, torch.Tensor] | torch.Tensor:
-        """The loss of one pack, mean over its queries; log-probs and loss are float32 or better.
-        Only `loss` carries a gradient.
+        """`share` times the loss of one pack, mean over its queries; log-probs and loss are float32
+        or better. Only `loss` carries a gradient. Its parts are the queries' own, whatever `share`.
 
         With `wants_weights` nothing does, and d loss / d logp [E] is returned too. Of a
-        `WeightedForest` the loss is the weighted sum of its log-probs.
+        `WeightedForest` the loss is the weighted sum of its log-probs, and has no share.
         """
+        options = {} if isinstance(pack, WeightedForest) else self.loss_options(pack, share)
         if wants_weights:
             with torch.no_grad():
                 logps = self.edge_logps(pack)
             with torch.enable_grad():
-                out = rrhf_loss(logps.requires_grad_(), pack.rewards, **self.loss_options(pack))
+                out = rrhf_loss(logps.requires_grad_(), pack.rewards, **options)
                 return out, torch.autograd.grad(out.loss, logps)[0]
         if isinstance(pack, WeightedForest):
             return (self.edge_logps(pack) * pack.edge_weights).sum()
         if not isinstance(pack, PackedForest):
-            return rrhf_loss(self.edge_logps(pack), pack.rewards, **self.loss_options(pack))
+            return rrhf_loss(self.edge_logps(pack), pack.rewards, **options)
         hidden, weight, head = self.head_inputs(pack)
         edges = (pack.edge_rows, pack.edge_targets)
-        return linear_rrhf_loss(
-            hidden, weight, *edges, pack.rewards, **head, **self.loss_options(pack)
-        )
+        options |= {"bounds": pack.bounds, **head}
+        return linear_rrhf_loss(hidden, weight, *edges, pack.rewards, **options)
 
     def edge_logps(self, pack: Pack | WeightedForest) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
@@ -208,22 +208,28 @@ class RRHFModel(nn.Module):
         options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
         return hidden, linear.weight, {"bias": linear.bias, **options}
 
-    def loss_options(self, pack: Pack) -> dict:
-        """The pack's layout and the configured loss, as arguments of the loss functions."""
+    def loss_options(self, pack: Pack, share: float = 1.0) -> dict:
+        """The pack's layout and `share` times the configured loss, as arguments of the loss
+        functions."""
         config = self.loss_config
         widths = None
         if config.compat == "official":
-            longest = torch.segment_reduce(
-                pack.path_offsets.diff().float(), "max", lengths=pack.group_offsets.diff()
+            # Not torch.segment_reduce, which waits for the device to check the lengths.
+            lengths, group_sizes = pack.path_offsets.diff(), pack.group_offsets.diff()
+            query_of = torch.repeat_interleave(
+                torch.arange(len(group_sizes), device=lengths.device),
+                group_sizes,
+                output_size=len(lengths),
             )
-            widths = pack.prompt_lengths + longest.long() - 1
+            longest = torch.zeros_like(group_sizes).scatter_reduce_(0, query_of, lengths, "amax")
+            widths = pack.prompt_lengths + longest - 1
         return {
             "path_edges": pack.path_edges,
             "path_offsets": pack.path_offsets,
             "group_offsets": pack.group_offsets,
             "length_penalty": config.length_penalty,
-            "rank_weight": config.rank_weight,
-            "sft_weight": config.sft_weight,
+            "rank_weight": config.rank_weight * share,
+            "sft_weight": config.sft_weight * share,
             "sft_reduction": "mean" if config.compat == "official" else config.sft_reduction,
             "margin": config.margin,
             "padded_widths": widths,

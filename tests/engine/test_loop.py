@@ -284,10 +284,10 @@ def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):
 def test_a_pack_that_does_not_fit_is_named(tmp_path, data, monkeypatch):
     plain = RRHFModel.forward
 
-    def no_room(model, pack):
+    def no_room(model, pack, **options):
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(model, pack)
+        return plain(model, pack, **options)
 
     monkeypatch.setattr(RRHFModel, "forward", no_room)
     problem = r"a pack of [\d,]+ tokens \(\d queries\) does not fit; lower --max_tokens_per_pack"

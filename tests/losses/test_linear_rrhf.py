@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rrhf_fast import reference
 from rrhf_fast.losses import linear_rrhf_loss, rrhf_loss
-from rrhf_fast.losses.linear_rrhf import linear_rrhf_op
+from rrhf_fast.losses.linear_rrhf import linear_rrhf_op, read_bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -160,6 +160,24 @@ def test_a_bias_may_forbid_tokens(backend, workspace_mb):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("upstream", [1.0, 0.5, -2.0, 0.0])
+def test_any_upstream_gradient(backend, upstream):
+    """It scales the gradient exactly, powers of two as they are."""
+    for dtype in dtypes(backend):
+        (hidden, weight, bias), indices, layout = case(dtype=dtype)
+        tensors, gradients = [hidden, weight, bias], []
+        for factor in (1.0, upstream):
+            out = linear_rrhf_loss(
+                hidden, weight, *indices, bias=bias, rank_weight=64.0, backend=backend, **layout
+            )
+            factor = torch.full_like(out.loss, factor)
+            gradients.append(torch.autograd.grad(out.loss, tensors, factor))
+        for one, found in zip(*gradients, strict=True):
+            expected = (one.double() * upstream).to(one.dtype)
+            assert one.any() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend):
     (hidden, weight, bias), indices, layout = case(dtype=torch.float32)
     other = torch.stack([bias.detach(), bias.detach() + 1], 1)[:, 0].requires_grad_()
@@ -272,10 +290,10 @@ def test_opcheck_and_compile(backend):
     tensors = [t.detach() for t in (hidden, weight, bias)]
     scales = torch.rand(14, device=DEVICE)
     options = (None, 1.0, 0.0, 1.0, 1.0, backend, 1.0, True, False, True)
-    torch.library.opcheck(
-        linear_rrhf_op,
-        (*tensors, rows, targets, rewards, *layout.values(), scales, scales, *options),
-    )
+    bounds = read_bounds(*layout.values(), len(rows))
+    for flat in (None, [number for triple in bounds for number in triple]):
+        arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, scales, scales)
+        torch.library.opcheck(linear_rrhf_op, (*arguments, *options))
 
     def loss(hidden, weight, bias):
         return linear_rrhf_loss(
@@ -286,6 +304,21 @@ def test_opcheck_and_compile(backend):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(*inputs), inputs)
     torch.testing.assert_close(found, torch.autograd.grad(loss(*inputs), inputs))
+
+
+def test_bounds_change_nothing_and_wrong_ones_are_refused():
+    (hidden, weight, _), indices, layout = case()
+    bounds = read_bounds(*layout.values(), len(indices[0]))
+    expected = linear_rrhf_loss(hidden, weight, *indices, **layout).loss
+    found = linear_rrhf_loss(hidden, weight, *indices, bounds=bounds, **layout).loss
+    assert torch.equal(found, expected)
+    for wrong, message in (
+        (bounds[:-1], r"bounds: expected 5 triples from \(0, 0, 0\) to"),
+        ([*bounds[:-1], (1, 2, 3)], "bounds: expected 5 triples"),
+        ([*bounds[:2], bounds[1], *bounds[3:]], r"bounds\[2\]: expected \("),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_rrhf_loss(hidden, weight, *indices, bounds=wrong, **layout)
 
 
 def test_edges_that_are_no_spans_are_refused():

@@ -1,0 +1,30 @@
+"""A gradient times a scalar of the device, and nothing at all where that is 1."""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 4096
+# Enough to fill any device; each takes every so many blocks. One program a block would be a hundred
+# thousand programs that look at the factor and leave.
+PROGRAMS = 2048
+
+
+@triton.jit
+def scale_kernel(values, factor, num_values, num_blocks, BLOCK: tl.constexpr):
+    by = tl.load(factor)
+    if by != 1.0:
+        first = tl.program_id(0).to(tl.int64)  # a head may have more values than int32 counts
+        for block in range(first, num_blocks, tl.num_programs(0)):
+            place = block * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(values + place, mask=place < num_values)
+            tl.store(values + place, value * by, mask=place < num_values)
+
+
+def scale(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """values *= factor [], in place; waits for no device. The values may lie in any order, but
+    without gaps."""
+    num_blocks = triton.cdiv(values.numel(), BLOCK)
+    if num_blocks:
+        grid = (min(num_blocks, PROGRAMS),)
+        scale_kernel[grid](values, factor, values.numel(), num_blocks, BLOCK=BLOCK)

@@ -119,6 +119,19 @@ def test_adapters_resume_too(tmp_path, data):
     assert weights and all("lora_" in key for key in weights)
 
 
+def test_auto_resumes_with_the_packs_of_its_checkpoint(tmp_path, data, capsys):
+    options = {"eval_reward_fn": None}
+    run(tmp_path / "whole", data, max_tokens_per_pack=250, **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoint-6")
+    capsys.readouterr()
+    options |= {"resume_from_checkpoint": "latest", "max_tokens_per_pack": "auto"}
+    run(tmp_path / "part", data, **options)
+    printed = capsys.readouterr().out
+    assert "packs of 250 tokens" in printed and "with changes" not in printed
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     script = Path(__file__).with_name("killed.py")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.engine import loop
-from rrhf_fast.engine.checkpoint import Checkpoints
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.output_dir import complete_checkpoints
+from rrhf_fast.engine.prepare import prepare
 from rrhf_fast.engine.save import SaveFailed
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +134,46 @@ def test_auto_resumes_with_the_packs_of_its_checkpoint(tmp_path, data, capsys):
     printed = capsys.readouterr().out
     assert "packs of 250 tokens" in printed and "with changes" not in printed
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+@pytest.mark.parametrize("reuses_memory", [False, True])
+def test_what_is_written_is_what_was_saved(tmp_path, data, reuses_memory, monkeypatch):
+    """However late it is written; memory for the copies is reused with CUDA only."""
+    changed, write = threading.Event(), FileSystemWriter.write_data
+
+    def late(*arguments):
+        assert changed.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", late)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs no GPU then
+    config = TrainConfig(output_dir=str(tmp_path), **OPTIONS | data)
+    run = prepare(config, World(torch.device("cpu")))
+    optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
+    checkpoints = Checkpoints(run, optimizer, schedule)
+    checkpoints._stager.cache_staged_state_dict = reuses_memory
+
+    def tensors():
+        moments = [m for state in optimizer.state.values() for m in state.values()]
+        return [*run.model.parameters(), *moments]
+
+    def fill(value):
+        with torch.no_grad():
+            for tensor in tensors():
+                tensor.fill_(value)
+
+    checkpoints._tensors()  # makes the moments
+    for step in (1, 2):
+        changed.clear()
+        fill(step)
+        checkpoints.save(Progress(step=step))
+        fill(7)
+        changed.set()
+        checkpoints.finish()
+    for step in (1, 2):
+        checkpoints.resume(tmp_path / f"checkpoint-{step}")
+        assert len(tensors()) == 4 * len(list(run.model.parameters()))
+        assert all((tensor == step).all() for tensor in tensors())
 
 
 @pytest.mark.slow

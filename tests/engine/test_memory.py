@@ -173,8 +173,15 @@ def test_auto_fills_85_percent_of_the_smallest_gpu(use_peft, monkeypatch):
 
 def test_dry_run_chooses_packs_for_each_number_of_gpus(monkeypatch):
     config = TrainConfig(max_tokens_per_pack="auto", model_name_or_path=MODEL)
-    for packs in (32768, 2048):
-        first, *rows = memory_table(config).splitlines()
-        assert f"packs of {packs} tokens (auto, on GPUs of" in first
-        assert rows == memory_table(replace(config, max_tokens_per_pack=packs)).splitlines()[1:]
-        monkeypatch.setattr("rrhf_fast.engine.memory.DRY_RUN_MEMORY", 1)
+    lm = empty_model(MODEL)
+    activations = {n: activation_bytes(lm, config, torch.bfloat16, n) for n in (2048, 9216, 32768)}
+    just_too_much = sum(astuple(estimate(lm, config, torch.bfloat16, 1, activations[9216])))
+    for memory, sizes in (
+        (80 * 2**30, [32768]),
+        (1, [2048]),
+        (just_too_much / 0.8501, [8192, *6 * [9216]]),  # more GPUs hold less of the weights each
+    ):
+        monkeypatch.setattr("rrhf_fast.engine.memory.DRY_RUN_MEMORY", memory)
+        first, _, *rows = memory_table(config).splitlines()
+        assert f"packs of {', '.join(map(str, sizes))} tokens (auto, on GPUs of 80 GiB)" in first
+        assert rows[-1].split()[5] == f"{activations[sizes[-1]] / 2**30:.2f}"

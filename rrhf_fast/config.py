@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -78,9 +78,10 @@ class TrainConfig(LossConfig, DataConfig):
     """Passes over the training rows."""
     max_steps: int | None = None
     """Optimizer steps; overrides num_train_epochs."""
-    max_tokens_per_pack: int = 8192
+    max_tokens_per_pack: int | Literal["auto"] = 8192
     """Tokens of one forward and backward: bounds memory and changes nothing else. A query is never
-    split."""
+    split. Auto: as many as the estimate of dry_run leaves room for on a GPU, from 2048 to 32768;
+    8192 on the CPU."""
     packing: Literal["forest", "none"] = "forest"
     """Forest encodes each prompt once; none pads one row a response and serves every causal
     model."""
@@ -203,7 +204,6 @@ class TrainConfig(LossConfig, DataConfig):
             "max_prompt_length",
             "train_batch_size",
             "max_steps",
-            "max_tokens_per_pack",
             "logging_steps",
             "eval_steps",
             "eval_samples",
@@ -218,6 +218,8 @@ class TrainConfig(LossConfig, DataConfig):
             "profile_steps",
         ):
             expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+        name, of_packs = "max_tokens_per_pack", lambda value: value == "auto" or value >= 1
+        expect(self, name, of_packs, "at least 1, or auto")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             expect(self, name, lambda value: value > 0, "more than 0")
         for name in (
@@ -295,7 +297,8 @@ def check_types(config: object) -> None:
     """Raise ValueError where a field of this dataclass is not of the type it was declared with."""
     for name, kind in get_type_hints(type(config)).items():
         if not _is(getattr(config, name), kind):
-            expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+            name_of_class = kind.__name__ if isinstance(kind, type) else None
+            expected = name_of_class or str(kind).replace("typing.", "")
             raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)!r}")
 
 
@@ -304,7 +307,7 @@ def _is(value: object, kind: object) -> bool:
     origin = get_origin(kind)
     if origin is Literal:
         return value in get_args(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(_is(value, option) for option in get_args(kind))
     if origin is list:
         return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)

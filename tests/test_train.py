@@ -73,6 +73,11 @@ MISTAKES = {
     "out of range": (["--learning_rate", "0"], "learning_rate: expected more than 0, found 0"),
     "a seed below 0": (["--data_seed", "-1"], "data_seed: expected 0 or more, found -1"),
     "half a step": (["--warmup_steps", "1.5"], "warmup_steps: expected a share of all steps"),
+    "no tokens": (
+        ["--max_tokens_per_pack", "0"],
+        "max_tokens_per_pack: expected at least 1, or auto, found 0",
+    ),
+    "a size in words": (["--max_tokens_per_pack", "many"], "max_tokens_per_pack"),
     "not finite": (["--margin", ".inf"], "margin: expected 0 or more, found inf"),
     "nothing to train": (["--rank_weight", "0", "--sft_weight", "0"], "nothing to train"),
     "two held-out sets": (["--eval_data", DATA, "--eval_fraction", "0.1"], "not both"),
@@ -157,6 +162,8 @@ def test_a_mistake_leaves_nothing_behind(tmp_path, monkeypatch):
         {"length_penalty": float("inf")},
         {"activation_checkpointing": 1},
         {"compile": "yes"},
+        {"max_tokens_per_pack": "many"},
+        {"max_tokens_per_pack": True},
     ],
 )
 def test_the_python_interface_checks_types_too(option):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -82,17 +83,20 @@ class Checkpoints:
         # A group of the thread's own, so that its messages do not mix with those of the step.
         group = None if alone else dist.new_group(backend="gloo")
         self._ranks = {"process_group": group, "no_dist": alone}
+        # Where the state is copied to. From a GPU that is fastest into pinned memory, which takes
+        # long to get and is therefore kept for the next save.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=run.world.device.type == "cuda")
 
     def save(self, progress: Progress) -> None:
         """Copy the state and start writing; call `finish` before counting on it. All ranks must
         call."""
-        self.finish()
+        self.finish()  # before what it writes from is used again
         folder = self._run.output_dir / f"checkpoint-{progress.step}"
         with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
-            writer = dcp.FileSystemWriter(folder)
-            future = dcp.async_save(state, storage_writer=writer, **self._ranks)
+            options = {"async_stager": self._stager, **self._ranks}
+            future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(folder), **options)
         self._pending = folder, future
 
     def finish(self, *, wait: bool = True) -> None:

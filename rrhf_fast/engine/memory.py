@@ -6,6 +6,7 @@ Not counted: what the allocator loses to fragments, NCCL's buffers, the CUDA con
 together).
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
 import torch
@@ -14,12 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.model.attention import one_line
 from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.sharded import empty_model
 
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
+# What `max_tokens_per_pack` auto chooses from, and how much of a GPU the estimate may fill.
+PACK_STEP, SMALLEST_PACK, LARGEST_PACK = 1024, 2048, 32768
+SHARE_TO_FILL = 0.85
+DRY_RUN_MEMORY = 80 * 2**30  # bytes of the GPU that --dry_run chooses packs for
 HEAD_WORKSPACE = 512 * 2**20  # bytes, the default of `linear_logprob` on CUDA
 
 
@@ -42,20 +48,54 @@ def memory_table(config: TrainConfig) -> str:
     if config.use_peft:
         add_lora(lm, config)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    activations = activation_bytes(lm, config, dtype)
+    activations = activation_line(lm, config, dtype)
+    sizes = [config.max_tokens_per_pack] * len(NUM_GPUS)
+    packs = f"packs of {config.max_tokens_per_pack} tokens"
+    if config.max_tokens_per_pack == "auto":
+        sizes = [
+            fitting_tokens(lm, config, dtype, num_gpus, activations, memory=DRY_RUN_MEMORY)
+            for num_gpus in NUM_GPUS
+        ]
+        chosen = sizes[:1] if len(set(sizes)) == 1 else sizes
+        packs = f"packs of {', '.join(map(str, chosen))} tokens (auto, on GPUs of 80 GiB)"
     count = sum(parameter.numel() for parameter in lm.parameters())
     names = [field.name for field in fields(Memory)]
     lines = [
         f"GiB on one GPU: {config.model_name_or_path}, {count / 1e9:.3g}B parameters, "
-        f"{str(dtype).removeprefix('torch.')}, packs of {config.max_tokens_per_pack} tokens, "
+        f"{str(dtype).removeprefix('torch.')}, {packs}, "
         f"activation_checkpointing {config.activation_checkpointing}",
         f"{'GPUs':>5}" + "".join(f"{name:>13}" for name in [*names, "total"]),
     ]
-    for num_gpus in NUM_GPUS:
-        parts = astuple(estimate(lm, config, dtype, num_gpus, activations))
+    for num_gpus, size in zip(NUM_GPUS, sizes, strict=True):
+        parts = astuple(estimate(lm, config, dtype, num_gpus, activations(size)))
         numbers = "".join(f"{part / 2**30:13.2f}" for part in [*parts, sum(parts)])
         lines.append(f"{num_gpus:>5}{numbers}")
     return "\n".join(lines)
+
+
+def fitting_tokens(
+    lm: PreTrainedModel,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    num_gpus: int,
+    activations: Callable[[int], float],
+    *,
+    memory: float,
+    largest_query: int = 0,
+) -> int:
+    """Tokens of the packs that a GPU of `memory` bytes has room for by the estimate, with weights
+    sharded over `num_gpus` and `activations` of `activation_line`."""
+    fixed = sum(astuple(estimate(lm, config, dtype, num_gpus)))
+    room = SHARE_TO_FILL * memory
+    return choose_tokens(lambda tokens: fixed + activations(tokens), room, largest_query)
+
+
+def choose_tokens(total: Callable[[int], float], room: float, largest_query: int) -> int:
+    """The largest multiple of 1024 up to 32768 whose `total` bytes fit the room. At least 2048 and
+    the largest query, which is never split, whether they fit or not."""
+    smallest = max(SMALLEST_PACK, -(-largest_query // PACK_STEP) * PACK_STEP)
+    sizes = range(smallest, LARGEST_PACK + 1, PACK_STEP)
+    return max((tokens for tokens in sizes if total(tokens) <= room), default=smallest)
 
 
 def estimate(
@@ -93,24 +133,45 @@ def estimate(
     )
 
 
-def activation_bytes(lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype) -> int:
-    """Bytes that stand between forward and backward of a pack of max_tokens_per_pack tokens."""
-    ids = torch.zeros(1, config.max_tokens_per_pack, dtype=torch.int64, device="meta")
+def activation_line(
+    lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype
+) -> Callable[[int], float]:
+    """`activation_bytes` for any number of tokens, by the straight line through two of them: all
+    that is kept grows with the tokens, since a fused attention keeps no matrix of scores."""
+    low, high = (activation_bytes(lm, config, dtype, n) for n in (PACK_STEP, SMALLEST_PACK))
+    slope = (high - low) / (SMALLEST_PACK - PACK_STEP)
+    return lambda tokens: low + slope * (tokens - PACK_STEP)
+
+
+def activation_bytes(
+    lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype, num_tokens: int
+) -> int:
+    """Bytes that stand between forward and backward of a pack of this many tokens; `lm` is on the
+    meta device. Raises ValueError for a model whose shapes depend on its numbers."""
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     lm.to(dtype)
     kept = _Kept(lm)
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor)
-    with attention(lm, "rrhf_shapes"), hooks, kept:
-        hidden = lm.base_model(input_ids=ids, position_ids=torch.arange(
-            config.max_tokens_per_pack, device="meta")[None], use_cache=False)[0]  # fmt: skip
+    try:
+        with attention(lm, "rrhf_shapes"), hooks, kept:
+            positions = torch.arange(num_tokens, device="meta")[None]
+            hidden = lm.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    except RuntimeError as error:  # a model's own
+        problem = f"the activations of {lm.config.model_type} in {dtype} cannot be estimated"
+        raise ValueError(f"dry_run, max_tokens_per_pack: {problem} ({one_line(error)})") from error
     lm.to(torch.float32)
+    logits = 0
+    if config.packing == "none":
+        # In float32: log-probs of the whole vocabulary, their gradient and that of the logits.
+        logits = 3 * 4 * num_tokens * len(lm.get_output_embeddings().weight)
     if config.activation_checkpointing == "none":
-        return kept.saved
+        return kept.saved + logits
     layers = len(decoder_layers(lm))
     inputs = layers * hidden.numel() * dtype.itemsize
     # While a layer's backward runs, what it saved is there again.
     at_hand = kept.saved // layers
     recomputed_from = kept.selective if config.activation_checkpointing == "selective" else 0
-    return inputs + recomputed_from + at_hand
+    return inputs + recomputed_from + at_hand + logits
 
 
 class _Kept(TorchDispatchMode):

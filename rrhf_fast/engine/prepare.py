@@ -12,12 +12,20 @@ from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.forest import forest_tokens
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
+from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import RowReport, load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
-from rrhf_fast.engine.output_dir import check_output_dir, claim_output_dir
+from rrhf_fast.engine.memory import activation_line, fitting_tokens
+from rrhf_fast.engine.output_dir import (
+    check_output_dir,
+    claim_output_dir,
+    find_checkpoint,
+    read_state,
+)
 from rrhf_fast.engine.profile import WARMUP
 from rrhf_fast.engine.summary import describe
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
@@ -88,6 +96,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if config.eval_fraction > 0:
         queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
+    num_tokens = _resolve_pack(config, world, queries + held_out)
+    config = replace(config, max_tokens_per_pack=num_tokens)
 
     if config.use_peft:
         add_lora(lm, config)
@@ -179,6 +189,41 @@ def _resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _resolve_pack(config: TrainConfig, world: World, queries: Sequence[TokenisedQuery]) -> int:
+    """max_tokens_per_pack as a number, the same on all ranks. Auto: the number of the checkpoint to
+    resume from, so that packs stay as they were, or what the smallest GPU has room for."""
+    if config.max_tokens_per_pack != "auto":
+        return config.max_tokens_per_pack
+    if config.resume_from_checkpoint is not None:
+        stored = world.once(lambda: _stored_pack(config))
+        if stored is not None:
+            return stored
+    if world.device.type == "cpu":
+        return TrainConfig.max_tokens_per_pack
+    with torch.random.fork_rng(devices=[]):  # adapters draw numbers, which the run would miss
+        lm = empty_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        if config.use_peft:
+            add_lora(lm, config)
+    tokens = forest_tokens if config.packing == "forest" else padded_tokens
+    dtype = getattr(torch, config.dtype)
+    return fitting_tokens(
+        lm,
+        config,
+        dtype,
+        num_gpus=1 if world.mesh is None else world.mesh["shard"].size(),
+        activations=activation_line(lm, config, dtype),
+        memory=min(world.gather(torch.cuda.get_device_properties(world.device).total_memory)),
+        largest_query=max(map(tokens, queries)),
+    )
+
+
+def _stored_pack(config: TrainConfig) -> int | None:
+    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
+    output_dir = config.output_dir and Path(config.output_dir)
+    folder = find_checkpoint(name, output_dir, option)
+    return folder and read_state(folder)["config"]["max_tokens_per_pack"]
 
 
 def _hold_out(

@@ -38,7 +38,8 @@ def describe(
     ks = ", ".join(f"{k} ({count} rows)" for k, count in sorted(sizes.items()))
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
-        "device": f"{model.device}, {config.dtype} arithmetic, packing {config.packing}",
+        "device": f"{model.device}, {config.dtype} arithmetic, packing {config.packing}, "
+        f"packs of {config.max_tokens_per_pack} tokens",
         **_attention_lines(model),
         "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out"
         + skipped,

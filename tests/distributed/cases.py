@@ -1,4 +1,4 @@
-"""What every rank runs: python -m torch.distributed.run --nproc_per_node N cases.py FOLDER
+"""What every rank runs: python -m torch.distributed.run --nproc_per_node N cases.py FOLDER [CASE..]
 
 Small runs of the embedded model, or of a random one with a head of its own. Without torchrun it
 makes the inputs and what the ranks' runs are compared with.
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast.model import layers
 
 # Adam blows rounding up where a gradient is nearly 0, hence its large epsilon. 24 rows in steps of
 # 5: the last step of the epoch has 4.
@@ -39,6 +40,17 @@ CASES = {
     "fewer queries than ranks": {"train_batch_size": 2, "max_steps": 3},
     "samples": {"max_steps": 1, "eval_reward_fn": "rrhf_fast.demo.reward:score"},
 }
+# Layers compiled by a backend each; they run only where named.
+COMPILED = {
+    f"{backend} {mode}": {
+        "compiler": backend, "compile": True, "activation_checkpointing": mode,
+        "max_tokens_per_pack": 250,
+    }
+    for backend, modes in {
+        "aot_eager": ("none", "selective", "full"), "inductor": ("selective",)
+    }.items()
+    for mode in modes
+}  # fmt: skip
 # Which of them give the same run.
 SAME_AS = {
     "accumulation": "tied", "gathered once": "tied", "checkpointing": "tied", "offload": "tied",
@@ -74,6 +86,8 @@ def make_inputs(folder: Path) -> None:
 def run(folder: Path, name: str, options: dict):
     """One case, in folder/<number of ranks, 0 without torchrun>/<name>."""
     options = dict(options)
+    torch._dynamo.reset()
+    layers.COMPILER = options.pop("compiler", "inductor")
     model = folder / options.pop("model") if "model" in options else demo.MODEL_DIR
     data = {"train_data": str(folder / demo.TRAIN_FILE.name)}
     data["eval_data"] = str(folder / demo.EVAL_FILE.name)
@@ -104,17 +118,18 @@ def of_ranks(num_ranks: int, folder: Path) -> dict[str, dict]:
     return {name: CASES[name] for name in names} | cases
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     num_ranks = int(os.environ.get("WORLD_SIZE", 0))
     if num_ranks:
         dist.init_process_group("gloo")
     else:
         make_inputs(folder)
-    for name, options in of_ranks(num_ranks, folder).items():
+    named = {name: (CASES | COMPILED)[name] for name in names}
+    for name, options in (named or of_ranks(num_ranks, folder)).items():
         run(folder, name, options)
     if num_ranks:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

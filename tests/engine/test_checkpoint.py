@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.engine import adamw_bf16, loop
-from rrhf_fast.engine.checkpoint import Checkpoints
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.output_dir import complete_checkpoints
+from rrhf_fast.engine.prepare import prepare
 from rrhf_fast.engine.save import SaveFailed
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +128,59 @@ def test_adapters_resume_too(tmp_path, data):
     stored = FileSystemReader(tmp_path / "whole/checkpoint-6").read_metadata().state_dict_metadata
     weights = [key for key in stored if key.endswith(("weight", "exp_avg"))]
     assert weights and all("lora_" in key for key in weights)
+
+
+def test_auto_resumes_with_the_packs_of_its_checkpoint(tmp_path, data, capsys):
+    options = {"eval_reward_fn": None}
+    run(tmp_path / "whole", data, max_tokens_per_pack=250, **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoint-6")
+    capsys.readouterr()
+    options |= {"resume_from_checkpoint": "latest", "max_tokens_per_pack": "auto"}
+    run(tmp_path / "part", data, **options)
+    printed = capsys.readouterr().out
+    assert "packs of 250 tokens" in printed and "with changes" not in printed
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+@pytest.mark.parametrize("reuses_memory", [False, True])
+def test_what_is_written_is_what_was_saved(tmp_path, data, reuses_memory, monkeypatch):
+    """However late it is written; memory for the copies is reused with CUDA only."""
+    changed, write = threading.Event(), FileSystemWriter.write_data
+
+    def late(*arguments):
+        assert changed.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", late)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs no GPU then
+    config = TrainConfig(output_dir=str(tmp_path), **OPTIONS | data)
+    run = prepare(config, World(torch.device("cpu")))
+    optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
+    checkpoints = Checkpoints(run, optimizer, schedule)
+    checkpoints._stager.cache_staged_state_dict = reuses_memory
+
+    def tensors():
+        moments = [m for state in optimizer.state.values() for m in state.values()]
+        return [*run.model.parameters(), *moments]
+
+    def fill(value):
+        with torch.no_grad():
+            for tensor in tensors():
+                tensor.fill_(value)
+
+    checkpoints._tensors()  # makes the moments
+    for step in (1, 2):
+        changed.clear()
+        fill(step)
+        checkpoints.save(Progress(step=step))
+        fill(7)
+        changed.set()
+        checkpoints.finish()
+    for step in (1, 2):
+        checkpoints.resume(tmp_path / f"checkpoint-{step}")
+        assert len(tensors()) == 4 * len(list(run.model.parameters()))
+        assert all((tensor == step).all() for tensor in tensors())
 
 
 @pytest.mark.slow

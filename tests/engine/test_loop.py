@@ -22,6 +22,7 @@ from rrhf_fast.engine import evaluate
 from rrhf_fast.engine.backward import OutOfMemory
 from rrhf_fast.engine.loop import NotFinite
 from rrhf_fast.engine.metrics import MetricsLog
+from rrhf_fast.engine.output_dir import complete_checkpoints, read_state
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.save import SaveFailed
 from rrhf_fast.model.decoder import UnsupportedModel
@@ -295,6 +296,14 @@ def test_a_pack_that_does_not_fit_is_named(tmp_path, data, monkeypatch):
         run(tmp_path, data)
     with pytest.raises(OutOfMemory, match="--max_length .a single query"):
         run(tmp_path, data, max_tokens_per_pack=10, overwrite_output_dir=True)
+
+
+def test_auto_on_a_cpu_is_8192_tokens_a_pack(tmp_path, data, capsys):
+    result = run(tmp_path / "auto", data, max_tokens_per_pack="auto", save_steps=1)
+    assert "packs of 8192 tokens" in capsys.readouterr().out
+    assert_same_curves(result, run(tmp_path / "8192", data, max_tokens_per_pack=8192), rel=0)
+    (saved, *_) = complete_checkpoints(tmp_path / "auto")
+    assert read_state(saved)["config"]["max_tokens_per_pack"] == 8192
 
 
 def test_adapters_in_bfloat16(tmp_path, data):

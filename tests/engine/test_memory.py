@@ -1,10 +1,23 @@
 """The estimate of --dry_run against what PyTorch holds."""
 
+from dataclasses import astuple, replace
+from types import SimpleNamespace
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from rrhf_fast import TrainConfig, demo
-from rrhf_fast.engine.memory import activation_bytes, estimate
+from rrhf_fast.data.forest import forest_tokens
+from rrhf_fast.engine import prepare
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.memory import (
+    activation_bytes,
+    activation_line,
+    choose_tokens,
+    estimate,
+    memory_table,
+)
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.lora import add_lora
@@ -54,14 +67,13 @@ def saved_bytes(lm, num_tokens):
 
 
 def test_activations_are_what_autograd_keeps():
-    config = TrainConfig(max_tokens_per_pack=128)
-    estimated = activation_bytes(empty_model(MODEL), config, torch.float32)
+    estimated = activation_bytes(empty_model(MODEL), TrainConfig(), torch.float32, 128)
     found, _ = saved_bytes(AutoModelForCausalLM.from_pretrained(MODEL), 128)
     assert abs(estimated - found) < 0.1 * found
     by_mode = {}
     for mode in ("none", "selective", "full"):
-        options = {"max_tokens_per_pack": 128, "activation_checkpointing": mode}
-        by_mode[mode] = activation_bytes(empty_model(MODEL), TrainConfig(**options), torch.float32)
+        config = TrainConfig(activation_checkpointing=mode)
+        by_mode[mode] = activation_bytes(empty_model(MODEL), config, torch.float32, 128)
     assert by_mode["full"] < by_mode["selective"] < by_mode["none"] == estimated
 
 
@@ -83,3 +95,93 @@ def test_dry_run_prints_a_table_and_trains_nothing(tmp_path, monkeypatch, capsys
     ]  # fmt: skip
     assert [line.split()[0] for line in lines[2:]] == ["1", "2", "4", "8", "16", "32", "64"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("packing", ["forest", "none"])
+def test_activations_lie_on_a_line(mode, packing):
+    config = TrainConfig(activation_checkpointing=mode, packing=packing)
+    line = activation_line(empty_model(MODEL), config, torch.bfloat16)
+    for num_tokens in (5000, 32768):
+        direct = activation_bytes(empty_model(MODEL), config, torch.bfloat16, num_tokens)
+        assert line(num_tokens) == pytest.approx(direct, rel=0.02)
+
+
+def test_padded_batches_need_their_logits():
+    forest, padded = (
+        activation_bytes(empty_model(MODEL), TrainConfig(packing=packing), torch.float32, 128)
+        for packing in ("forest", "none")
+    )
+    logits = empty_model(MODEL)(torch.zeros(1, 128, dtype=torch.int64, device="meta")).logits
+    assert padded - forest == 3 * logits.nbytes
+
+
+@pytest.mark.parametrize(
+    ("room", "largest_query", "expected"),
+    [
+        (10_000, 0, 9 * 1024),
+        (9 * 1024, 0, 9 * 1024),
+        (9 * 1024 - 1, 0, 8 * 1024),
+        (1e9, 0, 32768),
+        (2047, 0, 2048),  # not even the smallest
+        (0, 2048, 2048),
+        (0, 2049, 3072),
+        (10_000, 2049, 9 * 1024),
+        (10_000, 9999, 10 * 1024),
+        (1e9, 40_000, 40 * 1024),
+    ],
+)
+def test_the_size_chosen(room, largest_query, expected):
+    assert choose_tokens(float, room, largest_query) == expected
+
+
+def resolve(config, memories, monkeypatch):
+    """What ranks whose GPUs have these bytes agree on."""
+
+    class Ranks(World):
+        def gather(self, value):
+            assert value == memories[0]
+            return memories
+
+    properties = SimpleNamespace(total_memory=memories[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    long = SimpleNamespace(prompt_ids=range(3000), response_ids=[torch.arange(99).numpy()])
+    assert 3000 < forest_tokens(long) < 3100
+    before = torch.get_rng_state()
+    found = prepare._resolve_pack(config, Ranks(torch.device("cuda")), [long])
+    assert torch.equal(torch.get_rng_state(), before)  # the run is that of the number
+    return found
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_auto_fills_85_percent_of_the_smallest_gpu(use_peft, monkeypatch):
+    config = TrainConfig(max_tokens_per_pack="auto", model_name_or_path=MODEL, dtype="bfloat16")
+    config = replace(config, use_peft=use_peft)
+    lm = empty_model(MODEL)
+    if use_peft:
+        add_lora(lm, config)
+    total = {
+        n: sum(astuple(estimate(lm, config, torch.bfloat16, 1, activation_bytes(
+            lm, config, torch.bfloat16, n)))) for n in (8192, 9216)
+    }  # fmt: skip
+    for share, expected in ((0.8501, 8192), (0.8499, 9216)):
+        memory = total[9216] / share
+        assert resolve(config, [80 * 2**30, memory], monkeypatch) == expected
+    assert resolve(config, [1, 80 * 2**30], monkeypatch) == 4096
+    assert resolve(config, [80 * 2**30], monkeypatch) == 32768
+
+
+def test_dry_run_chooses_packs_for_each_number_of_gpus(monkeypatch):
+    config = TrainConfig(max_tokens_per_pack="auto", model_name_or_path=MODEL)
+    lm = empty_model(MODEL)
+    activations = {n: activation_bytes(lm, config, torch.bfloat16, n) for n in (2048, 9216, 32768)}
+    just_too_much = sum(astuple(estimate(lm, config, torch.bfloat16, 1, activations[9216])))
+    for memory, sizes in (
+        (80 * 2**30, [32768]),
+        (1, [2048]),
+        (just_too_much / 0.8501, [8192, *6 * [9216]]),  # more GPUs hold less of the weights each
+    ):
+        monkeypatch.setattr("rrhf_fast.engine.memory.DRY_RUN_MEMORY", memory)
+        first, _, *rows = memory_table(config).splitlines()
+        assert f"packs of {', '.join(map(str, sizes))} tokens (auto, on GPUs of 80 GiB)" in first
+        assert rows[-1].split()[5] == f"{activations[sizes[-1]] / 2**30:.2f}"

@@ -1,0 +1,46 @@
+"""Figures on their way into a file: written after every part, and a failure is one of them."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# What a case calls with all its figures so far, after each part.
+Save = Callable[[dict], None]
+
+
+def no_save(figures: dict) -> None:
+    """For callers who wait for the whole."""
+
+
+def write_json(path: Path, figures: dict) -> None:
+    """Replace the file in one step, so that a process that is killed leaves a whole one."""
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+@contextmanager
+def recorded(result: dict) -> Iterator[None]:
+    """An exception inside (out of memory, a compiler's, an interface that has moved on) becomes
+    result["problem"], one line, and costs nothing but this result."""
+    try:
+        yield
+    except Exception as error:
+        result["problem"] = describe(error)
+    if "problem" in result and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe(error: BaseException) -> str:
+    """Its type and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def judge(result: dict, errors: Iterable[float], tolerance: float) -> None:
+    """Note a result that is too far from float64; NaN is."""
+    if not all(error < tolerance for error in errors):
+        result["problem"] = "too far from float64"

@@ -44,3 +44,19 @@ def judge(result: dict, errors: Iterable[float], tolerance: float) -> None:
     """Note a result that is too far from float64; NaN is."""
     if not all(error < tolerance for error in errors):
         result["problem"] = "too far from float64"
+
+
+def problems(figures: object, place: str = "") -> list[str]:
+    """Everything that failed, wherever it is recorded: "where: what"."""
+    if isinstance(figures, list):
+        return [line for i, one in enumerate(figures) for line in problems(one, f"{place}[{i}]")]
+    if not isinstance(figures, dict):
+        return []
+    own = [f"{place}: {figures['problem']}"] if "problem" in figures else []
+    inner = [problems(one, f"{place}/{name}") for name, one in figures.items()]
+    return own + [line for lines in inner for line in lines]
+
+
+def ran_out(figures: dict) -> bool:
+    """Whether the device had too little memory for any of it."""
+    return any("OutOfMemory" in line or "out of memory" in line for line in problems(figures))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.baselines import HEADS, released_loss, repeat_prompts
 from benchmarks.exact import exact_of
+from benchmarks.flops import flops_of_packs, flops_of_rows
 from benchmarks.machine import compute_dtype, peak_flops
 from benchmarks.plots import ranked_bars
 from benchmarks.points import ENGINE, PADDED, RELEASED, REPEATED
@@ -45,7 +46,6 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.engine.backward import backward_active, is_worthwhile
 from rrhf_fast.engine.distributed import World
 from rrhf_fast.engine.evaluate import Totals
-from rrhf_fast.engine.profile import decoder_flops
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 
@@ -95,6 +95,7 @@ def run(
     num_queries: int | None = None,
     model: str | None = None,
     data: str | None = None,
+    shapes: Sequence[str] | None = None,
     workloads: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
     engine_options: dict | None = None,
@@ -105,7 +106,7 @@ def run(
     Args:
         max_tokens_per_pack: default `PACK_TOKENS` of the device.
         num_queries: default: what fills four packs on a GPU, else 4.
-        workloads: names, instead of the preset's.
+        shapes, workloads: names, instead of the preset's.
         rounds: of timing; 0 checks only.
         only: names of contenders, instead of all.
         engine_options: of `RRHFModel`, in the place of the engine's own.
@@ -130,9 +131,9 @@ def run(
         case = {"model": Path(model).name, "workload": Path(data).stem}
         measure(case, load_model(model).to(device), queries)
         return figures
-    shapes, names = (GPU_PRESETS if device == "cuda" else PRESETS)[preset]
-    for shape in shapes:
-        for workload in workloads or names:
+    defaults = (GPU_PRESETS if device == "cuda" else PRESETS)[preset]
+    for shape in shapes or defaults[0]:
+        for workload in workloads or defaults[1]:
             lm = build_model(shape, device=device)
             lengths = LENGTHS.get(workload, PAPER)
             count = fill(lengths, max_tokens) if device == "cuda" else NUM_QUERIES
@@ -253,7 +254,8 @@ def contenders(
         return Contender(model.lm, tokens, partial(_add_up, loss, parts), flops)
 
     trees = packs(engine, "forest", max_tokens)
-    of_trees, of_copies = _flops(engine, [pack for pack, _ in trees], queries, active_fraction)
+    of_trees = flops_of_packs(engine, [pack for pack, _ in trees], active_fraction)
+    of_copies = flops_of_rows(engine, queries, active_fraction)
     repeated = _repeated(engine, queries, max_tokens)
     padded_count = sum(padded_tokens(query) for query in queries)
     tokens, repeated_count = (
@@ -320,36 +322,6 @@ def _repeated(engine: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: 
             members, size = [], 0
         members, size = [*members, i], size + own
     return packs
-
-
-def _flops(
-    engine: RRHFModel,
-    trees: Sequence[PackedForest],
-    queries: Sequence[TokenisedQuery],
-    active_fraction: float,
-) -> tuple[float, float]:
-    """Of loss and gradient of the queries: with prompts and prefixes shared, and not. The backward
-    of the head is that of the active fraction, as nothing else needs one."""
-    config, head = engine.lm.config, engine.head.linear.weight
-    per_token = sum(decoder_flops(engine.lm))
-    per_edge = 2 * head.numel() * (1 + 2 * active_fraction)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Queries with keys, and weights with values; forward, and twice that backward.
-    per_pair = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * size
-
-    def flops(depths: torch.Tensor, edges: int) -> float:
-        return per_token * len(depths) + per_pair * float((depths + 1).sum()) + per_edge * edges
-
-    # A token sees its path, which is as long as it stands deep; padding stands at 0, behind.
-    rows = [pack.position_ids[: int(pack.edge_rows.max()) + 1].double() for pack in trees]
-    copies = [
-        torch.arange(len(query.prompt_ids) + len(ids) - 1, dtype=torch.float64)
-        for query in queries
-        for ids in query.response_ids
-    ]
-    shared = flops(torch.cat(rows), sum(len(pack.edge_rows) for pack in trees))
-    edges = sum(len(ids) for query in queries for ids in query.response_ids)
-    return shared, flops(torch.cat(copies), edges)
 
 
 def table(figures: dict) -> str:

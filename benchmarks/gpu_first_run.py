@@ -47,7 +47,7 @@ ON_CPU = ["rrhf_fast torch, two steps", "rrhf_fast torch, one sweep"]
 WORKSPACES = [512, 2048]
 PEERS = ["plain torch", "Liger", "cut-cross-entropy, exact"]
 SWEEPS = [f"rrhf_fast triton, one sweep, {size} MiB" for size in WORKSPACES]
-TINY_HEAD = {"shapes": [[128, 64, 1024]]}
+TINY_HEAD = {"shapes": [[512, 64, 1024]]}
 
 
 def _head(name: str, shape: Sequence[int], seconds: float) -> Part:
@@ -71,8 +71,8 @@ def _backend(name: str, seconds: float, **more) -> Part:
     return Part(f"attention {name}", PARTS + "attend", seconds, options, toy, **more)
 
 
-def _tests(name: str, seconds: float) -> Part:
-    options = {"paths": [f"tests/gpu/test_{name}.py"], "workers": 8}
+def _tests(name: str, seconds: float, *more: str) -> Part:
+    options = {"paths": [f"tests/gpu/test_{name}.py", *more], "workers": 8}
     return Part(f"tests {name}", PARTS + "tests", seconds, options, {"workers": 0})
 
 
@@ -95,7 +95,7 @@ COMMANDS = {
         ),
         _tests("kernels", 60),
         _tests("attention", 130),
-        _tests("ranks", 70),
+        _tests("ranks", 70, "tests/engine/test_profile.py"),
     ],
     "kernels": [
         BEST,
@@ -178,18 +178,7 @@ def run_parts(parts: Iterable[Part], results: dict, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if every part is ok, 1 if not, 2 if nothing can be run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in COMMANDS:
-        command = commands.add_parser(name)
-        command.add_argument("--out", type=Path, required=True)
-        command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-        command.add_argument("--attention", help="of the engine; default: as correctness.json says")
-        command.add_argument("--eager", action="store_true", help="layers are not compiled")
-    commands.add_parser("report").add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.command == "report":
         print(report(options.folder))
         return 0
@@ -205,6 +194,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: nothing runs without {', '.join(lacking)}", file=sys.stderr)
         return 2
     return _run(options, missing)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+        command.add_argument("--attention", help="of the engine; default: as correctness.json says")
+        command.add_argument("--eager", action="store_true", help="layers are not compiled")
+    commands.add_parser("report").add_argument("folder", type=Path)
+    return parser
 
 
 def _run(options: argparse.Namespace, missing: list[str]) -> int:
@@ -261,13 +265,20 @@ def report(folder: Path) -> str:
 def _lines(figures: object, place: str) -> list[str]:
     """Where something of `SHOWN` stands, and what."""
     if isinstance(figures, list):
-        return [line for i, one in enumerate(figures) for line in _lines(one, f"{place}{i} ")]
+        return [line for one in figures for line in _lines(one, place + _label(one))]
     if not isinstance(figures, dict):
         return []
     shown = {name: figures[name] for name in SHOWN if figures.get(name) is not None}
     own = ", ".join(f"{name} {_short(value)}" for name, value in shown.items())
     inner = [_lines(one, f"{place}{name} ") for name, one in figures.items() if name not in SHOWN]
     return ([f"{place}{own}"] if own else []) + [line for lines in inner for line in lines]
+
+
+def _label(case: object) -> str:
+    """What tells one case of a list from the others."""
+    names = ("shape", "softcap", "fraction", "prompt/response/k", "workload", "max_tokens_per_pack")
+    known = case if isinstance(case, dict) else {}
+    return " ".join(f"{name} {known[name]}" for name in names if name in known) + " "
 
 
 def _short(value: object) -> str:

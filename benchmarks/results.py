@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 # What a case calls with all its figures so far, after each part.
 Save = Callable[[dict], None]
 
@@ -31,8 +29,10 @@ def recorded(result: dict) -> Iterator[None]:
         yield
     except Exception as error:
         result["problem"] = describe(error)
-    if "problem" in result and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if "problem" in result:
+        import torch  # late: what only writes figures starts at once
+
+        torch.cuda.empty_cache()  # nothing without a GPU
 
 
 def describe(error: BaseException) -> str:

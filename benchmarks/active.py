@@ -1,6 +1,7 @@
 """The active-set backward against the whole one, by the share of tokens that has a gradient, with
 and without activation checkpointing, interleaved."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ from statistics import median
 import torch
 
 from benchmarks.plots import grouped_bars
+from benchmarks.results import Save, no_save, recorded
 from benchmarks.tables import text_table
 from benchmarks.timing import interleaved, ratio
-from benchmarks.workloads import PAPER, build_model, draw
+from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
@@ -32,21 +34,22 @@ def run(
     preset: str,
     device: str,
     rounds: int,
-    max_tokens_per_pack: int = 2048,
+    max_tokens_per_pack: int | None = None,
     num_queries: int | None = None,
+    save: Save = no_save,
 ) -> dict:
     """Time both ways for queries of the paper's lengths; returns the figures."""
-    num_queries = num_queries or (64 if device == "cuda" else 4)
-    cases = []
+    max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
+    num_queries = num_queries or (fill(PAPER, max_tokens) if device == "cuda" else 4)
+    figures = {"model": SHAPES[preset], "workload": str(PAPER), "max_tokens_per_pack": max_tokens}
+    figures["cases"] = cases = []
     for checkpointing in ("none", "full"):
-        config = TrainConfig(
-            activation_checkpointing=checkpointing, max_tokens_per_pack=max_tokens_per_pack
-        )
+        config = TrainConfig(activation_checkpointing=checkpointing, max_tokens_per_pack=max_tokens)
         model = RRHFModel(
             build_model(SHAPES[preset], device=device),
             config,
             max_length=4096,
-            max_tokens=max_tokens_per_pack,
+            max_tokens=max_tokens,
             compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             compile=None,
             activation_checkpointing=checkpointing,
@@ -56,9 +59,15 @@ def run(
         for backwards in sorted({round(share * num_queries) for share in SHARES}):
             for i, query in enumerate(queries):
                 query.rewards[:] = -ranks[i] if i < backwards else ranks[i]
-            case = _case(model, queries, config, rounds)
-            cases.append({"activation_checkpointing": checkpointing} | case)
-    return {"model": SHAPES[preset], "workload": str(PAPER), "cases": cases}
+            case = {
+                "activation_checkpointing": checkpointing,
+                "queries_ranked_backwards": backwards / num_queries,
+            }
+            cases.append(case)
+            with recorded(case):
+                case |= _case(model, queries, config, rounds)
+            save(figures)
+    return figures
 
 
 def _ranks(model: RRHFModel, queries: Sequence[TokenisedQuery]) -> list:
@@ -96,12 +105,12 @@ def _case(
         fraction = way().active_fraction
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     difference = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
-    assert difference < TOLERANCES[model.compute_dtype], difference
     del gradients
+    case = {"active_fraction": fraction, "gradient_difference": difference}
+    if not difference < TOLERANCES[model.compute_dtype]:
+        return case | {"problem": "the two gradients differ"}
     seconds = interleaved(ways, rounds, before=model.zero_grad)
-    return {
-        "active_fraction": fraction,
-        "gradient_difference": difference,
+    return case | {
         "speedup": ratio(seconds["whole"], seconds["active"]),
         "auto": "active" if is_worthwhile(config, fraction) else "whole",
         "seconds": seconds,
@@ -113,9 +122,12 @@ def table(figures: dict) -> str:
     rows = [
         [
             f"checkpointing {case['activation_checkpointing']}",
-            f"{case['active_fraction']:.0%}",
-            "{median:.2f} ({min:.2f} to {max:.2f})".format(**case["speedup"]),
-            case["auto"],
+            f"{case.get('active_fraction', math.nan):.0%}",
+            *(
+                ["{median:.2f} ({min:.2f} to {max:.2f})".format(**case["speedup"]), case["auto"]]
+                if "speedup" in case
+                else [case["problem"][:40], ""]
+            ),
         ]
         for case in figures["cases"]
     ]
@@ -126,8 +138,9 @@ def table(figures: dict) -> str:
 def plot(figures: dict, path: Path) -> None:
     """A group of bars a share of active tokens, a panel a way of checkpointing."""
     panels = []
-    for mode in dict.fromkeys(case["activation_checkpointing"] for case in figures["cases"]):
-        cases = [case for case in figures["cases"] if case["activation_checkpointing"] == mode]
+    measured = [case for case in figures["cases"] if "speedup" in case]
+    for mode in dict.fromkeys(case["activation_checkpointing"] for case in measured):
+        cases = [case for case in measured if case["activation_checkpointing"] == mode]
         heights = {
             way: [median(case["seconds"][way]) for case in cases] for way in ("whole", "active")
         }

@@ -6,7 +6,9 @@ computes is checked against float64 before it is timed. A contender that cannot 
 or is wrong is reported as such and left out.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.machine import compute_dtype
 from benchmarks.plots import grouped_bars
-from benchmarks.tables import text_table
+from benchmarks.results import Save, judge, no_save, recorded
+from benchmarks.tables import cell, text_table
 from benchmarks.timing import interleaved, peak_extra_mb, ratio
 from rrhf_fast import reference
 from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import Movable, PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model import forest_flex
 from rrhf_fast.model.attention import BACKENDS, Forest
 from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.model.decoder import decode_forest
@@ -35,21 +40,55 @@ SHAPES = [(128, 64, 6), (512, 256, 6), (1024, 128, 8), (2048, 512, 8)]
 SMALL_SHAPES = [(128, 64, 6), (256, 32, 8)]  # for machines without a GPU
 LLAMA_8B = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, value_size=128)
 SMALL = AttentionSpec(num_heads=8, num_kv_heads=2, head_size=32, value_size=32)
-FLEX_BLOCKS = (128, 256)
+# By name: the block size of a plan, and options for FlexAttention's kernels in the place of ours.
+FLEX = {
+    "forest_flex": (128, {}),
+    "forest_flex, blocks of 256": (256, {}),
+    "forest_flex, lengths masked": (128, {"IS_DIVISIBLE": False}),
+}
+UNPACKED = "unpacked"
 TOKENS = {"smoke": 2_048, "paper": 16_384, "full": 65_536}  # of a pack, about
 # Largest relative error of the output or a gradient, in the norm, against float64.
 TOLERANCE = 0.02
 
 
-def run(*, preset: str, device: str, rounds: int) -> dict:
-    """Time all contenders on all shapes in packs of the preset's size; returns the figures."""
-    on_gpu, tokens = device == "cuda", TOKENS[preset]
-    spec = LLAMA_8B if on_gpu else SMALL
-    cases = [
-        _case(shape, spec, tokens, device, rounds) for shape in (SHAPES if on_gpu else SMALL_SHAPES)
-    ]
-    decoder = _decoder(SHAPES[1] if on_gpu else SMALL_SHAPES[0], tokens, device, rounds)
-    return {"cases": cases, "decoder": decoder}
+def run(
+    *,
+    preset: str,
+    device: str,
+    rounds: int,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    tokens: int | None = None,
+    only: Sequence[str] | None = None,
+    whole: bool = False,
+    decoder: bool = True,
+    save: Save = no_save,
+) -> dict:
+    """Time all contenders on all shapes in packs of the preset's size; returns the figures.
+
+    Args:
+        rounds: of timing; 0 checks only.
+        shapes, tokens: (prompt, response, k) and tokens per pack, instead of the preset's.
+        only: names of contenders, instead of all.
+        whole: check every row of the pack, not only the first tree. Needs N^2 scores in float64.
+        decoder: also time a decoder.
+    """
+    on_gpu = device == "cuda"
+    spec, default = (LLAMA_8B, SHAPES) if on_gpu else (SMALL, SMALL_SHAPES)
+    tokens = tokens or TOKENS[preset]
+    figures: dict = {"cases": []}
+    for shape in shapes or default:
+        case = {"prompt/response/k": shape, "contenders": {}}
+        figures["cases"].append(case)
+        with recorded(case):
+            _measure(case, spec, tokens, device, rounds, only, whole, partial(save, figures))
+        save(figures)
+    if decoder:
+        figures["decoder"] = {}
+        with recorded(figures["decoder"]):
+            figures["decoder"] |= _decoder(default[1 if on_gpu else 0], tokens, device, rounds)
+        save(figures)
+    return figures
 
 
 @dataclass
@@ -89,13 +128,26 @@ def _response_rows(pack: PackedForest, prompt: int) -> torch.Tensor:
     return torch.cat([rows[:, :1] + torch.arange(1 - prompt, 0), rows], dim=1)
 
 
-def _case(
-    shape: tuple[int, int, int], spec: AttentionSpec, tokens: int, device_name: str, rounds: int
-) -> dict:
-    device = torch.device(device_name)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pack = _forest(shape, tokens)
-    unpacked = _response_rows(pack, shape[0])
+def _measure(
+    case: dict,
+    spec: AttentionSpec,
+    tokens: int,
+    device_name: str,
+    rounds: int,
+    only: Sequence[str] | None,
+    whole: bool,
+    save: Callable[[], None],
+) -> None:
+    """Check every contender, then time those that are right; `case` grows meanwhile."""
+    device, dtype, results = (
+        torch.device(device_name),
+        compute_dtype(device_name),
+        case["contenders"],
+    )
+    pack = _forest(case["prompt/response/k"], tokens)
+    unpacked = _response_rows(pack, case["prompt/response/k"][0])
+    case["tokens"] = {"packed": pack.num_tokens, "unpacked": unpacked.numel()}
+    case["dtype"] = str(dtype)
     g = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> torch.Tensor:
@@ -106,49 +158,76 @@ def _case(
     # What padding computes is nobody's business.
     upstream = draw(spec.num_heads)[0].transpose(0, 1).contiguous()
     upstream[unpacked.max() + 1 :] = 0
-    exact = _exact_tree(pack, tensors, upstream)
-
-    contenders, results = {}, {}
-    for name, backend in BACKENDS.items():
-        if problem := backend.obstacle(spec, device, dtype, pack.num_tokens):
-            results[name] = {"problem": problem}
+    exact = _exact(pack, tensors, upstream, pack.num_tokens if whole else int(pack.subtree_end[0]))
+    every, runnable = torch.arange(pack.num_tokens, device=device), {}
+    for name, make in _ways(pack, unpacked, spec, device, dtype).items():
+        if only is not None and name not in only:
             continue
-        plan = backend.plan(pack).to(device)
-        plans = {name: plan}
-        if name == "forest_flex":
-            plans = {f"{name}, blocks of {b}": replace(plan, block_size=b) for b in FLEX_BLOCKS}
-        every = torch.arange(pack.num_tokens, device=device)
-        for label, each in plans.items():
-            attend = partial(_attend, backend, each)
-            contenders[label] = _contender(attend, every, tensors, upstream)
-    contenders["unpacked"] = _contender(
-        _unpacked(*unpacked.shape, device_name), unpacked.flatten().to(device), tensors, upstream
-    )
-    runnable = {}
-    for name, contender in contenders.items():
-        try:
-            errors = _errors(contender, exact, pack.num_tokens)
-        except Exception as error:  # out of memory, no compiler, an interface that has moved on
-            results[name] = {"problem": f"{type(error).__name__}: {str(error)[:200]}"}
-            continue
-        results[name] = {"errors": errors}
-        if max(errors) < TOLERANCE:
+        results[name] = {"problem": make} if isinstance(make, str) else {}
+        if "problem" not in results[name]:
+            with recorded(results[name]):
+                rows = unpacked.flatten().to(device) if name == UNPACKED else every
+                contender = _contender(make(), rows, tensors, upstream)
+                results[name]["errors"] = _errors(contender, exact, pack.num_tokens)
+                judge(results[name], results[name]["errors"], TOLERANCE)
+        if "problem" not in results[name]:
             runnable[name] = contender
-        else:
-            results[name]["problem"] = "too far from float64"
-    seconds = interleaved({name: c.step for name, c in runnable.items()}, rounds)
+        save()
+    if rounds == 0:
+        return
+    seconds = interleaved({name: c.step for name, c in runnable.items()}, rounds, results=results)
     for name, times in seconds.items():
         results[name]["ms"] = median(times) * 1e3
-        if "unpacked" in seconds:
-            results[name]["speedup"] = ratio(seconds["unpacked"], times)["median"]
+        if UNPACKED in seconds:
+            results[name]["speedup"] = ratio(seconds[UNPACKED], times)["median"]
         if device.type == "cuda":
             results[name]["peak_extra_mb"] = peak_extra_mb(runnable[name].step)
-    return {
-        "prompt/response/k": shape,
-        "tokens": {"packed": pack.num_tokens, "unpacked": unpacked.numel()},
-        "dtype": str(dtype),
-        "contenders": results,
-    }
+
+
+def _ways(
+    pack: PackedForest,
+    unpacked: torch.Tensor,
+    spec: AttentionSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Callable[[], Callable] | str]:
+    """By name: what makes a function ([1, H, n, D] and keys, values) -> [n, H, D]; or why there is
+    none."""
+    found: dict[str, Callable[[], Callable] | str] = {}
+    for name, backend in BACKENDS.items():
+        if problem := backend.obstacle(spec, device, dtype, pack.num_tokens):
+            found[name] = problem
+        elif name == "forest_flex":
+            for label, options in FLEX.items():
+                found[label] = partial(_flex, pack, device, *options)
+        else:
+            found[name] = partial(_backend, backend, pack, device)
+    return found | {UNPACKED: partial(_unpacked, *unpacked.shape, device.type)}
+
+
+def _backend(backend: ModuleType, pack: PackedForest, device: torch.device) -> Callable:
+    return partial(_attend, backend, backend.plan(pack).to(device))
+
+
+def _flex(pack: PackedForest, device: torch.device, block_size: int, options: dict) -> Callable:
+    plan = replace(forest_flex.plan(pack), block_size=block_size).to(device)
+
+    def attend(q, k, v):
+        with _kernel_options(options):
+            return _attend(forest_flex, plan, q, k, v)
+
+    return attend if options else partial(_attend, forest_flex, plan)
+
+
+@contextmanager
+def _kernel_options(changes: dict) -> Iterator[None]:
+    """Inside, forest_flex asks FlexAttention for its own options with these changes."""
+    own = forest_flex.kernel_options
+    forest_flex.kernel_options = lambda *arguments: own(*arguments) | changes
+    try:
+        yield
+    finally:
+        forest_flex.kernel_options = own
 
 
 def _attend(backend: ModuleType, plan: Movable, q, k, v) -> torch.Tensor:
@@ -186,18 +265,25 @@ def _unpacked(num_rows: int, length: int, device: str) -> Callable:
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
+        options = {"window_size": (-1, 0), **gqa_option(varlen_attn)}
+
         def varlen(q, k, v):
-            return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=True)
+            return varlen_attn(q, k, v, *lengths, **options)
 
     return lambda q, k, v: varlen(*(t[0].transpose(0, 1) for t in (q, k, v)))
 
 
-def _exact_tree(
-    pack: PackedForest, tensors: list[torch.Tensor], upstream: torch.Tensor
+def gqa_option(varlen_attn: Callable) -> dict[str, bool]:
+    """PyTorch 2.13 has to be told of fewer key heads, 2.11 sees them and has no such argument."""
+    known = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if known else {}
+
+
+def _exact(
+    pack: PackedForest, tensors: list[torch.Tensor], upstream: torch.Tensor, n: int
 ) -> list[torch.Tensor]:
-    """Output and gradients of the first tree in float64, [n, heads, D] each. A key head at a
-    time, so that the scores of a long tree fit."""
-    n = int(pack.subtree_end[0])
+    """Output and gradients of the first n rows, whole trees, in float64, [n, heads, D] each. A key
+    head at a time, so that the scores of many rows fit."""
     end, depths = pack.subtree_end[:n].to(upstream.device), pack.position_ids[:n]
     query, key, value = (t[0, :, :n].double() for t in tensors)
     groups, parts = len(query) // len(key), []
@@ -287,16 +373,21 @@ def table(figures: dict) -> str:
     """Milliseconds forward and backward, and times as fast as the same responses unpacked."""
     parts = []
     for case in figures["cases"]:
-        rows = [
-            [name, f"{r['ms']:.1f}", f"{r['speedup']:.2f}"]
-            if "ms" in r
-            else [name, "-", r["problem"][:60]]
-            for name, r in case["contenders"].items()
-        ]
+        rows = []
+        for name, result in case["contenders"].items():
+            text = cell({"problem": "right, not timed"} | result, "ms", ".1f")
+            rows.append([name, text, cell({"problem": ""} | result, "speedup", ".2f")])
+            if "problem" in result:
+                rows[-1][1:] = ["-", result["problem"][:60]]
+        if "problem" in case:
+            rows.append(["", "-", case["problem"][:60]])
         parts.append(text_table([_label(case), "ms", "times as fast as unpacked"], rows))
-    speeds = figures["decoder"]["tokens_per_second"]
-    rows = [[name, f"{speed:,.0f}"] for name, speed in speeds.items()]
-    parts.append(text_table(["a decoder on", "tokens/s"], rows))
+    decoder = figures.get("decoder", {})
+    rows = [[name, f"{s:,.0f}"] for name, s in decoder.get("tokens_per_second", {}).items()]
+    if "problem" in decoder:
+        rows = [["", decoder["problem"][:60]]]
+    if rows:
+        parts.append(text_table(["a decoder on", "tokens/s"], rows))
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.results import Save, no_save, recorded
 from benchmarks.workloads import PAPER, build_model, draw, draw_tries, real, unpacked_tokens
 from rrhf_fast import TrainConfig, demo
 from rrhf_fast.data.forest import build_forest
@@ -38,6 +39,7 @@ def run(
     model: str | None = None,
     num_queries: int = 256,
     max_tokens_per_pack: int = 8192,
+    save: Save = no_save,
 ) -> dict:
     """Time each part of the host's work on drawn queries, or on real rows in the tokens of a real
     model; and a step of the engine on some of them."""
@@ -62,14 +64,15 @@ def run(
         compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         compile=None,
     )
-    return {
-        "model": shape,
-        "tokenise": _tokenise(data, model, rounds),
-        "cases": [
-            {"workload": name} | _case(engine, queries, rounds, max_tokens_per_pack)
-            for name, queries in workloads.items()
-        ],
-    }
+    figures = {"model": shape, "tokenise": _tokenise(data, model, rounds), "cases": []}
+    save(figures)
+    for name, queries in workloads.items():
+        case = {"workload": name, "queries": len(queries)}
+        figures["cases"].append(case)
+        with recorded(case):
+            case |= _case(engine, queries, rounds, max_tokens_per_pack)
+        save(figures)
+    return figures
 
 
 def _tokenise(data: str | None, model: str | None, rounds: int) -> dict:
@@ -132,7 +135,6 @@ def _case(
     seconds = {name: _seconds(function, rounds) for name, function in work.items()}
     host = sum(seconds[name] for name in EVERY_STEP) / len(queries)
     return {
-        "queries": len(queries),
         "tokens": sum(pack.num_tokens for pack in packs),
         "tokens_no_prefix_shared": sum(pack.num_tokens for pack in build(False)),
         "tokens_unpacked": unpacked_tokens(queries),
@@ -175,6 +177,9 @@ def table(figures: dict) -> str:
         f"{text['queries']} queries"
     ]
     for case in figures["cases"]:
+        if "problem" in case:
+            lines += ["", f"{case['workload']}: {case['problem']}"]
+            continue
         lines += [
             "",
             f"{case['queries']} queries of {case['workload']}: {case['tokens']:,} tokens in "
@@ -200,7 +205,7 @@ def plot(figures: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = figures["cases"]
+    cases = [case for case in figures["cases"] if "problem" not in case]
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(8, 3.4 * len(cases)), squeeze=False, layout="constrained"
     )

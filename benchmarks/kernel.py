@@ -3,10 +3,12 @@
 Every contender gets the same hidden states, weight, targets and queries of four responses, a
 fraction of which is ranked wrong and has a gradient. Contenders that give log-probs a token are
 followed by `rrhf_loss`. Each is checked against float64 before it is timed; one that is not
-installed, fails or is wrong is reported as such and left out.
+installed, fails or is wrong is reported as such and left out. Beside them the matrix products that
+any head needs are timed alone: what is above them is overhead.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,11 @@ from statistics import median
 
 import torch
 
+from benchmarks.machine import compute_dtype, peak_flops
 from benchmarks.plots import grouped_bars
-from benchmarks.tables import text_table
-from benchmarks.timing import interleaved, peak_extra_mb, seconds
+from benchmarks.results import Save, describe, judge, no_save, recorded
+from benchmarks.tables import cell, text_table
+from benchmarks.timing import interleaved, peak_extra_mb, ratio
 from rrhf_fast import linear_logprob, linear_rrhf_loss, reference, rrhf_loss
 
 # (E, H, V): Llama 3 at four lengths, Gemma 2, Qwen 2.5, Llama 2, Qwen 2.5 0.5B.
@@ -41,31 +45,70 @@ class Queries:
     targets: torch.Tensor  # [E]
     rewards: torch.Tensor  # [S]
     layout: dict[str, torch.Tensor]
+    softcap: float | None = None  # of the logits
 
     def loss(self, logps: torch.Tensor) -> torch.Tensor:
         """The ranking part alone: responses that are ranked right have no gradient then."""
         return rrhf_loss(logps, self.rewards, sft_weight=0.0, **self.layout).loss
 
 
-def run(*, preset: str, device: str, rounds: int) -> dict:
-    """Time forward, and forward and backward, of all contenders on the preset's shapes."""
+def run(
+    *,
+    preset: str,
+    device: str,
+    rounds: int,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    softcaps: Sequence[float | None] = (None,),
+    workspaces_mb: Sequence[float | None] = (None,),
+    only: Sequence[str] | None = None,
+    save: Save = no_save,
+) -> dict:
+    """Time forward, and forward and backward, of all contenders on the preset's shapes.
+
+    Args:
+        rounds: of timing; 0 checks only.
+        shapes: (E, H, V) instead of the preset's.
+        fractions: of the edges with a gradient.
+        softcaps, workspaces_mb: each value of `linear_rrhf_loss`; None is its default.
+        only: names of contenders, instead of all.
+    """
     on_gpu = device == "cuda"
-    shapes = SMOKE_SHAPES if preset == "smoke" else SHAPES if on_gpu else CPU_SHAPES
-    cases = [_case(shape, fraction, device, rounds) for shape in shapes for fraction in FRACTIONS]
-    return {"cases": cases, "peak_tflops": _peak_tflops() if on_gpu else None}
+    if shapes is None:
+        shapes = SMOKE_SHAPES if preset == "smoke" else SHAPES if on_gpu else CPU_SHAPES
+    figures: dict = {"cases": [], "peak_tflops": peak_flops(device) / 1e12 if on_gpu else None}
+    for shape, softcap, fraction in itertools.product(shapes, softcaps, fractions):
+        case = {"shape": shape, "fraction": fraction, "contenders": {}}
+        case |= {} if softcap is None else {"softcap": softcap}
+        figures["cases"].append(case)
+        ways = contenders(device, workspaces_mb) if softcap is None else own(device, workspaces_mb)
+        ways = {name: way for name, way in ways.items() if only is None or name in only}
+        with recorded(case):
+            _measure(case, ways, device, rounds, partial(save, figures))
+        save(figures)
+    return figures
 
 
-def contenders(device: str) -> dict[str, Contender | str]:
-    """By name: a function (hidden [E, H], weight [V, H], queries) -> loss, or why it is missing."""
-    found: dict[str, Contender | str] = {
-        "plain torch": _of_logps(_plain),
-        "rrhf_fast torch, two steps": _ours("torch"),
-        "rrhf_fast torch, one sweep": _sweep("torch"),
-    }
+def own(device: str, workspaces_mb: Sequence[float | None] = (None,)) -> dict[str, Contender]:
+    """This project's heads, and plain torch, by name: functions (hidden [E, H], weight [V, H],
+    queries) -> loss."""
+    found: dict[str, Contender] = {"plain torch": _by(_plain)}
+    for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
+        found[f"rrhf_fast {backend}, two steps"] = _ours(backend)
+        for size in workspaces_mb:
+            name = f"rrhf_fast {backend}, one sweep"
+            name += "" if size is None else f", {size:g} MiB"
+            found[name] = _sweep(backend, size)
+    return found
+
+
+def contenders(
+    device: str, workspaces_mb: Sequence[float | None] = (None,)
+) -> dict[str, Contender | str]:
+    """As `own`, and the peers; one that is missing is replaced by the reason."""
+    found: dict[str, Contender | str] = {**own(device, workspaces_mb)}
     if device == "cuda":
-        found["rrhf_fast triton, two steps"] = _ours("triton")
-        found["rrhf_fast triton, one sweep"] = _sweep("triton")
-        found["torch.compile"] = _of_logps(torch.compile(_plain, dynamic=False))
+        found["torch.compile"] = _by(torch.compile(_plain, dynamic=False))
         peers = {
             "cut-cross-entropy, exact": _cut_cross_entropy,
             "Liger": _liger,
@@ -77,9 +120,12 @@ def contenders(device: str) -> dict[str, Contender | str]:
                 found[name] = load()
             except ImportError as error:
                 found[name] = f"not installed ({error})"
+            except Exception as error:  # of a package that this torch or triton is too new for
+                found[name] = describe(error)
     return found
 
 
+PRODUCTS = "the three products alone"
 # Knows no weights a token: it is given an easier task, the plain sum of the tokens' losses.
 SCALAR = "QuACK, sum only"
 
@@ -88,25 +134,37 @@ def _of_logps(logps: Callable[..., torch.Tensor]) -> Contender:
     return lambda hidden, weight, queries: queries.loss(logps(hidden, weight, queries.targets))
 
 
-def _plain(hidden, weight, targets):
+def _by(logps: Callable[..., torch.Tensor]) -> Contender:
+    """As `_of_logps`, of a function that knows the softcap."""
+
+    def loss(hidden, weight, queries):
+        return queries.loss(logps(hidden, weight, queries.targets, queries.softcap))
+
+    return loss
+
+
+def _plain(hidden, weight, targets, softcap):
     logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def _ours(backend: str) -> Contender:
-    def logps(hidden, weight, targets):
+    def logps(hidden, weight, targets, softcap):
         rows = torch.arange(len(targets), device=targets.device)
-        return linear_logprob(hidden, weight, rows, targets, backend=backend)
+        return linear_logprob(hidden, weight, rows, targets, softcap=softcap, backend=backend)
 
-    return _of_logps(logps)
+    return _by(logps)
 
 
-def _sweep(backend: str) -> Contender:
+def _sweep(backend: str, workspace_mb: float | None) -> Contender:
     def loss(hidden, weight, queries):
         rows = torch.arange(len(queries.targets), device=hidden.device)
         edges = (rows, queries.targets, queries.rewards)
-        options = {"sft_weight": 0.0, "backend": backend}
-        return linear_rrhf_loss(hidden, weight, *edges, **queries.layout, **options).loss
+        options = {"softcap": queries.softcap, "workspace_mb": workspace_mb}
+        options |= {"sft_weight": 0.0, "backend": backend, **queries.layout}
+        return linear_rrhf_loss(hidden, weight, *edges, **options).loss
 
     return loss
 
@@ -146,10 +204,19 @@ def _quack() -> Contender:
     )
 
 
-def _case(shape: tuple[int, int, int], fraction: float, device: str, rounds: int) -> dict:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def _measure(
+    case: dict,
+    ways: dict[str, Contender | str],
+    device: str,
+    rounds: int,
+    save: Callable[[], None],
+) -> None:
+    """Check every contender, then time those that are right; `case` grows meanwhile."""
+    shape, fraction, results = case["shape"], case["fraction"], case["contenders"]
+    dtype = compute_dtype(device)
+    case["dtype"] = str(dtype)
     torch._dynamo.reset()  # else later shapes would be given graphs of any shape
-    tensors, queries, exact = _inputs(shape, fraction, device, dtype)
+    tensors, queries, exact = _inputs(shape, fraction, case.get("softcap"), device, dtype)
 
     def step(contender: Contender) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(contender(*tensors, queries), tensors)
@@ -158,44 +225,76 @@ def _case(shape: tuple[int, int, int], fraction: float, device: str, rounds: int
     def forward(contender: Contender) -> None:
         contender(*tensors, queries)
 
-    results, runnable = {}, {}
-    for name, contender in contenders(device).items():
-        if isinstance(contender, str):
-            results[name] = {"problem": contender}
-            continue
-        try:
-            gradients = zip(step(contender), exact[name == SCALAR], strict=True)
-            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in gradients]
-        except Exception as error:  # out of memory, or an interface that has moved on
-            results[name] = {"problem": f"{type(error).__name__}: {str(error)[:200]}"}
-            continue
-        results[name] = {"gradient_errors": errors}
-        if max(errors) < TOLERANCE:
-            runnable[name] = contender
-        else:
-            results[name]["problem"] = "too far from float64"
+    for name, contender in ways.items():
+        results[name] = {"problem": contender} if isinstance(contender, str) else {}
+        if "problem" not in results[name]:
+            with recorded(results[name]):
+                gradients = zip(step(contender), exact[name == SCALAR], strict=True)
+                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in gradients]
+                results[name]["gradient_errors"] = errors
+                judge(results[name], errors, TOLERANCE)
+        save()
     del exact
+    if rounds == 0:
+        return
+    runnable = {name: way for name, way in ways.items() if "problem" not in results[name]}
     forwards = {name: partial(forward, way) for name, way in runnable.items()}
-    steps = {name: partial(step, way) for name, way in runnable.items()}
-    forward_times, step_times = (interleaved(ways, rounds) for ways in (forwards, steps))
-    product = 2e-9 * shape[0] * shape[1] * shape[2]
+    forward_times = interleaved(forwards, rounds, results=results)
+    steps = {name: partial(step, runnable[name]) for name in forward_times}
+    alone: dict[str, dict] = {PRODUCTS: {}}
+    products = {PRODUCTS: _products(tensors, fraction)}
+    step_times = interleaved(products | steps, rounds, results=results | alone)
+    bound = step_times.pop(PRODUCTS, [])
+    case["products"] = alone[PRODUCTS] | ({"ms": median(bound) * 1e3} if bound else {})
+    del products
     for name, times in step_times.items():
-        forward_ms, ms = median(forward_times[name]) * 1e3, median(times) * 1e3
-        # What has to be done: one product, and two more of the edges with a gradient.
-        results[name] |= {
-            "forward_ms": forward_ms,
-            "forward_tflops": product / forward_ms,
-            "ms": ms,
-            "spread_ms": [min(times) * 1e3, max(times) * 1e3],
-            "tflops": (1 + 2 * fraction) * product / ms,
-        }
+        forward_seconds = median(forward_times[name])
+        results[name] |= _figures(shape, fraction, forward_seconds, times)
+        if bound:
+            results[name]["over_products"] = ratio(times, bound)
         if device == "cuda":
             results[name]["peak_extra_mb"] = peak_extra_mb(steps[name])
-    return {"shape": shape, "fraction": fraction, "dtype": str(dtype), "contenders": results}
+        save()
+
+
+def _figures(
+    shape: tuple[int, int, int], fraction: float, forward: float, times: list[float]
+) -> dict:
+    """What is told of a contender, by its seconds of forward, and of forward and backward."""
+    forward_ms, ms = forward * 1e3, median(times) * 1e3
+    product = 2e-9 * shape[0] * shape[1] * shape[2]
+    # What has to be done: one product, and two more of the edges with a gradient.
+    return {
+        "forward_ms": forward_ms,
+        "forward_tflops": product / forward_ms,
+        "ms": ms,
+        "spread_ms": [min(times) * 1e3, max(times) * 1e3],
+        "tflops": (1 + 2 * fraction) * product / ms,
+    }
+
+
+def _products(tensors: Sequence[torch.Tensor], fraction: float) -> Callable[[], None]:
+    """The matrix products of a head and nothing else: the logits of all edges, and two of the
+    edges with a gradient."""
+    hidden, weight = (t.detach() for t in tensors)
+    active = max(1, round(fraction * len(hidden)))
+    logits = hidden.new_empty(len(hidden), len(weight))
+    d_hidden, d_weight = torch.empty_like(hidden[:active]), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits[:active], weight, out=d_hidden)
+        torch.mm(logits[:active].T, hidden[:active], out=d_weight)
+
+    return run
 
 
 def _inputs(
-    shape: tuple[int, int, int], fraction: float, device: str, dtype: torch.dtype
+    shape: tuple[int, int, int],
+    fraction: float,
+    softcap: float | None,
+    device: str,
+    dtype: torch.dtype,
 ) -> tuple[list[torch.Tensor], Queries, dict[bool, list[torch.Tensor]]]:
     """hidden and weight; queries of which `fraction` is ranked backwards and the rest right; and
     the gradients in float64, of the loss (False) and of the sum of the log-probs (True)."""
@@ -206,7 +305,7 @@ def _inputs(
     weight = torch.randn(vocab_size, hidden_size, generator=g, device=device)
     targets = torch.randint(0, vocab_size, (num_edges,), generator=g, device=device)
     tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
-    logps = _exact(tensors, targets)
+    logps = _exact(tensors, targets, softcap)
     num_responses = num_edges // RESPONSE_LENGTH
     layout = {
         "path_edges": torch.arange(num_edges, device=device),
@@ -217,12 +316,13 @@ def _inputs(
     # Scores that rounding could exchange are given the same reward.
     ranks = torch.nn.functional.pad((scores.diff() > 0.05).cumsum(1), (1, 0)).float()
     ranks[: round(fraction * len(ranks))] *= -1
-    queries = Queries(targets, torch.empty_like(ranks).scatter_(1, order, ranks).flatten(), layout)
+    rewards = torch.empty_like(ranks).scatter_(1, order, ranks).flatten()
+    queries = Queries(targets, rewards, layout, softcap)
     leaf = logps.requires_grad_()
     upstream = torch.autograd.grad(queries.loss(leaf), leaf)[0]
     exact = {
-        False: _exact(tensors, targets, upstream),
-        True: _exact(tensors, targets, -torch.ones_like(upstream)),
+        False: _exact(tensors, targets, softcap, upstream),
+        True: _exact(tensors, targets, softcap, -torch.ones_like(upstream)),
     }
     return tensors, queries, exact
 
@@ -230,6 +330,7 @@ def _inputs(
 def _exact(
     tensors: list[torch.Tensor],
     targets: torch.Tensor,
+    softcap: float | None,
     upstream: torch.Tensor | None = None,
     rows: int = 512,
 ) -> torch.Tensor | list[torch.Tensor]:
@@ -237,7 +338,7 @@ def _exact(
     hidden, weight = (t.detach().double().requires_grad_() for t in tensors)
     logps, total = [], [torch.zeros_like(t) for t in (hidden, weight)]
     for part in torch.arange(len(targets), device=targets.device).split(rows):
-        out = reference.linear_logprob(hidden, weight, part, targets[part])
+        out = reference.linear_logprob(hidden, weight, part, targets[part], softcap=softcap)
         logps.append(out.detach())
         if upstream is not None:
             gradients = torch.autograd.grad(out, (hidden, weight), upstream[part].double())
@@ -247,12 +348,14 @@ def _exact(
 
 
 def table(figures: dict) -> str:
-    """Milliseconds forward and backward by the share of edges with a gradient."""
+    """Milliseconds forward and backward by the share of edges with a gradient; in brackets, over
+    those of the matrix products alone."""
     parts = []
     for title, cases in _by_shape(figures).items():
-        names = list(cases[0]["contenders"])
         header = [title, *(f"{case['fraction']:.0%}" for case in cases)]
-        parts.append(text_table(header, [[name, *_cells(name, cases)] for name in names]))
+        rows = [[name, *_cells(name, cases)] for name in _names(cases)]
+        rows.append([PRODUCTS, *(cell(_products_of(case), "ms", ",.1f") for case in cases)])
+        parts.append(text_table(header, rows))
     return "\n\n".join(parts)
 
 
@@ -260,14 +363,15 @@ def plot(figures: dict, path: Path) -> None:
     """Milliseconds of forward and backward, a panel a shape, a group of bars a fraction."""
     panels = []
     # The same names in every panel, so that colours mean the same.
-    names = dict.fromkeys(
+    names = [
         name
-        for case in figures["cases"]
-        for name, result in case["contenders"].items()
-        if "ms" in result
-    )
+        for name in _names(figures["cases"])
+        if any("ms" in case["contenders"].get(name, {}) for case in figures["cases"])
+    ]
     for title, cases in _by_shape(figures).items():
-        heights = {name: [case["contenders"][name].get("ms") for case in cases] for name in names}
+        heights = {
+            name: [case["contenders"].get(name, {}).get("ms") for case in cases] for name in names
+        }
         panels.append((title, [f"{case['fraction']:.0%}" for case in cases], heights))
     label = "edges with a gradient"
     grouped_bars(panels, path, ylabel="ms, forward and backward", xlabel=label)
@@ -277,17 +381,24 @@ def _by_shape(figures: dict) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for case in figures["cases"]:
         title = "{:,} edges, hidden {:,}, vocabulary {:,}".format(*case["shape"])
+        title += f", softcap {case['softcap']:g}" if "softcap" in case else ""
         found.setdefault(title, []).append(case)
     return found
 
 
+def _names(cases: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases for name in case["contenders"]))
+
+
 def _cells(name: str, cases: list[dict]) -> list[str]:
-    results = [case["contenders"][name] for case in cases]
-    return [f"{r['ms']:,.1f}" if "ms" in r else r["problem"][:24] for r in results]
+    found = []
+    for case in cases:
+        result = case["contenders"].get(name, {"problem": case.get("problem", "")})
+        text = cell({"problem": "right, not timed"} | result, "ms", ",.1f")
+        over = result.get("over_products")
+        found.append(f"{text} ({over['median']:.2f})" if over else text)
+    return found
 
 
-def _peak_tflops(size: int = 8192) -> float:
-    """What cuBLAS reaches in bfloat16 on a square product: the ceiling of everything above."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = [seconds(lambda: a @ b) for _ in range(20)]
-    return 2 * size**3 / median(times[5:]) / 1e12
+def _products_of(case: dict) -> dict:
+    return {"problem": case.get("problem", "")} | case.get("products", {})

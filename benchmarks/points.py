@@ -1,6 +1,7 @@
-"""One way to loss and gradient, in a process of its own: its peak memory and its time."""
+"""One way to loss and gradient: its peak memory and its time."""
 
 import ctypes
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -57,8 +58,9 @@ class Point:
 def measure(point: Point) -> dict:
     """Memory in bytes and time of one loss and gradient of all the queries.
 
-    On the CPU memory is the process's resident set (Linux with glibc), so Python and its libraries
-    are in `peak_bytes`; on CUDA it is what PyTorch has allocated.
+    On the CPU memory is the resident set of a process of its own (Linux with glibc), so Python and
+    its libraries are in `peak_bytes`; on CUDA it is what PyTorch has allocated, which one process
+    can tell for one point after the other, with layers compiled once.
 
     Returns:
         `model_bytes`: weights and gradients. `extra_bytes`: the peak above what was held when both
@@ -68,8 +70,12 @@ def measure(point: Point) -> dict:
     Raises:
         BrokenProcessPool: the process was killed, as the system does when memory runs out.
     """
-    # A forked process has the imports at once; CUDA does not survive a fork.
-    context = multiprocessing.get_context("forkserver" if point.device == "cpu" else "spawn")
+    if point.device == "cuda":
+        gc.collect()  # what an earlier point has left in cycles
+        torch.cuda.empty_cache()
+        return _measure(point)
+    # A forked process has the imports at once.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rrhf_fast.engine.backward"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(_measure, point).result()

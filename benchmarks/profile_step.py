@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workloads import PAPER, build_model, draw, real
+from benchmarks.machine import compute_dtype
+from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, real
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.engine.checkpoint import Progress
@@ -33,31 +34,32 @@ def profile(
     out: Path,
     model: str | None = None,
     data: str | None = None,
-    num_queries: int = 8,
-    max_tokens_per_pack: int = 2048,
+    num_queries: int | None = None,
+    max_tokens_per_pack: int | None = None,
     num_steps: int = 2,
+    engine_options: dict | None = None,
 ) -> Breakdown:
-    """Profile steps of `num_queries` queries of the paper's lengths, or of `data` (rows, JSONL) in
-    the tokens of `model`; writes trace.json.gz, breakdown.md and breakdown.png to `out`."""
-    config = TrainConfig(train_batch_size=num_queries, max_tokens_per_pack=max_tokens_per_pack)
+    """Profile steps of `num_queries` queries (default: what fills four packs on a GPU, else 8) of
+    the paper's lengths, or of `data` (rows, JSONL) in the tokens of `model`; writes trace.json.gz,
+    breakdown.md and breakdown.png to `out`. `engine_options` are those of `RRHFModel`."""
+    max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
+    num_queries = num_queries or (fill(PAPER, max_tokens) if device == "cuda" else 8)
+    options = {"compile": None, "max_tokens": max_tokens} | (engine_options or {})
+    config = TrainConfig(
+        train_batch_size=num_queries,
+        max_tokens_per_pack=max_tokens,
+        activation_checkpointing=options.get("activation_checkpointing", "none"),
+    )
     if data is not None:
         lm, queries = load_model(model).to(device), real(data, model, num_queries)
     else:
         lm = build_model(SHAPES[device][preset], device=device)
         queries = draw(PAPER, num_queries, lm.config.vocab_size)
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
-    engine = RRHFModel(
-        lm,
-        config,
-        max_length=4096,
-        max_tokens=max_tokens_per_pack,
-        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        compile=None,
-    )
+    engine = RRHFModel(lm, config, max_length=4096, compute_dtype=compute_dtype(device), **options)
     planner = PackPlanner(
         queries,
         packing="forest",
-        max_tokens_per_pack=max_tokens_per_pack,
+        max_tokens_per_pack=max_tokens,
         pad_to_multiple_of=engine.pad_to_multiple_of,
         plan=engine.plan,
     )

@@ -27,7 +27,7 @@ def speed_section(results: Path = RESULTS) -> str:
     """The section in Markdown, from the JSON files of several cases."""
 
     def read(name: str) -> dict:
-        return json.loads((results / f"{name}-cpu.json").read_text())
+        return json.loads((results / f"{name}-cpu.json").read_text(), object_hook=_sound)
 
     pandalm, vicuna = (
         read(f"step-{MODEL}-{rows}") for rows in ("pandalm_human", "vicuna_bench_gpt4")
@@ -41,6 +41,12 @@ def speed_section(results: Path = RESULTS) -> str:
         _kernel(read("kernel-paper")),
     ]
     return "\n".join(parts)
+
+
+def _sound(result: dict) -> dict:
+    if "problem" in result:
+        raise ValueError(f"figures with a problem are not published: {result['problem']}")
+    return result
 
 
 def _step(figures: dict) -> str:

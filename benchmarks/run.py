@@ -6,13 +6,9 @@ python benchmarks/run.py all --preset paper --out figures    # every case, with 
 """
 
 import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,22 +29,30 @@ FILES = ("model", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one case or all; returns the exit code."""
+    """Run one case or all; returns the exit code: 0, 1 if a case failed, 2 for a user's mistake."""
     options = vars(_parser().parse_args(arguments))
     case, out = options.pop("case"), options.pop("out")
     options["rounds"] = options["rounds"] or (1 if options["preset"] == "smoke" else 3)
     options = {name: value for name, value in options.items() if value is not None}
+    codes = []
     try:
         options["device"] = _device(options["device"])
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        for name in CASES if case == "all" else [case]:
-            print(f"== {name}: {CASES[name]}", flush=True)
-            _run(name, options, out)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return _complain(error)
+    for name in CASES if case == "all" else [case]:
+        print(f"== {name}: {CASES[name]}", flush=True)
+        try:
+            codes.append(_run(name, dict(options), out))
+        except (ValueError, OSError) as error:
+            codes.append(_complain(error))
+    return max(codes)
+
+
+def _complain(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument("--data", help="real rows, JSONL, instead of the preset's lengths")
         if name in ("step", "active"):
             case.add_argument("--num_queries", type=_positive, help="default: as the preset has it")
-            case.add_argument("--max_tokens_per_pack", type=_positive, default=2048)
+            case.add_argument(
+                "--max_tokens_per_pack", type=_positive, help="default: 16384 on a GPU, else 2048"
+            )
         if name == "step":
             case.add_argument(
                 "--profile",
@@ -102,23 +108,39 @@ def _device(name: str) -> str:
     return name
 
 
-def _run(case: str, options: dict, out: Path | None) -> None:
+def _run(case: str, options: dict, out: Path | None) -> int:
+    from benchmarks.machine import environment
+    from benchmarks.results import describe, write_json
+
     if case in ("step", "data") and ("model" in options) != ("data" in options):
         raise ValueError("model, data: real rows need --model, for its tokenizer; expected both")
     if options.pop("profile", False):
         _profile(options, out)
-        return
+        return 0
     module = import_module(f"benchmarks.{case}")
-    figures = module.run(**options)
-    print(module.table(figures), flush=True)
-    options = {k: Path(v).name if k in FILES else v for k, v in options.items()}
-    figures |= {"environment": environment(options["device"]), "case": case, "options": options}
-    if out is not None:
-        names = [options[key].removesuffix(".jsonl") for key in FILES if key in options]
-        device = figures["environment"]["device"].lower().replace(" ", "-")
-        stem = "-".join([case, *(names or [options["preset"]]), device])
-        (out / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
-        module.plot(figures, out / f"{stem}.png")
+    shown = {k: Path(v).name if k in FILES else v for k, v in options.items()}
+    about = {"environment": environment(options["device"]), "case": case, "options": shown}
+    names = [shown[key].removesuffix(".jsonl") for key in FILES if key in shown]
+    device = about["environment"]["device"].lower().replace(" ", "-")
+    stem = "-".join([case, *(names or [shown["preset"]]), device])
+    figures: dict = {}
+
+    def save(found: dict) -> None:
+        figures.update(found)
+        if out is not None:
+            write_json(out / f"{stem}.json", figures | about)
+
+    try:
+        save(module.run(**options, save=save))
+        print(module.table(figures), flush=True)
+        if out is not None:
+            module.plot(figures, out / f"{stem}.png")
+    except Exception as error:
+        if not figures and isinstance(error, ValueError | OSError):
+            raise  # a user's mistake
+        print(f"error: {case}: {describe(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _profile(options: dict, out: Path | None) -> None:
@@ -128,34 +150,6 @@ def _profile(options: dict, out: Path | None) -> None:
         raise ValueError("profile: needs --out, a folder for the trace and its page")
     num_steps = options.pop("rounds")
     print(profile(**options, num_steps=num_steps, out=out).page())
-
-
-def environment(device: str) -> dict:
-    """What the figures depend on."""
-    import torch
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers")},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

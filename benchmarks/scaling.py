@@ -1,8 +1,8 @@
 """How time and memory of one loss and gradient grow with the number of responses, the vocabulary,
 the lengths, and how well the model already ranks; and the slopes, by least squares.
 
-Every point is a process of its own (`benchmarks.points`). Bytes are those beyond weights and
-gradients. Points that would take a baseline too long are left out.
+Every point is measured alone (`benchmarks.points`). Bytes are those beyond weights and gradients.
+Points that would take a baseline too long are left out.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.points import ACTIVE, ENGINE, RELEASED, REPEATED, Point, measure
+from benchmarks.results import Save, no_save, recorded
 from benchmarks.workloads import SHAPES as MODEL_SHAPES
 from benchmarks.workloads import Lengths
 
@@ -78,11 +79,14 @@ PRESETS = {"smoke": SMOKE, "paper": PAPER, "full": PAPER}
 SHAPES = {"smoke": "tiny", "paper": "tiny", "full": "SmolLM2-135M"}
 
 
-def run(*, preset: str, device: str, rounds: int) -> dict:
+def run(*, preset: str, device: str, rounds: int, save: Save = no_save) -> dict:
     """Measure every sweep of the preset and fit its slopes."""
     shape = SHAPES["full" if device == "cuda" else preset]
-    sweeps = [_sweep(sweep, shape, device, rounds) for sweep in PRESETS[preset]]
-    return {"model": shape, "hidden_size": MODEL_SHAPES[shape][0], "sweeps": sweeps}
+    figures = {"model": shape, "hidden_size": MODEL_SHAPES[shape][0], "sweeps": []}
+    for sweep in PRESETS[preset]:
+        figures["sweeps"].append(_sweep(sweep, shape, device, rounds))
+        save(figures)
+    return figures
 
 
 def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
@@ -91,16 +95,19 @@ def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
     for value in sweep.values:
         for way in sweep.ways:  # side by side, so that a busy machine disturbs all of them
             if value in points[way]:
-                measured[way][value] = measure(points[way][value])
-    kept = ("seconds", "extra_bytes", "tokens", "active_fraction")
+                measured[way][value] = {}
+                with recorded(measured[way][value]):
+                    measured[way][value] |= measure(points[way][value])
+    kept = ("seconds", "extra_bytes", "tokens", "active_fraction", "problem")
     series = {}
     for way, found in measured.items():
         rows = [
-            {"value": value} | {key: one.get(key) for key in kept} for value, one in found.items()
+            {"value": value} | {key: one[key] for key in kept if key in one}
+            for value, one in found.items()
         ]
         if sweep.axis == "correlation":
             for row in rows:
-                row["active_fraction"] = measured[ACTIVE][row["value"]]["active_fraction"]
+                row["active_fraction"] = measured[ACTIVE][row["value"]].get("active_fraction")
         series[way] = {"points": rows, "slopes": _slopes(rows, sweep.axis)}
     return {
         "axis": sweep.axis,
@@ -113,6 +120,7 @@ def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
 def _slopes(rows: list[dict], axis: str) -> dict | None:
     """Seconds and bytes a unit of the axis; None where fewer than two points were affordable."""
     key = "active_fraction" if axis == "correlation" else "value"
+    rows = [row for row in rows if "seconds" in row and row[key] is not None]
     if len({row[key] for row in rows}) < 2:
         return None
     x = [row[key] for row in rows]
@@ -133,7 +141,10 @@ def table(figures: dict) -> str:
             cells = {row["value"]: _cell(row) for row in one["points"]}
             lines.append(f"{way:32}" + "".join(f"{cells.get(v, ''):>16}" for v in values))
         if axis == "correlation":
-            shares = [f"{row['active_fraction']:.0%}" for row in series[ENGINE]["points"]]
+            shares = [
+                "" if row["active_fraction"] is None else f"{row['active_fraction']:.0%}"
+                for row in series[ENGINE]["points"]
+            ]
             lines.append(f"{'tokens with a gradient':32}" + "".join(f"{s:>16}" for s in shares))
         for way, one in series.items():
             if one["slopes"] is not None:
@@ -141,7 +152,10 @@ def table(figures: dict) -> str:
         if axis == "vocab_size":
             # In float32: a gradient of the head's weight, and the logits of all tokens.
             for way, one in series.items():
-                size, tokens = one["slopes"]["extra_bytes"] / 4, one["points"][0]["tokens"]
+                if one["slopes"] is None:
+                    continue
+                size = one["slopes"]["extra_bytes"] / 4
+                tokens = next(row["tokens"] for row in one["points"] if "tokens" in row)
                 lines.append(
                     f"  {way}: as much as {size / figures['hidden_size']:.1f} gradients of the "
                     f"head, or {size / tokens:.1f} copies of its tokens' logits"
@@ -150,6 +164,8 @@ def table(figures: dict) -> str:
 
 
 def _cell(row: dict) -> str:
+    if "problem" in row:
+        return row["problem"][:15]
     return f"{row['seconds'] * 1e3:,.0f} / {row['extra_bytes'] / 2**20:,.0f}"
 
 
@@ -181,11 +197,12 @@ def plot(figures: dict, path: Path) -> None:
     for sweep, column in zip(sweeps, axes.T, strict=True):
         key = "active_fraction" if sweep["axis"] == "correlation" else "value"
         for way, one in sweep["series"].items():
-            x = [row[key] for row in one["points"]]
+            rows = [row for row in one["points"] if "seconds" in row and row[key] is not None]
+            x = [row[key] for row in rows]
             for axis, name, scale in zip(
                 column, ("seconds", "extra_bytes"), (1e3, 2**-20), strict=True
             ):
-                y = np.array([row[name] for row in one["points"]]) * scale
+                y = np.array([row[name] for row in rows]) * scale
                 axis.plot(x, y, "o", color=colors[way], label=way, markersize=4)
                 if one["slopes"] is not None:
                     axis.plot(x, np.poly1d(np.polyfit(x, y, 1))(x), color=colors[way], alpha=0.6)

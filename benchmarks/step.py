@@ -1,5 +1,9 @@
 """Loss and gradient of whole queries: the engine, each of its levers off in turn, and the methods
-that others use, interleaved. Optimizer steps are left out of all."""
+that others use, interleaved. Optimizer steps are left out of all.
+
+Every contender's loss and gradient of two queries are compared with float64. What is too far away
+is timed all the same, and its result says so; what fails is left out, and says why.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -12,23 +16,28 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.baselines import HEADS, released_loss, repeat_prompts
+from benchmarks.exact import exact_of
+from benchmarks.flops import flops_of_packs, flops_of_rows
+from benchmarks.machine import compute_dtype, peak_flops
 from benchmarks.plots import ranked_bars
 from benchmarks.points import ENGINE, PADDED, RELEASED, REPEATED
+from benchmarks.results import Save, judge, no_save, recorded
 from benchmarks.tables import text_table
 from benchmarks.timing import interleaved, ratio
 from benchmarks.workloads import (
     EQUAL,
     LONG_PROMPTS,
     LONG_RESPONSES,
+    PACK_TOKENS,
     PAPER,
-    SHAPES,
     build_model,
     draw,
     draw_tries,
+    fill,
     real,
     unpacked_tokens,
 )
-from rrhf_fast import TrainConfig, reference
+from rrhf_fast import TrainConfig
 from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import PackedForest
 from rrhf_fast.data.packs import Batch, PackPlanner
@@ -40,7 +49,7 @@ from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 
-# Largest relative error of the whole gradient, in the norm, against float64.
+# Largest relative error of the loss, and of the whole gradient in the norm, against float64.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LENGTHS = {
     "paper": PAPER,
@@ -48,17 +57,21 @@ LENGTHS = {
     "long prompts": LONG_PROMPTS,
     "long responses": LONG_RESPONSES,
 }
-# Model shapes, workloads and queries of each preset, without and with a GPU.
+# Model shapes and workloads of each preset, without and with a GPU.
 PRESETS = {
-    "smoke": (["tiny"], ["paper", "long prompts"], 4),
-    "paper": (["SmolLM2-135M"], ["paper", "prompt as long as responses"], 4),
-    "full": (["SmolLM2-135M"], [*LENGTHS, "beam search"], 4),
+    "smoke": (["tiny"], ["paper", "long prompts"]),
+    "paper": (["SmolLM2-135M"], ["paper", "prompt as long as responses"]),
+    "full": (["SmolLM2-135M"], [*LENGTHS, "beam search"]),
 }
 GPU_PRESETS = {
-    "smoke": (["tiny"], ["paper", "long prompts"], 16),
-    "paper": (["Llama-3.2-1B"], ["paper", "long prompts"], 64),
-    "full": (list(SHAPES)[1:], [*LENGTHS, "beam search"], 64),
+    "smoke": (["tiny"], ["paper", "long prompts"]),
+    "paper": (["Llama-3.2-1B"], ["paper", "long prompts"]),
+    "full": (
+        ["SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-2-7B"],
+        [*LENGTHS, "beam search"],
+    ),
 }
+NUM_QUERIES = 4  # without a GPU, and of real rows
 
 
 @dataclass
@@ -68,6 +81,9 @@ class Contender:
     lm: PreTrainedModel  # whose gradients add up
     tokens: int  # that the decoder encodes
     run: Callable[[], float]  # the mean loss; gradients are added up in `lm`
+    # Operations of the products with weights and of attention that the tokens need, padding not
+    # counted; None where only a part of the tokens has a backward.
+    flops: float | None = None
 
 
 def run(
@@ -75,91 +91,133 @@ def run(
     preset: str,
     device: str,
     rounds: int,
-    max_tokens_per_pack: int = 2048,
+    max_tokens_per_pack: int | None = None,
     num_queries: int | None = None,
     model: str | None = None,
     data: str | None = None,
+    shapes: Sequence[str] | None = None,
+    workloads: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    engine_options: dict | None = None,
+    save: Save = no_save,
 ) -> dict:
     """Time all contenders on the preset's shapes, or on a real model and real rows.
+
+    Args:
+        max_tokens_per_pack: default `PACK_TOKENS` of the device.
+        num_queries: default: what fills four packs on a GPU, else 4.
+        shapes, workloads: names, instead of the preset's.
+        rounds: of timing; 0 checks only.
+        only: names of contenders, instead of all.
+        engine_options: of `RRHFModel`, in the place of the engine's own.
 
     Raises:
         ValueError: rows without a model, or rows or model that cannot be read.
     """
-    shapes, workloads, count = (GPU_PRESETS if device == "cuda" else PRESETS)[preset]
-    count = num_queries or count
+    max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
+    figures: dict = {"max_tokens_per_pack": max_tokens, "peak_tflops": peak_flops(device) / 1e12}
+    figures["cases"] = []
+    options = (rounds, max_tokens, only, engine_options or {}, figures["peak_tflops"] * 1e12)
+
+    def measure(case: dict, lm: PreTrainedModel, queries: Sequence[TokenisedQuery]) -> None:
+        case |= {"queries": len(queries), "contenders": {}}
+        figures["cases"].append(case)
+        with recorded(case):
+            _measure(case, lm, queries, *options, partial(save, figures))
+        save(figures)
+
     if data is not None:
-        queries = real(data, model, count)
-        case = _case(load_model(model).to(device), queries, rounds, max_tokens_per_pack)
-        return {"cases": [{"model": Path(model).name, "workload": Path(data).stem} | case]}
-    cases = []
-    for shape in shapes:
-        for workload in workloads:
+        queries = real(data, model, num_queries or NUM_QUERIES)
+        case = {"model": Path(model).name, "workload": Path(data).stem}
+        measure(case, load_model(model).to(device), queries)
+        return figures
+    defaults = (GPU_PRESETS if device == "cuda" else PRESETS)[preset]
+    for shape in shapes or defaults[0]:
+        for workload in workloads or defaults[1]:
             lm = build_model(shape, device=device)
-            if workload == "beam search":
-                queries = draw_tries(PAPER, count, lm.config.vocab_size)
-            else:
-                queries = draw(LENGTHS[workload], count, lm.config.vocab_size)
-            case = _case(lm, queries, rounds, max_tokens_per_pack)
-            cases.append({"model": shape, "workload": workload} | case)
+            lengths = LENGTHS.get(workload, PAPER)
+            count = fill(lengths, max_tokens) if device == "cuda" else NUM_QUERIES
+            make = draw_tries if workload == "beam search" else draw
+            queries = make(lengths, num_queries or count, lm.config.vocab_size)
+            measure({"model": shape, "workload": workload}, lm, queries)
             del lm
-    return {"cases": cases}
+    return figures
 
 
-def _case(
-    lm: PreTrainedModel, queries: Sequence[TokenisedQuery], rounds: int, max_tokens: int
-) -> dict:
-    device, dtype = lm.device, torch.float32
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        dtype = torch.bfloat16
+def _measure(
+    case: dict,
+    lm: PreTrainedModel,
+    queries: Sequence[TokenisedQuery],
+    rounds: int,
+    max_tokens: int,
+    only: Sequence[str] | None,
+    engine_options: dict,
+    peak: float,
+    save: Callable[[], None],
+) -> None:
+    """Check every contender, then time those that work; `case` grows meanwhile."""
+    dtype, results = compute_dtype(lm.device.type), case["contenders"]
     # The released code divides by the padded width, so all do here.
     options = {"max_length": 4096, "compute_dtype": dtype}
     plain = copy.deepcopy(lm)
     padded = RRHFModel(plain, LossConfig(compat="official"), packing="none", **options)
-    engine = RRHFModel(
-        lm, LossConfig(compat="official"), max_tokens=max_tokens, compile=None, **options
-    )
+    options |= {"max_tokens": max_tokens, "compile": None} | engine_options
+    engine = RRHFModel(lm, LossConfig(compat="official"), **options)
+    case |= {
+        "dtype": str(dtype),
+        "attention": engine.attention.name,
+        "compiled": engine.compiled,
+        "warnings": engine.warnings,
+        "responses": sum(len(query.response_ids) for query in queries),
+        "unpacked_tokens": unpacked_tokens(queries),
+    }
+    save()
 
     planner = PackPlanner(
         queries, packing="forest", max_tokens_per_pack=max_tokens, **_pack_options(engine)
     )
-    trees = planner.packs(range(len(queries)))
-    takes_active = is_worthwhile(TrainConfig(), _active_fraction(engine, trees))
+    active = _active_fraction(engine, planner.packs(range(len(queries))))
+    case["active_fraction"] = active
+    takes_active = is_worthwhile(TrainConfig(), active)
+
+    def ways_of(queries: Sequence[TokenisedQuery]) -> dict[str, Contender]:
+        ways = contenders(engine, padded, queries, max_tokens, takes_active, active)
+        return {name: way for name, way in ways.items() if only is None or name in only}
+
     few = sorted(queries, key=lambda query: query.padded_width)[:2]
-    exact_loss, exact = _exact(plain, few)
-    checks = {}
-    for name, contender in contenders(engine, padded, few, max_tokens, takes_active).items():
-        loss = contender.run()
-        gradient = _gradient(contender.lm)
-        checks[name] = {
-            "loss_error": abs(loss - exact_loss) / abs(exact_loss),
-            "gradient_error": ((gradient - exact).norm() / exact.norm()).item(),
-        }
-        assert max(checks[name].values()) < TOLERANCES[dtype], (name, checks[name])
+    exact = exact_of(plain, few, dtype)
+    case["checked_pairs"] = exact.num_pairs
+    for name, way in ways_of(exact.queries).items():
+        results[name] = {}
+        with recorded(results[name]):
+            results[name] |= exact.errors(way.lm, way.run)
+            errors = (results[name]["loss_error"], results[name]["gradient_error"])
+            judge(results[name], errors, TOLERANCES[dtype])
+        way.lm.zero_grad()
+        save()
     del exact
+    if rounds == 0:
+        return
 
     def forget() -> None:
         plain.zero_grad()
         lm.zero_grad()
 
-    ways = contenders(engine, padded, queries, max_tokens, takes_active)
-    seconds = interleaved({name: way.run for name, way in ways.items()}, rounds, before=forget)
-    return {
-        "queries": len(queries),
-        "dtype": str(dtype),
-        "responses": sum(len(query.response_ids) for query in queries),
-        "unpacked_tokens": unpacked_tokens(queries),
-        "contenders": {
-            name: {
-                "tokens": way.tokens,
-                "queries_per_second": len(queries) / median(seconds[name]),
-                "times_released": ratio(seconds[RELEASED], seconds[name]),
-                "seconds": seconds[name],
-                **checks[name],
-            }
-            for name, way in ways.items()
-        },
-        "over_repeated": ratio(seconds[REPEATED], seconds[ENGINE]),
-    }
+    ways = {name: way for name, way in ways_of(queries).items() if "loss_error" in results[name]}
+    runs = {name: way.run for name, way in ways.items()}
+    seconds = interleaved(runs, rounds, before=forget, results=results)
+    for name, times in seconds.items():
+        way, results[name]["seconds"] = ways[name], times
+        results[name] |= {
+            "tokens": way.tokens,
+            "queries_per_second": len(queries) / median(times),
+            "tokens_per_second": way.tokens / median(times),
+            "mfu": None if way.flops is None else way.flops / median(times) / peak,
+        }
+        if RELEASED in seconds:
+            results[name]["times_released"] = ratio(seconds[RELEASED], times)
+    if {REPEATED, ENGINE} <= seconds.keys():
+        case["over_repeated"] = ratio(seconds[REPEATED], seconds[ENGINE])
 
 
 def contenders(
@@ -168,9 +226,10 @@ def contenders(
     queries: Sequence[TokenisedQuery],
     max_tokens: int,
     takes_active: bool,
+    active_fraction: float = 1.0,
 ) -> dict[str, Contender]:
     """Every way, by name. `padded` is the same model on the padded layout; `takes_active` is what
-    the trainer would choose by default."""
+    the trainer would choose by default for this fraction of tokens with a gradient."""
     device = engine.device
 
     def packs(model: RRHFModel, packing: str, max_tokens: int) -> list[tuple]:
@@ -190,9 +249,13 @@ def contenders(
         return engine(pack).loss
 
     def way(model: RRHFModel, loss: Callable, parts: list[tuple], tokens: int) -> Contender:
-        return Contender(model.lm, tokens, partial(_add_up, loss, parts))
+        is_forest = parts is not repeated and model is engine
+        flops = of_trees if is_forest else of_copies
+        return Contender(model.lm, tokens, partial(_add_up, loss, parts), flops)
 
     trees = packs(engine, "forest", max_tokens)
+    of_trees = flops_of_packs(engine, [pack for pack, _ in trees], active_fraction)
+    of_copies = flops_of_rows(engine, queries, active_fraction)
     repeated = _repeated(engine, queries, max_tokens)
     padded_count = sum(padded_tokens(query) for query in queries)
     tokens, repeated_count = (
@@ -261,58 +324,44 @@ def _repeated(engine: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: 
     return packs
 
 
-def _exact(plain: PreTrainedModel, queries: Sequence[TokenisedQuery]) -> tuple[float, torch.Tensor]:
-    """Loss and whole gradient by the reference, one response at a time, in float64."""
-    model = copy.deepcopy(plain).double()
-    total = 0.0
-    for query in queries:
-        prompt, *responses = (
-            torch.from_numpy(ids).long().to(model.device)
-            for ids in (query.prompt_ids, *query.response_ids)
-        )
-        logps = [reference.response_logps(model, prompt, ids) for ids in responses]
-        loss, _, _ = reference.rrhf_loss(
-            logps,
-            torch.from_numpy(query.rewards),
-            sft_reduction="mean",
-            padded_width=query.padded_width - 1,
-        )
-        (loss / len(queries)).backward()
-        total += loss.item() / len(queries)
-    return total, _gradient(model)
-
-
-def _gradient(model: PreTrainedModel) -> torch.Tensor:
-    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters()])
-    model.zero_grad()
-    return gradient
-
-
 def table(figures: dict) -> str:
     """Tokens, queries/s and the ratio to the released method of every contender."""
     parts = []
+    header = ["tokens", "queries/s", "tokens/s", "MFU", "times released", ""]
     for case in figures["cases"]:
-        header = [_title(case), "tokens", "queries/s", "times released"]
-        rows = [
-            [
-                name,
-                f"{c['tokens']:,}",
-                f"{c['queries_per_second']:.2f}",
-                "{median:.2f} ({min:.2f} to {max:.2f})".format(**c["times_released"]),
-            ]
-            for name, c in case["contenders"].items()
-        ]
-        over = "rrhf_fast over packed with repeated prompts: {median:.2f} ({min:.2f} to {max:.2f})"
-        parts.append(text_table(header, rows) + "\n" + over.format(**case["over_repeated"]))
+        rows = [[name, *_cells(result)] for name, result in case["contenders"].items()]
+        if "problem" in case:
+            rows.append([case["problem"][:100], *[""] * len(header)])
+        parts.append(text_table([_title(case), *header], rows))
+        if "over_repeated" in case:
+            over = "{median:.2f} ({min:.2f} to {max:.2f})".format(**case["over_repeated"])
+            parts[-1] += f"\nrrhf_fast over packed with repeated prompts: {over}"
     return "\n\n".join(parts)
+
+
+def _cells(result: dict) -> list[str]:
+    problem = result.get("problem", "")[:60]
+    if "seconds" not in result:
+        return [""] * 5 + [problem or "not timed"]
+    ratio = result.get("times_released")
+    return [
+        f"{result['tokens']:,}",
+        f"{result['queries_per_second']:.2f}",
+        f"{result['tokens_per_second']:,.0f}",
+        "" if result["mfu"] is None else f"{result['mfu']:.1%}",
+        "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio) if ratio else "",
+        problem,
+    ]
 
 
 def plot(figures: dict, path: Path) -> None:
     """Speed as a multiple of the released method's."""
-    panels = [
-        (_title(c), {name: w["times_released"]["median"] for name, w in c["contenders"].items()})
-        for c in figures["cases"]
-    ]
+    panels = []
+    for case in figures["cases"]:
+        ways = case["contenders"].items()
+        times = {name: w["times_released"]["median"] for name, w in ways if "times_released" in w}
+        if times:
+            panels.append((_title(case), times))
     ranked_bars(panels, path, xlabel="queries/s, times the released method's")
 
 

@@ -1,6 +1,11 @@
 """Figures as aligned text, for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+
+def cell(result: Mapping, name: str, spec: str) -> str:
+    """A figure, or the beginning of what kept it from being measured."""
+    return format(result[name], spec) if name in result else result["problem"][:40]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,6 +22,11 @@ class Lengths:
     response: int
     k: int
 
+    @property
+    def tokens(self) -> int:
+        """That a query takes in a pack; the last one of a response is never an input."""
+        return self.prompt + self.k * (self.response - 1)
+
     def __str__(self) -> str:
         return f"{self.prompt}/{self.response} k={self.k}"
 
@@ -30,6 +35,15 @@ PAPER = Lengths(128, 64, 6)  # the paper's data: at most 192 tokens, 6 responses
 EQUAL = Lengths(64, 64, 6)
 LONG_PROMPTS = Lengths(1024, 128, 8)
 LONG_RESPONSES = Lengths(128, 1024, 4)
+
+
+# Tokens of a pack, by default. A GPU needs more for a pack's fixed 10 ms or so not to count.
+PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
+
+
+def fill(lengths: Lengths, max_tokens: int, packs: int = 4) -> int:
+    """How many queries fill so many packs, their prompts shared."""
+    return -(-packs * max_tokens // lengths.tokens)
 
 
 def draw(lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0) -> list[TokenisedQuery]:
@@ -85,6 +99,7 @@ SHAPES = {
     "Llama-3.2-1B": (2_048, 16, 32, 8, 8_192, 128_256, True),
     "Llama-3.2-3B": (3_072, 28, 24, 8, 8_192, 128_256, True),
     "Llama-2-7B": (4_096, 32, 32, 32, 11_008, 32_000, False),
+    "two layers of Llama-3-8B": (4_096, 2, 32, 8, 14_336, 8_192, False),
 }
 
 

@@ -71,6 +71,10 @@ def test_equals_float64_or_says_why_not(name, kind, dtype, cuda):
     """Forward and backward, GQA, windows, sinks, capped scores, uneven heads."""
     spec = SPECS[kind]
     problem = BACKENDS[name].obstacle(spec, cuda, dtype, 8192)
+    if name == "forest_flex" and dtype == torch.float32:
+        # Its float32 code needs more shared memory than there is, or spills tens of thousands of
+        # instructions: it has to be refused, not tried.
+        assert problem is not None and "float32" in problem
     if problem is not None:
         pytest.skip(problem)
     try_backend(BACKENDS[name], spec, cuda, dtype)

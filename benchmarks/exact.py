@@ -1,0 +1,78 @@
+"""Loss and gradient of a few queries in float64, by the reference."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rrhf_fast import reference
+from rrhf_fast.data.tokenise import TokenisedQuery
+
+# Mean log-probs of responses that are closer than this may change places by rounding, which changes
+# a whole response's gradient. They are made to form no pair.
+NEAR_TIES = {torch.float32: 1e-4, torch.bfloat16: 0.005}
+
+
+@dataclass
+class Exact:
+    """Loss and gradient of these queries, as the released code defines the loss."""
+
+    queries: list[TokenisedQuery]
+    loss: float
+    gradient: list[torch.Tensor]  # by parameter, float64
+    num_pairs: int  # that the model ranks wrong
+
+    def errors(self, lm: PreTrainedModel, run: Callable[[], float]) -> dict[str, float]:
+        """Relative errors of the loss that `run` returns and, in the norm, of the whole gradient
+        that it leaves in `lm`."""
+        loss = run()
+        pairs = list(zip(lm.parameters(), self.gradient, strict=True))
+        squares = sum((p.grad.double() - exact).square().sum() for p, exact in pairs)
+        total = sum(exact.square().sum() for _, exact in pairs)
+        return {
+            "loss_error": abs(loss - self.loss) / abs(self.loss),
+            "gradient_error": (squares / total).sqrt().item(),
+        }
+
+
+def exact_of(
+    plain: PreTrainedModel, queries: Sequence[TokenisedQuery], dtype: torch.dtype
+) -> Exact:
+    """One response at a time. Near ties of `dtype` are taken out of the queries, so that every
+    order that rounding can bring about has the same gradient."""
+    model = copy.deepcopy(plain).double()
+    found = Exact([], 0.0, [], 0)
+    for query in queries:
+        prompt, *responses = (
+            torch.from_numpy(ids).long().to(model.device)
+            for ids in (query.prompt_ids, *query.response_ids)
+        )
+        logps = [reference.response_logps(model, prompt, ids) for ids in responses]
+        width = query.padded_width - 1
+        scores = np.array([logp.sum().item() for logp in logps]) / width
+        near = NEAR_TIES[dtype] * min(map(len, logps)) / width
+        rewards = without_near_ties(query.rewards, scores, near)
+        found.queries.append(replace(query, rewards=rewards))
+        is_wrong = (rewards[:, None] < rewards) & (scores[:, None] > scores)
+        found.num_pairs += int(is_wrong.sum())
+        loss, _, _ = reference.rrhf_loss(
+            logps, torch.from_numpy(rewards), sft_reduction="mean", padded_width=width
+        )
+        (loss / len(queries)).backward()
+        found.loss += loss.item() / len(queries)
+    found.gradient = [p.grad for p in model.parameters()]
+    return found
+
+
+def without_near_ties(rewards: np.ndarray, scores: np.ndarray, near: float) -> np.ndarray:
+    """[k], [k] -> [k] rewards, the same within each run of scores that are at most `near` apart:
+    equal rewards form no pair."""
+    order = np.argsort(scores)
+    runs = np.split(order, np.flatnonzero(np.diff(scores[order]) > near) + 1)
+    found = rewards.copy()
+    for run in runs:
+        found[run] = rewards[run].mean()
+    return found

@@ -10,6 +10,8 @@ d logp / d z of a slice of the vocabulary, which two matrix products turn into g
 Shapes: states [E, H], weight [V, H], bias [V], targets [E]; T = tiles of the vocabulary.
 """
 
+import inspect
+
 import torch
 import triton
 import triton.language as tl
@@ -83,7 +85,22 @@ def _store_target(target_logits, z, tokens, edges, target, exists, first_token, 
     tl.store(target_logits + edges, target_logit, mask=exists & here)
 
 
-@triton.jit
+# Counts differ from pack to pack, and tensors are slices of a pack's: nothing may be compiled anew
+# for what they are divisible by.
+COUNTS = ["num_edges", "num_active"]
+SLICES = ["targets", "lse", "grad", "active", "logps", "tops", "sums", "target_logits"]
+
+
+def _jit(kernel):
+    """triton.jit, compiled once per head and device, whatever the pack."""
+    names = inspect.signature(kernel).parameters
+    return triton.jit(
+        do_not_specialize=[name for name in COUNTS if name in names],
+        do_not_specialize_on_alignment=[name for name in SLICES if name in names],
+    )(kernel)
+
+
+@_jit
 def forward_kernel(
     states, weight, bias, targets, tops, sums, target_logits, exps,
     num_edges, hidden_size, vocab_size, logit_scale, softcap,
@@ -124,7 +141,7 @@ def forward_kernel(
         _store_target(*found)
 
 
-@triton.jit
+@_jit
 def dlogits_kernel(
     states, weight, bias, targets, lse, grad, dlogits, bias_sums,
     num_edges, hidden_size, vocab_size, first_token, width, logit_scale, softcap,
@@ -162,18 +179,19 @@ def dlogits_kernel(
             tl.store(bias_sums + m * width + columns, tl.sum(d, 0), mask=columns < width)
 
 
-@triton.jit
+@_jit
 def dlogits_of_exps_kernel(
     exps, bias_sums, active, targets, tops, logps, lse, grad,
-    num_active, num_edges, vocab_size, row_stride, logit_scale, softcap,
+    num_active, num_edges, vocab_size, width, logit_scale, softcap,
     TILE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Row i of exps becomes grad * d logp / d(states . weight) of edge active[i]; bias_sums [V] are
-    the column sums before rounding. A program owns BLOCK_N columns and walks down the rows: edges
-    rise, so it never overwrites what it has still to read."""
+    """Row i of exps [E, width] becomes grad * d logp / d(states . weight) of edge active[i];
+    bias_sums [V] are the column sums before rounding. A program owns BLOCK_N columns and walks down
+    the rows: edges rise, so it never overwrites what it has still to read."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (column < vocab_size)[None, :]
+    # Not the vocabulary's size, which may be odd: `width` is a multiple of 16, so are accesses.
+    inside = (column < width)[None, :]
     tile = (tl.program_id(0) * BLOCK_N // TILE_N).to(tl.int64)
     column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for first in range(0, num_active, BLOCK_M):
@@ -185,7 +203,7 @@ def dlogits_of_exps_kernel(
         upstream = tl.load(grad + edge, mask=exists, other=0.0) * logit_scale
         target = tl.load(targets + edge, mask=exists, other=-1)
         here = exists[:, None] & inside
-        e = tl.load(exps + edge[:, None] * row_stride + column[None, :], mask=here, other=0.0)
+        e = tl.load(exps + edge[:, None] * width + column[None, :], mask=here, other=0.0)
         e = e.to(tl.float32)
         tl.debug_barrier()  # another thread may store where this one loads
         at_target = column[None, :] == target[:, None]
@@ -203,7 +221,7 @@ def dlogits_of_exps_kernel(
             ratio = z * (1 / softcap)
             d *= 1 - ratio * ratio
         d = tl.where(here, d, 0.0)
-        row = i.to(tl.int64)[:, None] * row_stride
+        row = i.to(tl.int64)[:, None] * width
         tl.store(exps + row + column[None, :], d.to(exps.dtype.element_ty), mask=here)
         if WANTS_BIAS:
             column_sums += tl.sum(d, 0)
@@ -224,7 +242,8 @@ def forward(
     """(logp [E], log of the softmax denominator [E], maximum of each tile's row [T, E]), float32.
 
     states and weight share a dtype and are contiguous, with rows of a multiple of 16 bytes. `exps`
-    [E, V] of that dtype, if given, is filled with exp(z - maximum); its rows may lie further apart.
+    [E, width] of that dtype, if given, is filled with exp(z - maximum), and with 0 beyond the
+    vocabulary; `exps_width` says how wide it is.
     """
     num_edges, vocab_size = len(states), len(weight)
     tile = tile or forward_tile(states, keeps=exps is not None)
@@ -281,18 +300,25 @@ def dlogits_of_exps(
     logps: torch.Tensor,
     lse: torch.Tensor,
     grad: torch.Tensor,
+    vocab_size: int,
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """Turn what `forward` put into exps [E, V] into the gradient of the logits of edges active [A]
-    (rising), in the first A rows; fill bias_sums [V] for a bias."""
-    num_edges, vocab_size = exps.shape
-    dlogits_of_exps_kernel[(triton.cdiv(vocab_size, EXPS_BLOCK_N),)](
+    """Turn what `forward` put into exps [E, width] into the gradient of the logits of edges active
+    [A] (rising), in the first A rows, 0 beyond the vocabulary; fill bias_sums [V] for a bias."""
+    num_edges, width = exps.shape
+    assert exps.is_contiguous() and width == exps_width(vocab_size)
+    dlogits_of_exps_kernel[(triton.cdiv(width, EXPS_BLOCK_N),)](
         exps, bias_sums, active, targets, tops, logps, lse, grad,
-        len(active), num_edges, vocab_size, exps.stride(0), logit_scale, softcap or 0.0,
+        len(active), num_edges, vocab_size, width, logit_scale, softcap or 0.0,
         TILE_N=forward_tile(exps, keeps=True).block_n, BLOCK_M=EXPS_BLOCK_M, BLOCK_N=EXPS_BLOCK_N,
         HAS_SOFTCAP=softcap is not None, WANTS_BIAS=bias_sums is not None,
     )  # fmt: skip
+
+
+def exps_width(vocab_size: int) -> int:
+    """Columns of `exps`: Triton's accesses are 16 bytes wide where sizes are multiples of 16."""
+    return -(-vocab_size // 16) * 16
 
 
 def forward_tile(states: torch.Tensor, *, keeps: bool) -> Tile:

@@ -17,9 +17,11 @@ import triton.language as tl
 # thousands of tokens, queries two to a thousand responses, and neither is worth a table of tiles.
 BLOCK_T = 256
 BLOCK_K = 16
+# Tensors that may be slices of a pack's: for their alignment, too, nothing is compiled anew.
+SLICES = ["logps", "rewards", "scales", "sft_scales", "d_rank", "d_sft", "counts", "best"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def forward_kernel(
     logps, path_edges, path_offsets, group_offsets, rewards, scales, sft_scales, margin,
     scores, counts, rank_loss, sft_loss, best, num_pairs, num_correct, margins,
@@ -75,7 +77,7 @@ def forward_kernel(
     tl.store(margins + g, gap_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def backward_kernel(
     d_logps, d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales, counts,
     best, BLOCK_T: tl.constexpr,

@@ -27,7 +27,7 @@ SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 VARIANTS = ("plain", "bias", "softcap", "bias softcap")
 INTEGERS = (
-    "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width", "row_stride",
+    "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width",
     "num_values", "num_blocks",
 )  # fmt: skip
 FLOATS = ("logit_scale", "softcap", "margin")
@@ -120,8 +120,9 @@ def _compile(kernel, constants: dict, types: dict, arch: int, variant: str, opti
     for i, name in enumerate(kernel.arg_names):
         known = types.get(name) or kernel.params[i].annotation_type
         signature[name] = "constexpr" if name in constants else known or _type(name)
-        # Pointers as torch allocates, and sizes as models have.
-        if signature[name].startswith("*") or name == "hidden_size":
+        # Pointers as torch allocates, unless they may be slices, and sizes as models have.
+        is_aligned = not kernel.params[i].do_not_specialize_on_alignment
+        if (signature[name].startswith("*") and is_aligned) or name in ("hidden_size", "width"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

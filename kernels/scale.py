@@ -10,7 +10,7 @@ BLOCK = 4096
 PROGRAMS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def scale_kernel(values, factor, num_values, num_blocks, BLOCK: tl.constexpr):
     by = tl.load(factor)
     if by != 1.0:

@@ -27,7 +27,7 @@ class KeptLogits:
     ):
         self.weight, self.bias = weight, bias
         self.softcap, self.logit_scale = softcap, logit_scale
-        width = -(-len(weight) // 8) * 8  # descriptors ask for rows of a multiple of 16 bytes
+        width = kernels.exps_width(len(weight))
         fitting = int(workspace_mb * 2**20) // (width * weight.itemsize)
         self.capacity = min(fitting, num_edges)
         self.width, self.room = width, None  # made when it is needed
@@ -36,7 +36,7 @@ class KeptLogits:
         """logp [E] of targets [E] after states [E, H], E at most `capacity`."""
         if self.room is None:
             self.room = states.new_empty(self.capacity, self.width)
-        self.exps = self.room[: len(states), : len(self.weight)]
+        self.exps = self.room[: len(states)]
         logp, lse, tops = kernels.forward(
             states, self.weight, self.bias, targets, self.softcap, self.logit_scale, self.exps
         )
@@ -60,9 +60,10 @@ class KeptLogits:
         if d_bias is not None:
             sums = torch.empty_like(d_bias)
         kernels.dlogits_of_exps(
-            self.exps, sums, active, targets, tops, logp, lse, grad, self.softcap, self.logit_scale
-        )
-        dlogits = self.exps[: len(active)]
+            self.exps, sums, active, targets, tops, logp, lse, grad, len(self.weight), self.softcap,
+            self.logit_scale,
+        )  # fmt: skip
+        dlogits = self.exps[: len(active), : len(self.weight)]
         if d_states is not None:
             d_states[active] = product(dlogits, self.weight, d_states.dtype)
         if d_weight is not None:

@@ -1,6 +1,8 @@
 # make demo    train the embedded example on whatever this machine has (the default)
 # make test    run the whole test suite
 # make smoke   run every benchmark at its smallest, and the smallest experiment
+# make test-oldest       the suite with the oldest versions (constraints-oldest.txt, several GB)
+# make test-cuda-build   what a GPU would run, with a CUDA build of torch; needs no GPU
 # make lint    check style, change nothing
 # make clean   remove what building, testing and linting leave behind; runs/ and .venv stay
 #
@@ -10,23 +12,32 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
 # Two processes with one thread each: the tests' tensors are small, so threads gain little.
 PYTEST_ARGS ?= -q -n 2
 
 # An install is repeated only when one of these changed: a stamp file remembers the last one.
-INSTALL_INPUTS := pyproject.toml setup.py constraints.txt
+INSTALL_INPUTS := pyproject.toml setup.py $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
-.PHONY: demo test smoke lint clean
+.PHONY: demo test test-oldest test-cuda-build smoke lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rrhf_fast.train
 
 test: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+OLDEST := VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-oldest:
+	$(MAKE) test $(OLDEST)
+
+test-cuda-build:
+	$(MAKE) test $(OLDEST) PYTEST_ARGS="$(PYTEST_ARGS) tests/kernels tests/model"
 
 smoke: $(INSTALLED_TEST)
 	$(BIN)/python benchmarks/run.py all --preset smoke
@@ -38,16 +49,16 @@ lint: $(INSTALLED_TEST)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
-	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(INSTALL_INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e .
 	touch $@
 
 # Holds all that `demo` needs, hence both stamps.
 $(INSTALLED_TEST): $(INSTALL_INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test]'
 	touch $(INSTALLED) $@

@@ -1,25 +1,33 @@
 """Compile every kernel configuration, without a GPU, and print what the machine code needs.
 
     python -m rrhf_fast.kernels.report
+    python -m rrhf_fast.kernels.report --out kernels.json
 
 Registers and stack are those of a thread; shared memory is that of a program. A spill is a load or
 store of registers to local memory. Must run without TRITON_INTERPRET.
 """
 
+import argparse
+import itertools
+import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rrhf_fast.kernels import adamw_bf16, linear_logprob, ranking, scale
+from rrhf_fast.kernels import adamw_bf16, generated, linear_logprob, ranking, scale
 from rrhf_fast.kernels.configs import TILES, Tile
+from rrhf_fast.model import forest_flex
+from rrhf_fast.model.backend import AttentionSpec
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one program may have.
@@ -48,6 +56,68 @@ class Usage:
     matrix: str  # the matrix instruction, or ""
     doubles: int  # lines of PTX that compute in float64
     accesses: dict[int, int]  # loads and stores of global memory in PTX, by a thread's bytes
+
+
+# Layers as models have them, for the code that is generated for attention.
+FLEX_LAYERS = {
+    "Llama 3.2 1B": AttentionSpec(num_heads=32, num_kv_heads=8, head_size=64, value_size=64),
+    "Llama 3 8B": AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, value_size=128),
+    "Phi 2": AttentionSpec(num_heads=32, num_kv_heads=32, head_size=80, value_size=80),
+    "Gemma 2 2B": AttentionSpec(
+        num_heads=8, num_kv_heads=4, head_size=256, value_size=256, window=4096, softcap=50.0
+    ),
+    "gpt-oss": AttentionSpec(
+        num_heads=64, num_kv_heads=8, head_size=64, value_size=64, window=128, has_sinks=True
+    ),
+    "DeepSeek V3": AttentionSpec(num_heads=16, num_kv_heads=16, head_size=192, value_size=128),
+}
+
+
+def compile_flex(capabilities: Sequence[int] = tuple(generated.SHARED_LIMITS)) -> Iterator[Usage]:
+    """Forward and backward of forest_flex for each of `FLEX_LAYERS` and compute capability, in
+    bfloat16, as Inductor generates them for it."""
+    for arch, (name, spec) in itertools.product(capabilities, FLEX_LAYERS.items()):
+        for kernel in _flex_kernels(spec, arch):
+            meta = kernel.info["triton_meta"]
+            # Keys were plain numbers in earlier versions.
+            attributes = {
+                key if isinstance(key, tuple) else (key,): value
+                for key, value in meta["configs"][0].items()
+            }
+            source = ASTSource(kernel.function, meta["signature"], meta["constants"], attributes)
+            options = {key: kernel.info[key] for key in ("num_warps", "num_stages")}
+            direction = "backward" if "backward" in kernel.name else "forward"
+            yield _usage(source, arch, f"flex {direction}", name, options)
+
+
+def _flex_kernels(spec: AttentionSpec, arch: int) -> list[generated.Kernel]:
+    torch._dynamo.reset()
+    n = 2 * forest_flex.BLOCK_SIZE
+
+    def draw(heads: int, size: int) -> torch.Tensor:
+        states = torch.randn(1, n, heads, size, dtype=torch.bfloat16)
+        return states.transpose(1, 2).requires_grad_()
+
+    tensors = [
+        draw(spec.num_heads, spec.head_size),
+        draw(spec.num_kv_heads, spec.head_size),
+        draw(spec.num_kv_heads, spec.value_size),
+    ]
+    plan = forest_flex.Plan(torch.full((n,), n, dtype=torch.int32), torch.arange(n).int())
+    compiled = torch.compile(
+        forest_flex.flex_attention, dynamic=True, fullgraph=True, backend=generated.lower
+    )
+    with (
+        generated.pretend(arch) as kernels,
+        patch.object(forest_flex, "compiled", compiled),
+        patch.object(forest_flex, "capability", lambda device: arch),
+    ):
+        out = forest_flex.attend(
+            *tensors, plan, scale=spec.scale, window=spec.window, softcap=spec.softcap,
+            sinks=torch.zeros(spec.num_heads, requires_grad=True) if spec.has_sinks else None,
+        )  # fmt: skip
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
+    return [kernel for kernel in kernels if kernel.is_template]
 
 
 def compile_all() -> Iterator[Usage]:
@@ -125,6 +195,11 @@ def _compile(kernel, constants: dict, types: dict, arch: int, variant: str, opti
         if (signature[name].startswith("*") and is_aligned) or name in ("hidden_size", "width"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    return _usage(source, arch, name, variant, options)
+
+
+def _usage(source: ASTSource, arch: int, name: str, variant: str, options: dict) -> Usage:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -136,7 +211,7 @@ def _compile(kernel, constants: dict, types: dict, arch: int, variant: str, opti
     )
     ptx = compiled.asm["ptx"]
     return Usage(
-        kernel=kernel.fn.__name__.removesuffix("_kernel"),
+        kernel=name,
         variant=variant,
         arch=arch,
         registers=int(numbers["REG"]),
@@ -170,12 +245,20 @@ def _tool(*command: str) -> str:
 
 
 def main() -> None:
-    """Print the table."""
-    print(f"triton {triton.__version__}")
-    print("kernel    variant               sm  regs  stack spills   shared  matrix")
-    for u in compile_all():
+    """Print the table, and write it to a file if one is named."""
+    parser = argparse.ArgumentParser(description="Compile every kernel; see the module.")
+    parser.add_argument("--out", type=Path, help="JSON")
+    out = parser.parse_args().out
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    print(" ".join(f"{name} {version}" for name, version in versions.items()))
+    print("kernel           variant               sm  regs  stack spills   shared  matrix")
+    rows = []
+    for u in itertools.chain(compile_all(), compile_flex()):
         numbers = f"{u.arch:>4}{u.registers:>6}{u.stack:>7}{u.spills:>7}{u.shared:>9}"
-        print(f"{u.kernel:<10}{u.variant:<20}{numbers}  {u.matrix}", flush=True)
+        print(f"{u.kernel:<17}{u.variant:<20}{numbers}  {u.matrix}", flush=True)
+        rows.append(asdict(u))
+    if out is not None:
+        out.write_text(json.dumps({"versions": versions, "kernels": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,12 @@ from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare, with_demo
 from rrhf_fast.engine.profile import StepProfiler
 from rrhf_fast.engine.save import gather_weights, write_model
-from rrhf_fast.model.layers import count_graphs
+from rrhf_fast.model.layers import count_given_up, count_graphs
+
+GIVEN_UP = (
+    "the decoder's layers have reached PyTorch's limit on graphs (torch._dynamo.config."
+    "recompile_limit) and run uncompiled where they are new, which is slower and changes no result"
+)
 
 
 class NotFinite(ArithmeticError):
@@ -209,6 +214,7 @@ def _fit(
     signals: Signals,
 ) -> None:
     """Run all steps from `progress` on, keeping it and `result` up to date."""
+    given_up = count_given_up()
     config, world = run.config, run.world
     place = {"rank": world.rank, "num_ranks": world.size}
     steps = batches(
@@ -267,6 +273,9 @@ def _fit(
                 record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if run.model.compiled:
                 record["compiled_graphs"] = count_graphs()
+                if count_given_up() > given_up:
+                    given_up = count_given_up()
+                    progress_bar.write(f"warning: step {step}: {GIVEN_UP}")
             if step % config.logging_steps == 0 or step == run.num_steps or problem:
                 log.write(record)
             signals.release()

@@ -96,21 +96,24 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a packed forest; see `rrhf_fast.model.backend`."""
+    options = {
+        "score_mod": None if softcap is None else _softcap_mod(softcap),
+        "block_mask": plan.mask(window),
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": kernel_options(
+            query.shape[2], max(query.shape[3], value.shape[3]), capability(query.device)
+        ),
+        "return_aux": None if sinks is None else AuxRequest(lse=True),
+    }
     # Scale and cap are constants: no code can be generated for floats that may change.
     with torch._dynamo.config.patch(specialize_float=True, recompile_limit=RECOMPILE_LIMIT):
-        out = compiled(
-            query,
-            key,
-            value,
-            score_mod=None if softcap is None else _softcap_mod(softcap),
-            block_mask=plan.mask(window),
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-            kernel_options=kernel_options(
-                query.shape[2], max(query.shape[3], value.shape[3]), capability(query.device)
-            ),
-            return_aux=None if sinks is None else AuxRequest(lse=True),
-        )
+        try:
+            out = compiled(query, key, value, **options)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            problem = f"layers are of more than {RECOMPILE_LIMIT} kinds"
+            others = "forest_flash or forest_sdpa compile nothing"
+            raise RuntimeError(f"attn_implementation: forest_flex: {problem}; {others}") from error
     if sinks is not None:
         out, aux = out
         # A sink adds exp(sink) to what the softmax divides by.

@@ -25,6 +25,7 @@ from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.output_dir import complete_checkpoints, read_state
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.save import SaveFailed
+from rrhf_fast.model import layers
 from rrhf_fast.model.decoder import UnsupportedModel
 from rrhf_fast.model.rrhf import RRHFModel
 
@@ -404,3 +405,14 @@ def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == expected
     plot_training(log.records, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
+
+
+def test_layers_that_are_compiled_too_often_are_reported(tmp_path, monkeypatch, capfd):
+    torch._dynamo.reset()
+    monkeypatch.setattr(layers, "COMPILER", "aot_eager")
+    monkeypatch.setattr(layers, "RECOMPILE_LIMIT", 1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        train(TrainConfig(output_dir=str(tmp_path), max_steps=2, compile=True))
+    torch._dynamo.reset()
+    lines = [line for line in capfd.readouterr().out.splitlines() if "warning: step" in line]
+    assert len(lines) == 1 and "recompile_limit" in lines[0]

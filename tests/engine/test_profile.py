@@ -178,15 +178,23 @@ def test_attention_is_counted_by_what_is_seen(monkeypatch):
     config = TrainConfig()
     model = small_model(config)
     pack, work = small_batch(model, 1).packs[0], Work(model)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        hidden, *_ = model.head_inputs(pack)
-        hidden.sum().backward()
     spec = forest_spec(model, pack, work)
+    # A layer's attention alone: some versions of RoPE are batched products, too.
+    q, k, v = (
+        torch.randn(1, heads, pack.num_tokens, size, requires_grad=True)
+        for heads, size in (
+            (spec.num_heads, spec.head_size),
+            (spec.num_kv_heads, spec.head_size),
+            (spec.num_kv_heads, spec.value_size),
+        )
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forest_sdpa.attend(q, k, v, pack.plan).sum().backward()
     padded = sum(
         len(b.query_depths) * b.query_depths.shape[1] * b.num_keys for b in pack.plan.buckets
     )
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
-    assert counted == 2 * 3 * attention_flops(spec, padded)  # two layers
+    assert counted == 3 * attention_flops(spec, padded)
     rows = torch.arange(pack.num_tokens)
     seen = (rows <= rows[:, None]) & (rows[:, None] < pack.subtree_end)
     assert work.flops()["attention"] == 2 * 3 * attention_flops(spec, int(seen.sum()))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="compiles with triton")
 from rrhf_fast.kernels.configs import TILES, choose
 
 ROOT = Path(__file__).parents[2]
+TRITON = ".".join(version("triton").split(".")[:2])
 SPECIALISATIONS = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -70,11 +72,26 @@ print(json.dumps({"limits": SHARED_LIMITS, "kernels": [asdict(u) for u in compil
 """
 
 
-def compiled(script):
+FLEX = """
+import json, sys
+from dataclasses import asdict
+from rrhf_fast.kernels import generated, report
+found = [asdict(u) for u in report.compile_flex(json.loads(sys.argv[1]))]
+print(json.dumps({"limits": generated.SHARED_LIMITS, "kernels": found}))
+"""
+# Spilled instructions of the worst of report.FLEX_LAYERS, forward and backward, rounded up, as
+# found with triton 3.6.0 and 3.7.1. FlexAttention's own choice of warps and tiles spills up to
+# 17,443 (sm_80), 1,522 (sm_90), 4,387 (sm_100) and 4,800 (sm_120).
+FLEX_SPILLS = {80: (20, 310), 90: (120, 560), 100: (60, 170), 120: (5, 120)}
+
+
+def compiled(script, *arguments):
     """What a process prints in which kernels are compiled, not interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -89,8 +106,11 @@ def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for usage in report["kernels"]:
         assert usage["doubles"] == 0, usage
-        # The exception: no model that we know caps the logits of a head with a bias.
-        if "bias softcap" not in usage["variant"]:
+        # The exceptions: no model that we know caps the logits of a head with a bias; and triton
+        # 3.6 spills two registers where the forward keeps exponentials on Hopper.
+        if (usage["variant"], usage["arch"], TRITON) == ("keep bf16 plain", 90, "3.6"):
+            assert usage["spills"] <= 4, usage
+        elif "bias softcap" not in usage["variant"]:
             assert usage["spills"] == usage["stack"] == 0, usage
         # Consumer cards (8.6, 8.9, 12.0) run the rows of 8.0 in 99 KB.
         limit = 99 * 1024 if usage["arch"] == 80 else report["limits"][str(usage["arch"])]
@@ -127,3 +147,14 @@ def test_no_pack_compiles_a_kernel_anew():
     found = compiled(PACKS)
     assert len(found) == 6
     assert set(found.values()) == {1}, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", FLEX_SPILLS)
+def test_generated_attention_fits_and_spills_little(capability):
+    report = compiled(FLEX, json.dumps([capability]))
+    assert len(report["kernels"]) == 2 * 6
+    for usage in report["kernels"]:
+        assert usage["shared"] <= report["limits"][str(capability)], usage
+        assert usage["spills"] <= FLEX_SPILLS[capability]["backward" in usage["kernel"]], usage
+        assert usage["matrix"], usage

@@ -285,3 +285,17 @@ def test_flex_names_what_it_does_not_take(change, dtype, reason):
     spec = replace(LLAMA, **({"head_size": 64, "value_size": 64} | change))
     found = forest_flex.obstacle(spec, torch.device("cuda"), dtype, 8192)
     assert found == reason if reason is None else reason in found
+
+
+def test_flex_never_falls_back_to_all_scores(monkeypatch):
+    """Beyond the limit on graphs PyTorch would run it uncompiled, in N x N memory."""
+    torch._dynamo.reset()
+    eager = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(forest_flex, "compiled", eager)
+    monkeypatch.setattr(forest_flex, "RECOMPILE_LIMIT", 1)
+    pack = forest([([1, 2], [[1, 2], [2]])])
+    q, k, v = (t.detach() for t in tensors_for(pack)[:3])
+    plan = forest_flex.plan(pack)
+    forest_flex.attend(q, k, v, plan)
+    with pytest.raises(RuntimeError, match="^attn_implementation: forest_flex: layers are of more"):
+        forest_flex.attend(q, k, v, plan, softcap=3.0)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.losses.linear_rrhf import MAX_WORKSPACE_MB
 from rrhf_fast.model.attention import one_line
 from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
@@ -26,7 +27,6 @@ NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
 PACK_STEP, SMALLEST_PACK, LARGEST_PACK = 1024, 2048, 32768
 SHARE_TO_FILL = 0.85
 DRY_RUN_MEMORY = 80 * 2**30  # bytes of the GPU that --dry_run chooses packs for
-HEAD_WORKSPACE = 512 * 2**20  # bytes, the default of `linear_logprob` on CUDA
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def estimate(
         optimizer=at_home * 2 * _moment_bytes(config) * trained / num_gpus,
         gathered=gathered,
         activations=activations,
-        head=HEAD_WORKSPACE + d_weight,
+        head=MAX_WORKSPACE_MB * 2**20 + d_weight,
     )
 
 

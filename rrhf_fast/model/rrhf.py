@@ -13,6 +13,7 @@ from rrhf_fast.data.active import WeightedForest
 from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
+from rrhf_fast.losses.linear_rrhf import workspace_for
 from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, one_line
 from rrhf_fast.model.decoder import (
     attention,
@@ -68,6 +69,11 @@ class RRHFModel(nn.Module):
         # Where packs go. A model to be sharded over ranks is still elsewhere, or has no weights.
         self.device = device or lm.device
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
+        # MiB for the head's logits; None is the default of the losses.
+        self.workspace_mb: float | None = None
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            self.workspace_mb = workspace_for(memory)
         self.plain_attention = lm.config._attn_implementation
         self.attention: Choice | None = None
         self.warnings: list[str] = []  # what was preferred, failed, and was replaced
@@ -177,7 +183,7 @@ class RRHFModel(nn.Module):
             return rrhf_loss(self.edge_logps(pack), pack.rewards, **options)
         hidden, weight, head = self.head_inputs(pack)
         edges = (pack.edge_rows, pack.edge_targets)
-        options |= {"bounds": pack.bounds, **head}
+        options |= {"bounds": pack.bounds, "workspace_mb": self.workspace_mb, **head}
         return linear_rrhf_loss(hidden, weight, *edges, pack.rewards, **options)
 
     def edge_logps(self, pack: Pack | WeightedForest) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rrhf_fast import reference
 from rrhf_fast.losses import linear_rrhf_loss, rrhf_loss
-from rrhf_fast.losses.linear_rrhf import linear_rrhf_op, read_bounds
+from rrhf_fast.losses.linear_rrhf import linear_rrhf_op, read_bounds, workspace_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -334,3 +334,10 @@ def test_edges_that_are_no_spans_are_refused():
         layout[name] = layout[name] + change
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             linear_rrhf_loss(hidden, weight, *indices, **layout)
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "mebibytes"), [(1, 128), (2, 128), (8, 512), (24, 1536), (80, 2048), (141, 2048)]
+)
+def test_the_workspace_is_a_share_of_the_device(gibibytes, mebibytes):
+    assert workspace_for(gibibytes * 2**30) == mebibytes

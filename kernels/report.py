@@ -69,7 +69,7 @@ FLEX_LAYERS = {
     "gpt-oss": AttentionSpec(
         num_heads=64, num_kv_heads=8, head_size=64, value_size=64, window=128, has_sinks=True
     ),
-    "DeepSeek V3": AttentionSpec(num_heads=16, num_kv_heads=16, head_size=192, value_size=128),
+    "DeepSeek V2 Lite": AttentionSpec(num_heads=16, num_kv_heads=16, head_size=192, value_size=128),
 }
 
 

@@ -23,7 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.isolated import FAILED, INTERRUPTED, KILLED, NOT_RUN, OK, Part, run_part
+from benchmarks.isolated import (
+    FAILED,
+    INTERRUPTED,
+    KILLED,
+    NOT_RUN,
+    OK,
+    TIMED_OUT,
+    Part,
+    run_part,
+)  # fmt: skip
 
 # Of a command, all its parts together; the rest of ten minutes is for what happens between them.
 SECONDS = 570
@@ -166,7 +175,9 @@ def run_parts(parts: Iterable[Part], results: dict, out: Path) -> None:
             if "folder" in options:
                 options["folder"] = str(out / options["folder"])
             record = records[part.name] = run_part(part, options, out, env)
-            if record["status"] in (FAILED, KILLED):  # not if it was only slow
+            # A part that hangs saves nothing; one that is only slow does.
+            hung = record["status"] == TIMED_OUT and not record.get("figures")
+            if hung or record["status"] in (FAILED, KILLED):
                 results["engine_options"] |= part.instead
                 stopped = f"{part.name}: {record['status']}" if part.stops else ""
             if record["status"] == INTERRUPTED:

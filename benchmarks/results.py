@@ -1,5 +1,6 @@
 """Figures on their way into a file: written after every part, and a failure is one of them."""
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ def recorded(result: dict) -> Iterator[None]:
     if "problem" in result:
         import torch  # late: what only writes figures starts at once
 
+        gc.collect()  # a compiled layer holds itself
         torch.cuda.empty_cache()  # nothing without a GPU
 
 

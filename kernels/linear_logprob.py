@@ -109,8 +109,8 @@ def forward_kernel(
     KEEPS: tl.constexpr,
 ):  # fmt: skip
     """tops, sums [T, E]: maximum of each tile's row and sum of exp(z - maximum); target_logits [E]
-    is written by the one tile that holds the target; exps [E, V]: exp(z - maximum), if it KEEPS
-    them."""
+    is written by the one tile that holds the target; exps [E, width]: exp(z - maximum) and, beyond
+    the vocabulary, 0, if it KEEPS them."""
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(vocab_size, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     z, tokens = _head_tile(

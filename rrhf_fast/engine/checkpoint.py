@@ -73,6 +73,22 @@ class Progress:
         self.active_fraction += 0.2 * (active_fraction - self.active_fraction)
 
 
+class Stager(BlockingAsyncStager):
+    """Copies the state to the CPU. From a GPU that is fastest into pinned memory, which takes long
+    to get and is therefore kept for the next save (`cache_staged_state_dict`). Where it cannot be
+    had, or holds a state of other keys, each save gets memory of its own."""
+
+    def stage(self, state_dict: dict) -> dict:
+        """The copy; waits until it is made."""
+        try:
+            return super().stage(state_dict)
+        except Exception:  # of the allocator, or PyTorch's own for other keys
+            if not self.cache_staged_state_dict:
+                raise
+            self.cache_staged_state_dict, self.state_dict_cache = False, None
+            return super().stage(state_dict)
+
+
 class Checkpoints:
     """Writes and reads the checkpoints of one run."""
 
@@ -83,9 +99,9 @@ class Checkpoints:
         # A group of the thread's own, so that its messages do not mix with those of the step.
         group = None if alone else dist.new_group(backend="gloo")
         self._ranks = {"process_group": group, "no_dist": alone}
-        # Where the state is copied to. From a GPU that is fastest into pinned memory, which takes
-        # long to get and is therefore kept for the next save.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=run.world.device.type == "cuda")
+        # With cpu_offload the state is in pinned memory already, and little is left of the CPU's.
+        on_gpu = run.world.device.type == "cuda" and not run.config.cpu_offload
+        self._stager = Stager(cache_staged_state_dict=on_gpu)
 
     def save(self, progress: Progress) -> None:
         """Copy the state and start writing; call `finish` before counting on it. All ranks must

@@ -121,7 +121,9 @@ def estimate(
     else:
         gathered = dtype.itemsize * count + 4 * trained
     head = lm.get_output_embeddings().weight
-    d_weight = dtype.itemsize * head.numel() if head.requires_grad else 0
+    # Summed in float32; sharded weights are in the arithmetic's dtype, and so is what they get.
+    rounded = 0 if num_gpus == 1 else dtype.itemsize
+    d_weight = (4 + rounded) * head.numel() if head.requires_grad else 0
     at_home = 0 if config.cpu_offload else 1
     return Memory(
         weights=at_home * masters,

@@ -311,7 +311,8 @@ def check_bounds(
     """Raise ValueError for bounds that begin or end elsewhere than the pack and, on the CPU, for
     those of other queries."""
     first, last = (0, 0, 0), (num_edges, len(path_offsets) - 1, len(path_edges))
-    if len(bounds) != len(group_offsets) or bounds[0] != first or bounds[-1] != last:
+    ends = (tuple(bounds[0]), tuple(bounds[-1])) if bounds else ()
+    if len(bounds) != len(group_offsets) or ends != (first, last):
         expected = f"expected {len(group_offsets)} triples from {first} to {last}"
         raise ValueError(f"bounds: {expected}, found {len(bounds)}: {str(bounds)[:100]}")
     # A compiled graph cannot branch on values, and on CUDA it would wait for the device.

@@ -190,6 +190,7 @@ class RRHFModel(nn.Module):
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest | WeightedForest):
             hidden, weight, head = self.head_inputs(pack)
+            head["workspace_mb"] = self.workspace_mb
             return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
         assert isinstance(pack, PaddedBatch)
         with self.autocast():

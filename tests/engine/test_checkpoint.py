@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.engine import adamw_bf16, loop
-from rrhf_fast.engine.checkpoint import Checkpoints, Progress
+from rrhf_fast.engine.checkpoint import Checkpoints, Progress, Stager
 from rrhf_fast.engine.distributed import World
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.engine.output_dir import complete_checkpoints
@@ -406,3 +406,27 @@ def test_a_signal_saves_the_model_where_no_checkpoint_can_be(tmp_path, data, mon
     assert "stopped early after 1 steps; model and metrics are in" in capsys.readouterr().out
     assert load_file(tmp_path / "out/model.safetensors")
     assert not list((tmp_path / "out").glob("*checkpoint*"))
+
+
+def test_state_is_staged_where_no_pinned_memory_is_to_be_had(monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("no memory to be locked")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
+    stager = Stager(cache_staged_state_dict=True)
+    for value in (1.0, 2.0):
+        state = {"weight": torch.full((3,), value), "step": 7}
+        staged = stager.stage(state)
+        state["weight"].zero_()
+        assert staged["step"] == 7 and staged["weight"].tolist() == [value] * 3
+
+
+def test_state_of_other_keys_is_staged(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    stager = Stager(cache_staged_state_dict=True)
+    for names in (["a"], ["a"], ["a", "b"], ["b"]):
+        state = {name: torch.full((3,), float(i)) for i, name in enumerate(names)}
+        found = stager.stage(state)
+        assert {name: t.tolist() for name, t in found.items()} == {
+            name: t.tolist() for name, t in state.items()
+        }

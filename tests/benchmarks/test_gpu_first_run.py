@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -201,7 +202,10 @@ def test_commands_fit_their_ten_minutes(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", gpu_first_run.COMMANDS)
-def test_every_part_at_its_toy_size(command, tmp_path, capsys):
+def test_every_part_at_its_toy_size(command, tmp_path, capsys, monkeypatch):
+    # The limits are a GPU's; a CPU may be busy.
+    patient = [replace(part, seconds=900) for part in gpu_first_run.COMMANDS[command]]
+    monkeypatch.setitem(gpu_first_run.COMMANDS, command, patient)
     assert gpu_first_run.main([command, "--device", "cpu", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"{command}.json").read_text())
     expected = [part.name for part in gpu_first_run.COMMANDS[command]]

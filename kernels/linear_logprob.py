@@ -190,7 +190,7 @@ def dlogits_of_exps_kernel(
     bias_sums [V] are the column sums before rounding. A program owns BLOCK_N columns and walks down
     the rows: edges rise, so it never overwrites what it has still to read."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Not the vocabulary's size, which may be odd: `width` is a multiple of 16, so are accesses.
+    # Up to `width`, a multiple of 16, so that accesses are 16 bytes wide for odd vocabularies, too.
     inside = (column < width)[None, :]
     tile = (tl.program_id(0) * BLOCK_N // TILE_N).to(tl.int64)
     column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)

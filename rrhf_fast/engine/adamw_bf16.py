@@ -41,6 +41,7 @@ class AdamWBF16(Optimizer):
     def step(self, closure=None) -> None:
         """One update of every parameter that has a gradient."""
         assert closure is None
+        grad_scale, one = self.grad_scale, None
         parameters = [(group, p) for group in self.param_groups for p in group["params"]]
         for index, (group, parameter) in enumerate(parameters):
             if parameter.grad is None:
@@ -55,10 +56,13 @@ class AdamWBF16(Optimizer):
             local = [_local(tensor) for tensor in tensors]
             step = int(state["step"].item())
             if _kernel_takes(*local):
-                _update_by_kernel(*local, self.grad_scale, step, index, group)
+                if grad_scale is None and one is None:
+                    one = local[0].new_ones((), dtype=torch.float32)
+                scale = one if grad_scale is None else grad_scale
+                _update_by_kernel(*local, scale, step, index, group)
             else:
                 for parts in _parts(*local):
-                    _update(*parts, self.grad_scale, step, group)
+                    _update(*parts, grad_scale, step, group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As `Optimizer.load_state_dict`, which casts moments to the parameter's dtype."""

@@ -1,9 +1,10 @@
 """An estimate of the memory that a GPU needs, from shapes alone: what `--dry_run` prints.
 
-Weights, gradients and optimizer state are counted exactly. Activations are what autograd keeps of
-one pack, found by running the decoder on the meta device, which computes shapes and nothing else.
-Not counted: what the allocator loses to fragments, NCCL's buffers, the CUDA context (about 1 GiB
-together).
+Weights, gradients and optimizer state are counted. Activations are what autograd keeps of one pack,
+found by running the decoder on the meta device, which computes shapes and nothing else. Not
+counted: the head's gradient of hidden states and the residual stream under autocast, both in
+float32; gradients of what belongs to no layer, before FSDP reduces them; and what the allocator
+loses to fragments, NCCL's buffers, the CUDA context (about 1 GiB together).
 """
 
 from collections.abc import Callable

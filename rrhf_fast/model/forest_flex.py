@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from rrhf_fast.data.forest import Movable, PackedForest
 from rrhf_fast.model.backend import AttentionSpec
+from rrhf_fast.model.layers import RECOMPILE_LIMIT
 
 # FlexAttention's own default, and a multiple of the tiles of its kernels; `benchmarks/run.py
 # attention` times others.
@@ -34,9 +35,6 @@ MAX_TOKENS = 2**19
 SMALL_SHARED_MEMORY = (86, 89, 120)
 # Tiles of tl.dot, and therefore heads, have at least this many columns.
 MIN_HEAD_SIZE = 16
-# One kind of layer takes a graph with gradients and one without, and another pair for packs of one
-# block; PyTorch's default of 8 graphs would end at four kinds.
-RECOMPILE_LIMIT = 64
 
 # Lengths are dynamic, so there is one compilation per kind of layer, not per pack. fullgraph: what
 # cannot be compiled is an error, because PyTorch would compute all N x N scores instead.
@@ -133,7 +131,7 @@ def kernel_options(num_tokens: int, head_size: int, capability: int) -> dict[str
         # Packs are multiples of the block, so no load needs a mask. It looks for this in the
         # shapes, where it cannot see it because lengths are dynamic.
         "IS_DIVISIBLE": num_tokens % BLOCK_SIZE == 0,
-        # With 4, up to 17,000 instructions spill, with 8 at most 500.
+        # With fewer, up to 17,443 instructions spill, with 8 at most 560.
         "bwd_num_warps": 8,
     }
     if capability >= 100:

@@ -4,6 +4,7 @@ Both replace a layer's `forward`, not the layer, so that names of parameters (an
 stay as they are, and hooks on the layer run outside.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -58,10 +59,16 @@ def compile_layers(lm: PreTrainedModel) -> None:
     attention is called. PyTorch bounds their number, which this raises to `RECOMPILE_LIMIT`, and
     runs a function beyond it as it is: `count_given_up`.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(lm):
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
+        compiled = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
+        layer.forward = partial(_with_more_graphs, compiled)
+
+
+def _with_more_graphs(compiled: Callable, *args, **kwargs):
+    """Each call sets the limit for itself, since such settings belong to a thread, and a GPU's
+    backward, which runs checkpointed layers again, has one of its own."""
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        return compiled(*args, **kwargs)
 
 
 def uncompile_layers(lm: PreTrainedModel) -> None:

@@ -411,8 +411,7 @@ def test_layers_that_are_compiled_too_often_are_reported(tmp_path, monkeypatch, 
     torch._dynamo.reset()
     monkeypatch.setattr(layers, "COMPILER", "aot_eager")
     monkeypatch.setattr(layers, "RECOMPILE_LIMIT", 1)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        train(TrainConfig(output_dir=str(tmp_path), max_steps=2, compile=True))
+    train(TrainConfig(output_dir=str(tmp_path), max_steps=2, compile=True))
     torch._dynamo.reset()
     lines = [line for line in capfd.readouterr().out.splitlines() if "warning: step" in line]
     assert len(lines) == 1 and "recompile_limit" in lines[0]

@@ -1,5 +1,7 @@
 """Compiled layers compute the same, for any length, and share their graphs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -161,8 +163,8 @@ def test_a_limit_on_graphs_that_is_reached_is_counted(monkeypatch):
     assert layers.count_given_up() == 0
     model = tiny_model()
     layers.compile_layers(model)
-    assert torch._dynamo.config.recompile_limit >= layers.RECOMPILE_LIMIT > 8
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    assert layers.RECOMPILE_LIMIT > 8
+    monkeypatch.setattr(layers, "RECOMPILE_LIMIT", 1)
     with torch.no_grad():
         model(torch.arange(3, 9)[None], use_cache=False)
     assert layers.count_given_up() == 0
@@ -176,3 +178,24 @@ def test_a_trial_has_a_length_that_is_no_size_of_the_model(multiple):
     length = layers.trial_length(model, multiple)
     assert length % multiple == 0 and length > multiple
     assert all(length not in parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("limit", "is_reached"), [(1, True), (64, False)])
+def test_the_limit_holds_in_every_thread(limit, is_reached, monkeypatch):
+    """A GPU's backward has a thread of its own."""
+    monkeypatch.setattr(layers, "RECOMPILE_LIMIT", limit)
+    model, ids = tiny_model(), torch.arange(3, 9)[None]
+    layers.compile_layers(model)
+
+    def run():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for enabled in (False, True):
+                with (
+                    torch.set_grad_enabled(enabled),
+                    torch.autocast("cpu", torch.bfloat16, enabled),
+                ):
+                    model.to(dtype)(ids, use_cache=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+    assert (layers.count_given_up() > 0) == is_reached

@@ -35,6 +35,11 @@ class Row:
     scores: list[float]
     sources: list[str] | None
     where: str
+    tools: list[dict] | None = None  # for the chat template
+    chat_template_kwargs: dict | None = None  # of this row, over those of the options
+    # Per response, whether it is what a model wrote behind the generation prompt, special tokens
+    # included; else it is the content of an assistant's message.
+    as_generated: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Draft:
     finish_reasons: list[str | None] | None
     others: dict  # fields that the stages pass on as they are
     where: str
+    # As in `Row`.
+    tools: list[dict] | None = None
+    chat_template_kwargs: dict | None = None
+    as_generated: list[bool] | None = None
 
 
 class BadRow(ValueError):

@@ -1,5 +1,10 @@
-"""Text to tokens: prompt and response apart, one BOS, an end token that is learned, cuts that keep
-what matters."""
+"""Text to tokens: the tokenizer's prefix once, an end token that is learned, cuts that keep what
+matters.
+
+A string prompt and its responses are tokenised apart. Messages are tokenised as the chat template
+renders them, each answer together with its prompt; what all answers of a row have in front is the
+prompt.
+"""
 
 import json
 from collections import Counter
@@ -11,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from rrhf_fast.data.chat import ChatTemplate, Conversation, check_kwargs
 from rrhf_fast.data.rows import BadRow, Row, RowReport
 
 if TYPE_CHECKING:
@@ -18,8 +24,8 @@ if TYPE_CHECKING:
 
 # A response needs room for one token and its end.
 MIN_RESPONSE_LENGTH = 2
-# Rendered into the chat template to see what a template puts behind an answer.
-_PROBE = "rrhf-probe-answer"
+# Rows tokenised at once: enough for all cores, few enough that their texts take little memory.
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,14 @@ def tokenise_rows(
     max_length: int,
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     on_bad_rows: str = "error",
 ) -> tuple[list[TokenisedQuery], TokenCounts]:
     """Tokenise rows; lengths are in tokens.
+
+    The tokens of messages with an answer are those of the conversation that the chat template
+    renders, up to its end token; EOS follows where it renders none. A response `as_generated`
+    stands right behind the generation prompt instead.
 
     Args:
         rows: what `load_rows` returned.
@@ -63,8 +74,9 @@ def tokenise_rows(
             template.
         report: where rows that turn out bad only now are counted (`kept` is brought up to date).
         max_length: prompt plus response. A prompt that leaves no room for a response is a bad row.
-        max_prompt_length: longer prompts keep their tail (and their BOS).
+        max_prompt_length: longer prompts keep their tail (and what the tokenizer puts in front).
         max_response_length: longer responses keep their head and the end token.
+        chat_template_kwargs: see `ChatTemplate`.
         on_bad_rows: "error" or "skip".
 
     Returns:
@@ -74,63 +86,32 @@ def tokenise_rows(
         ValueError: the tokenizer has no end token, or messages meet a tokenizer without a chat
             template.
         BadRow: a prompt without tokens, one that fills the window, or messages that the chat
-            template rejects, and `on_bad_rows` is "error".
+            template rejects or changes, and `on_bad_rows` is "error".
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path}: no eos_token, and responses must end with one"
-        )
-    if any(isinstance(row.prompt, list) for row in rows) and not tokenizer.chat_template:
-        where = next(row.where for row in rows if isinstance(row.prompt, list))
-        raise ValueError(
-            f"{where}: prompt holds messages, but tokenizer {tokenizer.name_or_path} "
-            "has no chat template"
-        )
-
-    usable, texts, end_of_turn = [], [], None
-    for row in rows:
-        try:
-            text = _prompt_text(tokenizer, row)
-            if end_of_turn is None and isinstance(row.prompt, list):
-                end_of_turn = _end_of_turn(tokenizer, row)
-        except BadRow as error:
-            report.skip(error, on_bad_rows)
-            continue
-        usable.append(row)
-        texts.append(text)
-    bos = _added_bos(tokenizer)
-    all_prompts = _encode(tokenizer, texts)
-    all_responses = iter(
-        encode_responses(tokenizer, [text for row in usable for text in row.responses])
-    )
-
+    template = ChatTemplate(tokenizer, chat_template_kwargs or {})
+    check_kwargs(template.kwargs)
+    _check_tokenizer(tokenizer, rows, template)
+    prefix, endings = _added_prefix(tokenizer), _Endings(tokenizer)
     queries, counts = [], TokenCounts()
-    for row, prompt_ids in zip(usable, all_prompts, strict=True):
-        responses = [next(all_responses) for _ in row.responses]
-        end = tokenizer.eos_token_id if isinstance(row.prompt, str) else end_of_turn
-        try:
-            prompt = _fit_prompt(prompt_ids, bos, max_prompt_length, counts)
-            room = max_length - len(prompt)
-            if len(prompt) == 0:
-                raise BadRow(
-                    "empty prompt",
-                    row.where,
-                    "prompt: no tokens, so nothing predicts a response's first token",
-                )
-            if room < MIN_RESPONSE_LENGTH:
-                raise BadRow(
-                    "prompt fills the window",
-                    row.where,
-                    f"prompt: {len(prompt)} tokens leave no room for a response in max_length "
-                    f"{max_length} (raise --max_length, or set --max_prompt_length to keep only "
-                    "the prompt's tail)",
-                )
-        except BadRow as error:
-            report.skip(error, on_bad_rows)
-            continue
-        limit = min(room, max_response_length or room)
-        response_ids = [_fit_response(ids, end, limit, counts) for ids in responses]
-        queries.append(TokenisedQuery(prompt, response_ids, _ordered_rewards(row.scores), row))
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        batch = []
+        for row in rows[start : start + _ROWS_AT_ONCE]:
+            try:
+                batch.append(_texts(row, template, endings))
+            except BadRow as error:
+                report.skip(error, on_bad_rows)
+        for texts, prompt_ids, responses in _encode_rows(tokenizer, batch, endings):
+            row = texts.row
+            try:
+                prompt = _fit_prompt(prompt_ids, prefix, max_prompt_length, counts)
+                room = max_length - len(prompt)
+                _check_prompt(prompt, room, max_length, row)
+            except BadRow as error:
+                report.skip(error, on_bad_rows)
+                continue
+            limit = min(room, max_response_length or room)
+            response_ids = [_fit_response(ids, texts.end, limit, counts) for ids in responses]
+            queries.append(TokenisedQuery(prompt, response_ids, _ordered_rewards(row.scores), row))
     if not queries:
         raise ValueError(
             "no row is left: every prompt is empty, too long or rejected by the template"
@@ -139,13 +120,18 @@ def tokenise_rows(
     return queries, counts
 
 
-def end_token_ids(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[int]:
+def end_token_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """The tokens that end a response to these rows: EOS, and the chat template's end of turn if any
     has messages. Raises BadRow where the template rejects an answer."""
     ends = {tokenizer.eos_token_id}
     with_messages = next((row for row in rows if isinstance(row.prompt, list)), None)
     if with_messages is not None:
-        ends.add(_end_of_turn(tokenizer, with_messages))
+        opening = ChatTemplate(tokenizer, chat_template_kwargs or {}).open(with_messages)
+        ends.add(_Endings(tokenizer).token(opening.behind))
     return sorted(ends)
 
 
@@ -155,11 +141,19 @@ def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> 
         return _encode(tokenizer, texts)
 
 
-def decode_response(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """The text of tokens that a model put behind a prompt, without special tokens; a space that it
-    begins with is kept, so that `encode_responses` finds the same tokens."""
+def decode_response(
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: Sequence[int],
+    end_token_ids: Sequence[int] | None = None,
+) -> str:
+    """The text of tokens that a model put behind a prompt, without the end token (default: EOS). A
+    space that it begins with and other special tokens, such as a channel's, are kept, so that
+    `encode_responses` finds the same tokens."""
+    ends = [tokenizer.eos_token_id] if end_token_ids is None else end_token_ids
+    if len(ids) > 0 and ids[-1] in ends:
+        ids = ids[:-1]
     with _mid_text(tokenizer):
-        return tokenizer.decode(ids, skip_special_tokens=True)
+        return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @contextmanager
@@ -213,27 +207,151 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list
     ]
 
 
-def _added_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The BOS that this tokenizer puts in front of a text by itself. Many own a BOS that they never
-    add."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+def _added_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What this tokenizer puts in front of a text by itself. Often that is BOS; many own a BOS that
+    they never add, and some add other tokens."""
+    ids, (plain,) = tokenizer("a")["input_ids"], _encode(tokenizer, ["a"])
+    places = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return list(ids[: next(places, 0)])
+
+
+def _check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: ChatTemplate
+) -> None:
+    name = tokenizer.name_or_path
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name}: no eos_token, and responses must end with one")
+    if tokenizer.chat_template or "chat_template" in template.kwargs:
+        return
+    if with_messages := next((row for row in rows if isinstance(row.prompt, list)), None):
+        problem = f"prompt holds messages, but tokenizer {name} has no chat template"
+        raise ValueError(f"{with_messages.where}: {problem}")
+
+
+def _check_prompt(ids: np.ndarray, room: int, max_length: int, row: Row) -> None:
+    if len(ids) == 0:
+        problem = "prompt: no tokens, so nothing predicts a response's first token"
+        raise BadRow("empty prompt", row.where, problem)
+    if room < MIN_RESPONSE_LENGTH:
+        raise BadRow(
+            "prompt fills the window",
+            row.where,
+            f"prompt: {len(ids)} tokens leave no room for a response in max_length {max_length} "
+            "(raise --max_length, or set --max_prompt_length to keep only the prompt's tail)",
+        )
+
+
+class _Endings:
+    """The end of an answer: the first special token behind it, or EOS if there is none."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        added = tokenizer.added_tokens_decoder.items()
+        # Some tokenizers list runs of white space among these.
+        self._special = {i for i, token in added if token.special or token.content.strip()}
+        self._special |= set(tokenizer.all_special_ids)
+        self._tokenizer = tokenizer
+        self._found: dict[str, list[int]] = {}
+
+    def _specials(self, behind: str) -> list[int]:
+        if behind not in self._found:
+            ids = _encode(self._tokenizer, [behind])[0]
+            self._found[behind] = [token for token in ids if token in self._special]
+        return self._found[behind]
+
+    def has_any(self, behind: str) -> bool:
+        """Whether there is an end token in what the template puts behind an answer."""
+        return bool(self._specials(behind))
+
+    def token(self, behind: str) -> int:
+        """The end token where the template puts the text `behind` behind an answer."""
+        return next(iter(self._specials(behind)), self._tokenizer.eos_token_id)
+
+    def cut(self, ids: list[int], behind: str) -> list[int]:
+        """The tokens of a text that ends with `behind`, up to its end token, without it."""
+        end = len(ids)
+        for _ in self._specials(behind):
+            end -= 1
+            while ids[end] not in self._special:
+                end -= 1
+        return ids[:end]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What of a row is tokenised: its prompt, and each response alone or in its conversation."""
+
+    row: Row
+    prompt: str
+    responses: list[str | Conversation]
+    end: int  # the token
+
+
+def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> _Texts:
+    tokenizer = template.tokenizer
+    if isinstance(row.prompt, str):
+        return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id)
+    opening = template.open(row)
+    end = endings.token(opening.behind)
+    end_text = tokenizer.convert_ids_to_tokens(end)
+    responses = []
+    for i, response in enumerate(row.responses):
+        if row.as_generated is None or not row.as_generated[i]:
+            answer = response.removesuffix(end_text)  # the template puts one there
+            response = template.answer(row, opening, answer, f"responses[{i}]")
+            if not endings.has_any(opening.behind):  # EOS comes without the line's end in front
+                response = response.without_last_space()
+        responses.append(response)
+    return _Texts(row, opening.text, responses, end)
+
+
+def _encode_rows(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[_Texts], endings: _Endings
+) -> Iterator[tuple[_Texts, list[int], list[list[int]]]]:
+    """For each row the tokens of its prompt and of its responses, without end tokens. The prompt is
+    what all its sequences begin with, up to the first answer: where a tokenizer joins the end of
+    the prompt with an answer's start, the joint token is the response's."""
+    parts = [part for row in rows for part in row.responses]
+    alone = iter(encode_responses(tokenizer, [part for part in parts if isinstance(part, str)]))
+    whole = [row.prompt for row in rows]
+    for part in parts:
+        if isinstance(part, Conversation):
+            whole += [part.text[: part.start], part.text]
+    whole = list(dict.fromkeys(whole))  # a row's conversations mostly begin alike
+    found = dict(zip(whole, _encode(tokenizer, whole), strict=True))
+    for row in rows:
+        opening = found[row.prompt]
+        sequences, starts = [], []  # each answer with its prompt, and where it begins
+        for part in row.responses:
+            if isinstance(part, Conversation):
+                sequences.append(endings.cut(found[part.text], part.behind))
+                starts.append(_num_common(found[part.text[: part.start]], sequences[-1]))
+            else:
+                sequences.append(opening + next(alone))
+                starts.append(len(opening))
+        prompt = sequences[0][: min(starts)] if sequences else opening
+        for ids in sequences:
+            prompt = prompt[: _num_common(prompt, ids)]
+        yield row, prompt, [ids[len(prompt) :] for ids in sequences]
+
+
+def _num_common(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    if b[: len(a)] == a:
+        return len(a)
+    return next(i for i in range(len(a)) if b[i : i + 1] != a[i : i + 1])
 
 
 def _fit_prompt(
-    ids: list[int], bos: int | None, max_length: int | None, counts: TokenCounts
+    ids: list[int], prefix: list[int], max_length: int | None, counts: TokenCounts
 ) -> np.ndarray:
-    """One BOS in front if the tokenizer adds one (a chat template or the text may bring it), and
-    the prompt's tail."""
-    head = []
-    if bos is not None:
-        head = [bos]
-        while ids[:1] == head:
-            ids = ids[1:]
-    if max_length is not None and len(head) + len(ids) > max_length:
-        ids = ids[len(head) + len(ids) - max_length :]
+    """The tokenizer's prefix once (a chat template or the text may bring it), and the prompt's
+    tail."""
+    while prefix and ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    if max_length is not None and len(prefix) + len(ids) > max_length:
+        ids = ids[len(prefix) + len(ids) - max_length :]
         counts.cut["prompts"] += 1
-    return np.array(head + ids, dtype=np.int32)
+    return np.array(prefix + ids, dtype=np.int32)
 
 
 def _fit_response(ids: list[int], end: int, limit: int, counts: TokenCounts) -> np.ndarray:
@@ -243,33 +361,6 @@ def _fit_response(ids: list[int], end: int, limit: int, counts: TokenCounts) -> 
         ids = ids[: limit - 1]
         counts.cut["responses"] += 1
     return np.array([*ids, end], dtype=np.int32)
-
-
-def _prompt_text(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str:
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return _rendered(tokenizer, row, row.prompt, add_generation_prompt=True)
-
-
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", row: Row, messages: list[dict], **options
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template raises what it likes, say on two user turns in a row
-        what = "these messages" if messages is row.prompt else "an answer behind these messages"
-        problem = f"prompt: the chat template rejects {what} ({error})"
-        raise BadRow("rejected by the chat template", row.where, problem) from error
-
-
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", row: Row) -> int:
-    """The first special token that the chat template puts behind an assistant's answer; EOS if it
-    puts none."""
-    answered = [*row.prompt, {"role": "assistant", "content": _PROBE}]
-    text = _rendered(tokenizer, row, answered)
-    behind = _encode(tokenizer, [text.rpartition(_PROBE)[2]])[0]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in behind if token in special), tokenizer.eos_token_id)
 
 
 def _ordered_rewards(scores: list[float]) -> np.ndarray:

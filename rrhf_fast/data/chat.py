@@ -1,0 +1,168 @@
+"""Messages as the chat template renders them: where an answer begins, and what stands behind it.
+
+A template may put more in front of an answer than its generation prompt holds (an empty think
+block, a channel's header, a space), may trim an answer, and may change it. So nothing is guessed:
+prompt and answer are rendered together, and the answer is looked up in the result.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rrhf_fast.data.rows import BadRow, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# An answer that no template has a reason to change, to see what goes around one.
+_PROBE = "rrhf-probe-answer"
+# Arguments of `apply_chat_template` that are decided here.
+_OURS = (
+    "conversation",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The text that a model answers, and the text that the template puts behind an answer."""
+
+    text: str
+    behind: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt with an answer: `text[:start]` is the prompt, and `text` ends with `behind`."""
+
+    text: str
+    start: int
+    behind: str
+
+    def without_last_space(self) -> "Conversation":
+        """The same without white space at the end of `behind`."""
+        behind = self.behind.rstrip()
+        text = self.text[: len(self.text) - len(self.behind) + len(behind)]
+        return Conversation(text, self.start, behind)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, with arguments.
+
+    Args:
+        kwargs: for the template, and `chat_template` to choose another one, by its name among the
+            tokenizer's or as its text. A row's own `chat_template_kwargs` come on top.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, row: Row) -> Opening:
+        """What the row's messages render to. Where the last message is the assistant's, the answer
+        continues it. Raises `BadRow` where the template rejects the messages or drops something."""
+        answered = self._answered(row, _PROBE)
+        if answered.count(_PROBE) != 1:
+            raise _changed(row, f"renders {_PROBE!r} as {_tail(answered)}")
+        before, _, behind = answered.partition(_PROBE)
+        if row.prompt[-1]["role"] == "assistant":
+            if not before.startswith(self._render(row, row.prompt[:-1])):
+                raise _changed(row, f"renders other messages behind it, {_tail(answered)}")
+            return Opening(before, behind)
+        text = self._render(row, row.prompt, add_generation_prompt=True)
+        self._check_dropped(row, text)
+        if before != text and before.startswith(text):
+            # A template without a generation prompt: all that it puts in front of an answer, but
+            # for spaces, which tokenizers join with the word behind them.
+            if text == self._render(row, row.prompt):
+                text = before.rstrip(" ")
+        return Opening(text, behind)
+
+    def answer(self, row: Row, opening: Opening, answer: str, name: str) -> Conversation:
+        """The row's messages with this answer, which `name` is called in errors. What the template
+        puts in front of the answer belongs to the prompt, but for spaces.
+
+        Raises:
+            BadRow: the template changes more than white space at the answer's ends, or the model
+                would be asked for it behind another text than it is rendered behind.
+        """
+        text = self._answered(row, answer)
+        ways = (answer, answer.rstrip(), answer.lstrip(), answer.strip())
+        kept = next((way for way in ways if text.endswith(way + opening.behind)), None)
+        if kept is None:
+            raise _changed(row, f"renders {name} as {_tail(text)}")
+        before = text[: len(text) - len(kept) - len(opening.behind)]
+        if not before.startswith(opening.text):
+            raise BadRow(
+                "not behind the generation prompt",
+                row.where,
+                f"{name}: the chat template's generation prompt ends with {_tail(opening.text)}, "
+                f"but it renders this answer behind {_tail(before)}; choose the template's "
+                "arguments so that both agree, such as --chat_template_kwargs "
+                "'{enable_thinking: false}', or give the prompt as a string",
+            )
+        start = max(len(opening.text), len(before.rstrip(" ")))
+        return Conversation(text, start, opening.behind)
+
+    def _answered(self, row: Row, answer: str) -> str:
+        *earlier, last = row.prompt
+        if last["role"] == "assistant":
+            messages = [*earlier, last | {"content": last["content"] + answer}]
+        else:
+            messages = [*row.prompt, {"role": "assistant", "content": answer}]
+        return self._render(row, messages)
+
+    def _render(self, row: Row, messages: list[dict], **options) -> str:
+        try:
+            check_kwargs(row.chat_template_kwargs or {})
+        except ValueError as error:
+            raise BadRow("wrong chat_template_kwargs", row.where, str(error)) from error
+        kwargs = self.kwargs | (row.chat_template_kwargs or {})
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, **{"tools": row.tools} | kwargs | options
+            )
+        except (
+            Exception
+        ) as error:  # a template raises what it likes, say on two user turns in a row
+            what = "these messages" if messages is row.prompt else "an answer behind these messages"
+            problem = f"prompt: the chat template rejects {what} ({error})"
+            raise BadRow("rejected by the chat template", row.where, problem) from error
+
+    def _check_dropped(self, row: Row, text: str) -> None:
+        """Refuse what a template takes and ignores."""
+        first = row.prompt[0]
+        if first["role"] == "system" and first["content"].strip() not in text:
+            problem = "prompt: the chat template drops or changes the system message"
+            raise BadRow("system message dropped", row.where, problem)
+        if row.tools:
+            without = {"tools": None, "add_generation_prompt": True}
+            if text == self._render(row, row.prompt, **without):
+                problem = "tools: the chat template ignores them (is there one for tools? "
+                problem += "--chat_template_kwargs '{chat_template: its name}')"
+                raise BadRow("tools ignored", row.where, problem)
+
+
+def check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that would change more than what the template says."""
+    for name in kwargs:
+        if name in _OURS:
+            raise ValueError(f"chat_template_kwargs: {name} is decided by this program")
+
+
+def _changed(row: Row, how: str) -> BadRow:
+    problem = f"responses: the chat template changes the answer, {how}; give the prompt as a string"
+    return BadRow("changed by the chat template", row.where, problem)
+
+
+def _tail(text: str) -> str:
+    return repr(text if len(text) <= 40 else "..." + text[-37:])

@@ -1,0 +1,387 @@
+"""What a chat template renders is what is trained, whatever the template does, or is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rrhf_fast.data.rows import BadRow, Row, RowReport
+from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+
+EOS = "<eos>"
+JOINS = (("Ċ", "cat"), ("]", "Ġ"), (":", "Ġ"), ("t", "Ċ"), ("Ċ", "Ċ"))
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>")
+SPECIAL += ("<|return|>", "[gMASK]", "<sop>")
+ADDED = ("<think>", "</think>", "\n\n")  # added, but not special
+
+
+def make_tokenizer(template=None, *, eos=EOS, prefix=(), joins=()):
+    """Letters and a cat, with a space in front or without. `joins` are further pairs of tokens that
+    join, such as those on both sides of a prompt's end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), *joins]
+    vocab = [*letters, *("".join(merge) for merge in merges)]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (EOS, *SPECIAL)])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in ADDED])
+    if prefix:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=" ".join([*prefix, "$A"]),
+            special_tokens=[(token, bpe.token_to_id(token)) for token in prefix],
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def user(text="Say cat"):
+    return [{"role": "user", "content": text}]
+
+
+def row(prompt, *responses, **more):
+    scores = [1.0 / (i + 1) for i in range(len(responses))]
+    return Row(prompt, list(responses), scores, None, "f:1", **more)
+
+
+def trained(tokenizer, row, **options):
+    """Per response the tokens of the whole sequence, and where the response starts."""
+    report = RowReport(read=1, kept=1)
+    (query,), _ = tokenise_rows([row], tokenizer, report, max_length=9999, **options)
+    prompt = query.prompt_ids.tolist()
+    return [prompt + ids.tolist() for ids in query.response_ids], len(prompt)
+
+
+def rendered(tokenizer, messages, answer, **kwargs):
+    """The tokens that transformers gives the whole conversation."""
+    *earlier, last = messages
+    if last["role"] == "assistant":
+        messages, answer = earlier, last["content"] + answer
+    return tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": answer}], return_dict=False, **kwargs
+    )
+
+
+def assert_trained_is_rendered(tokenizer, row, **kwargs):
+    sequences, _ = trained(tokenizer, row, **({"chat_template_kwargs": kwargs} if kwargs else {}))
+    for answer, ids in zip(row.responses, sequences, strict=True):
+        expected = rendered(tokenizer, row.prompt, answer, **kwargs)
+        rest = tokenizer.decode(expected[len(ids) :])
+        if expected[: len(ids)] != ids:  # a template without an end token
+            assert ids[-1] == tokenizer.eos_token_id
+            text, whole = tokenizer.decode(ids[:-1]), tokenizer.decode(expected)
+            assert ids[:-1] == tokenizer(text)["input_ids"] and whole.startswith(text)
+            rest = whole.removeprefix(text)
+        assert not rest.replace("<|start|>", "").strip()
+
+
+# --- Templates from building blocks
+
+TURN = "<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+HEADERS = (
+    "<|im_start|>assistant\n",
+    "ASSISTANT:",
+    "ASSISTANT: ",
+    "[/INST]",
+    "<|start|>assistant<|channel|>final<|message|>",
+    "",
+)
+# What a template may put in front of an answer, and of that, what its generation prompt holds.
+FRONTS = (
+    ("", ""),
+    (" ", ""),
+    (" ", " "),
+    ("\n", ""),
+    ("\n", "\n"),
+    ("<think>\n\n</think>\n\n", ""),
+    ("<think>\n\n</think>\n\n", "<think>\n"),
+    ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+    ("", "<think>\n"),
+    ("<|channel|>final<|message|>", "<|channel|>"),
+)
+ANSWERS = (
+    "{{ m.content }}",
+    "{{ m.content | trim }}",
+    "{{ m.content.rstrip() }}",
+    "{{ m.content | upper }}",
+    "{{ m.content.split('</think>')[-1] }}",
+    "{{ m.content }}{{ m.content }}",
+    "{{ m.content[:5] }}",
+    "{{ m.content | tojson }}",
+    "",
+)
+ENDS = ("<|im_end|>\n", "<|im_end|>", " <|return|>", "\n", "", "<eos><|start|>", "\n\n<|end|>\n")
+SYSTEMS = ("separate", "merged", "dropped")
+
+
+@st.composite
+def templates(draw):
+    header, (front, opened) = draw(st.sampled_from(HEADERS)), draw(st.sampled_from(FRONTS))
+    answer, end = draw(st.sampled_from(ANSWERS)), draw(st.sampled_from(ENDS))
+    system, ignores_flag = draw(st.sampled_from(SYSTEMS)), draw(st.booleans())
+    is_reordered = draw(st.sampled_from([False] * 5 + [True]))
+    body = "{% set ns = namespace(system='') %}"
+    assistant = header + front + answer + end
+    if is_reordered:
+        body += "{% if messages[-1].role == 'assistant' %}{% set m = messages[-1] %}"
+        body += assistant + "{% endif %}"
+    body += "{% for m in messages %}{% if m.role == 'system' %}"
+    if system == "separate":
+        body += "<|im_start|>system\n{{ m.content }}<|im_end|>\n"
+    elif system == "merged":
+        body += "{% set ns.system = m.content + '\\n' %}"
+    body += "{% elif m.role == 'user' %}" + TURN.replace("{{", "{{ ns.system }}{{")
+    body += "{% else %}" + ("" if is_reordered else assistant) + "{% endif %}{% endfor %}"
+    if not ignores_flag:
+        body += "{% if add_generation_prompt %}" + header + opened + "{% endif %}"
+    return body
+
+
+words = st.sampled_from(
+    ("cat", " cat", "cat ", "\ncat", "\n\ncat", "dog", "assistant", "<think>\na\n</think>\n\nb")
+    + ("a</think>b", "<|im_end|>", "cat<|im_end|>", ":", "]", "\t.\n", "é<", "rrhf-probe-answer")
+) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9).filter(str.strip)
+prompts = st.sampled_from(
+    (
+        user(),
+        [{"role": "system", "content": "Be brief."}, *user()],
+        [*user("Hi"), {"role": "assistant", "content": "cat"}, *user("Again: ")],
+        [*user(), {"role": "assistant", "content": "A "}],
+        [*user(), {"role": "assistant", "content": "A cat"}],
+    )
+)
+
+
+@given(templates(), prompts, st.lists(words, min_size=2, max_size=4))
+def test_what_is_rendered_is_trained_or_refused(template, prompt, responses):
+    tokenizer = make_tokenizer(template, joins=JOINS)
+    # The end token that an answer brings is the template's.
+    responses = [text.removesuffix("<|im_end|>") or "cat" for text in responses]
+    try:
+        assert_trained_is_rendered(tokenizer, row(prompt, *responses))
+    except BadRow as error:
+        assert str(error).startswith("f:1: ") and "template" in str(error)
+
+
+# --- Where the answer begins, kind by kind
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTION = "<|im_start|>user\nSay cat<|im_end|>\n"
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def chatml(answer, opened):
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}" + TURN + "{% else %}"
+        "<|im_start|>assistant\n" + answer + "<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + opened + "{% endif %}"
+    )
+
+
+THINKS = chatml(
+    NO_THOUGHT + "{{ m.content }}",
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    + NO_THOUGHT
+    + "{% else %}<think>\n{% endif %}",
+)
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}"
+)
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+KINDS = {
+    "plain": (CHATML, QUESTION + "<|im_start|>assistant\n", "cat<|im_end|>"),
+    "generation prompt opens a thought": (
+        THINKS,
+        QUESTION + "<|im_start|>assistant\n" + NO_THOUGHT,
+        "cat<|im_end|>",
+    ),
+    "empty thought": (
+        chatml(NO_THOUGHT + "{{ m.content }}", ""),
+        QUESTION + "<|im_start|>assistant\n" + NO_THOUGHT,
+        "cat<|im_end|>",
+    ),
+    "channel": (
+        CHANNELS,
+        "<|start|>user<|message|>Say cat<|end|><|start|>assistant<|channel|>final<|message|>",
+        "cat<|return|>",
+    ),
+    # The tokenizer joins a space with the word behind it, so the model has to write both.
+    "space": (SPACED, "[INST] Say cat [/INST]", " cat<eos>"),
+    "no generation prompt": (
+        CHATML.partition("{% if add_generation_prompt %}")[0],
+        QUESTION + "<|im_start|>assistant\n",
+        "cat<|im_end|>",
+    ),
+    "trims": (
+        CHATML.replace("m.content", "m.content | trim"),
+        QUESTION + "<|im_start|>assistant\n",
+        "cat<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_front_of_an_answer_is_the_prompt(kind):
+    template, prompt, answer = KINDS[kind]
+    tokenizer = make_tokenizer(template)
+    this = row(user(), "cat", "dog")
+    assert_trained_is_rendered(tokenizer, this)
+    (ids, _), start = trained(tokenizer, this)
+    assert [tokenizer.decode(part) for part in (ids[:start], ids[start:])] == [prompt, answer]
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "problem"),
+    [
+        (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer, renders"),
+        (CHATML.replace("m.content", "m.content[:20]"), "cat " * 9, r"renders responses\[0\] as"),
+        (CHATML.replace("{{ m.content }}", ""), "cat", "changes the answer"),
+        (chatml("{{ m.content }}", "<think>\n"), "cat", r"ends with '.*<think>\\n', but .*kwargs"),
+        (chatml("{{ m.content.split('</think>')[-1] }}", ""), "a</think>b", "changes the answer"),
+    ],
+)
+def test_what_a_template_changes_is_refused(template, answer, problem):
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(BadRow, match=f"^f:1: responses.*{problem}"):
+        trained(tokenizer, row(user(), answer, "dog"))
+
+
+def test_a_thought_in_an_answer_takes_the_place_of_the_empty_one():
+    thinks = "{% if '</think>' not in m.content %}" + NO_THOUGHT + "{% endif %}{{ m.content }}"
+    tokenizer = make_tokenizer(chatml(thinks, ""))
+    thoughts = "<think>\nCats.\n</think>\n\ncat"
+    this = row(user(), "cat", thoughts)
+    assert_trained_is_rendered(tokenizer, this)
+    (first, second), start = trained(tokenizer, this)
+    # The empty thought is what the model would have to write instead, so it is learned here.
+    assert tokenizer.decode(second) == f"{QUESTION}<|im_start|>assistant\n{thoughts}<|im_end|>"
+    assert tokenizer.decode(second[:start]) == f"{QUESTION}<|im_start|>assistant\n"
+    assert tokenizer.decode(first[start:]) == f"{NO_THOUGHT}cat<|im_end|>"
+
+
+def test_an_answer_that_continues_the_last_message():
+    tokenizer = make_tokenizer(THINKS)
+    this = row([*user(), {"role": "assistant", "content": "A "}], "cat", "\n\ndog")
+    assert_trained_is_rendered(tokenizer, this)
+    (ids, other), start = trained(tokenizer, this)
+    prompt = f"{QUESTION}<|im_start|>assistant\n{NO_THOUGHT}A"
+    assert tokenizer.decode(ids[:start]) == prompt  # the space joins the cat
+    assert tokenizer.decode(ids[start:]) == " cat<|im_end|>"
+    assert tokenizer.decode(other[start:]) == " \n\ndog<|im_end|>"
+
+
+def test_tokens_that_join_across_the_border_are_the_answers():
+    tokenizer = make_tokenizer(CHATML, joins=[("Ċ", "cat")])
+    this = row(user(), "cat", "dog")
+    assert_trained_is_rendered(tokenizer, this)
+    (ids, other), start = trained(tokenizer, this)
+    assert tokenizer.convert_ids_to_tokens(ids[start:]) == ["Ċcat", "<|im_end|>"]
+    assert tokenizer.decode(other[start:]) == "\ndog<|im_end|>"
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_arguments_of_the_template(by_row):
+    tokenizer = make_tokenizer(THINKS)
+    kwargs = {"enable_thinking": False}
+    this = row(user(), **({"chat_template_kwargs": kwargs} if by_row else {}))
+    options = {} if by_row else {"chat_template_kwargs": kwargs}
+    (query,), _ = tokenise_rows([this], tokenizer, RowReport(), max_length=999, **options)
+    opening = tokenizer.decode(query.prompt_ids)
+    assert opening == f"{QUESTION}<|im_start|>assistant\n{NO_THOUGHT}"
+    assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"), **kwargs)
+
+
+def test_a_template_by_name():
+    tokenizer = make_tokenizer({"default": CHATML, "other": SPACED})
+    assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"), chat_template="other")
+    (ids, _), _ = trained(
+        tokenizer, row(user(), "cat", "dog", chat_template_kwargs={"chat_template": "other"})
+    )
+    assert tokenizer.decode(ids) == "[INST] Say cat [/INST] cat<eos>"
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_tensors"])
+def test_arguments_that_are_not_the_templates(name):
+    with pytest.raises(ValueError, match=f"^chat_template_kwargs: {name} "):
+        trained(make_tokenizer(CHATML), row(user(), "a", "b"), chat_template_kwargs={name: True})
+    with pytest.raises(BadRow, match=f"^f:1: chat_template_kwargs: {name} "):
+        trained(make_tokenizer(CHATML), row(user(), "a", "b", chat_template_kwargs={name: True}))
+
+
+def test_tools_reach_the_template_or_the_row_is_refused():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    shows = "{% if tools %}<|start|>{{ tools[0].function.name }}{% endif %}"
+    (ids, _), _ = trained(make_tokenizer(shows + CHATML), row(user(), "cat", "dog", tools=tools))
+    assert make_tokenizer().decode(ids).startswith("<|start|>weather<|im_start|>user")
+    with pytest.raises(BadRow, match="^f:1: tools: the chat template ignores them"):
+        trained(make_tokenizer(CHATML), row(user(), "cat", "dog", tools=tools))
+
+
+def test_a_system_message_that_the_template_drops():
+    messages = [{"role": "system", "content": "Be brief."}, *user()]
+    assert_trained_is_rendered(make_tokenizer(CHATML), row(messages, "cat", "dog"))
+    drops = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", TURN)
+    drops = drops.replace(TURN, "{% if m.role != 'system' %}" + TURN + "{% endif %}")
+    with pytest.raises(BadRow, match="^f:1: prompt: the chat template drops .* system message"):
+        trained(make_tokenizer(drops), row(messages, "cat", "dog"))
+
+
+# --- What a model wrote itself
+
+SAMPLE = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>Hi"
+
+
+def test_samples_keep_special_tokens_but_the_end():
+    tokenizer = make_tokenizer(CHANNELS, eos="<|return|>")
+    drawn = tokenizer(SAMPLE + "<|return|>")["input_ids"]
+    assert decode_response(tokenizer, drawn) == SAMPLE
+    assert decode_response(tokenizer, drawn[:-1]) == SAMPLE  # it was cut off
+    turn = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert decode_response(tokenizer, drawn[:5] + [turn], [turn]) == tokenizer.decode(drawn[:5])
+
+
+def test_a_sample_stands_right_behind_the_generation_prompt():
+    tokenizer = make_tokenizer(CHANNELS, eos="<|return|>")
+    this = row(user(), SAMPLE, "cat", as_generated=[True, False])
+    (sample, answer), start = trained(tokenizer, this)
+    opening = tokenizer.apply_chat_template(user(), add_generation_prompt=True, return_dict=False)
+    assert sample == opening + tokenizer(SAMPLE + "<|return|>")["input_ids"]
+    assert answer == rendered(tokenizer, user(), "cat")
+    # The sample has no header of the template's own; both go on with a channel.
+    assert sample[:start] == answer[:start] == opening
+
+
+def test_what_the_template_would_change_is_trained_as_it_was_generated():
+    tokenizer = make_tokenizer(chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n"))
+    this = row(user(), "a</think>b", "c</think>d", as_generated=[True, True])
+    (ids, _), start = trained(tokenizer, this)
+    assert tokenizer.decode(ids[start:]) == "a</think>b<|im_end|>"
+    assert tokenizer.decode(ids[:start]) == f"{QUESTION}<|im_start|>assistant\n<think>\n"
+
+
+# --- What a tokenizer puts in front
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "[gMASK]<sop>Hi"])
+def test_a_prefix_that_is_no_bos(prompt):
+    tokenizer = make_tokenizer(prefix=("[gMASK]", "<sop>"))
+    (ids, _), start = trained(tokenizer, row(prompt, "cat", "dog"))
+    assert ids[:start] == tokenizer("Hi")["input_ids"]
+    tokenizer.chat_template = "[gMASK]<sop>" + CHATML
+    assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"))
+
+
+def test_a_prompt_that_is_cut_keeps_the_prefix():
+    tokenizer = make_tokenizer(prefix=("[gMASK]", "<sop>"))
+    (ids, _), start = trained(tokenizer, row("0123456789", "cat", "dog"), max_prompt_length=4)
+    assert tokenizer.decode(ids[:start]) == "[gMASK]<sop>89"

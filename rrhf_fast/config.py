@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from rrhf_fast.data.chat import check_kwargs
+
 
 @dataclass
 class DataConfig:
@@ -30,6 +32,9 @@ class DataConfig:
     the others."""
     stop_strings: list[str] = field(default_factory=list)
     """Cut each response at the first of these, for example ["\\n\\nHuman:", "\\n\\nAssistant:"]."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}, or {chat_template: name} to
+    choose one of several. A row's own come on top."""
     max_length: int = 2048
     """Tokens of prompt plus response; lowered to the model's window."""
     max_prompt_length: int | None = None
@@ -148,6 +153,8 @@ class TrainConfig(LossConfig, DataConfig):
     whole weights and gradients in memory for less traffic."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in the CPU's memory."""
+    show_tokens: int = 0
+    """Print so many rows as the model will see them, token by token, and stop; loads no weights."""
     dry_run: bool = False
     """Print an estimate of the memory a GPU needs, and stop; loads neither weights nor data."""
 
@@ -222,9 +229,11 @@ class TrainConfig(LossConfig, DataConfig):
         expect(self, name, of_packs, "at least 1, or auto")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon"):
             expect(self, name, lambda value: value > 0, "more than 0")
+        check_kwargs(self.chat_template_kwargs)
         for name in (
             "weight_decay",
             "max_grad_norm",
+            "show_tokens",
             "rank_weight",
             "sft_weight",
             "margin",

@@ -80,11 +80,11 @@ class ChatTemplate:
             return Opening(before, behind)
         text = self._render(row, row.prompt, add_generation_prompt=True)
         self._check_dropped(row, text)
-        if before != text and before.startswith(text):
+        more = before.startswith(text) and before != text
+        if more and text == self._render(row, row.prompt):
             # A template without a generation prompt: all that it puts in front of an answer, but
             # for spaces, which tokenizers join with the word behind them.
-            if text == self._render(row, row.prompt):
-                text = before.rstrip(" ")
+            text = before.rstrip(" ")
         return Opening(text, behind)
 
     def answer(self, row: Row, opening: Opening, answer: str, name: str) -> Conversation:
@@ -114,12 +114,7 @@ class ChatTemplate:
         return Conversation(text, start, opening.behind)
 
     def _answered(self, row: Row, answer: str) -> str:
-        *earlier, last = row.prompt
-        if last["role"] == "assistant":
-            messages = [*earlier, last | {"content": last["content"] + answer}]
-        else:
-            messages = [*row.prompt, {"role": "assistant", "content": answer}]
-        return self._render(row, messages)
+        return self._render(row, with_answer(row.prompt, answer))
 
     def _render(self, row: Row, messages: list[dict], **options) -> str:
         try:
@@ -150,6 +145,15 @@ class ChatTemplate:
                 problem = "tools: the chat template ignores them (is there one for tools? "
                 problem += "--chat_template_kwargs '{chat_template: its name}')"
                 raise BadRow("tools ignored", row.where, problem)
+
+
+def with_answer(messages: list[dict], answer: str) -> list[dict]:
+    """The messages, with an assistant's answer, or the last one continued by it if that is the
+    assistant's."""
+    *earlier, last = messages
+    if last["role"] == "assistant":
+        return [*earlier, last | {"content": last["content"] + answer}]
+    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import json
 import math
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,6 +58,27 @@ class Draft:
     tools: list[dict] | None = None
     chat_template_kwargs: dict | None = None
     as_generated: list[bool] | None = None
+
+    def pick(self, keep: Sequence[int]) -> "Draft":
+        """The same prompt with these of its responses."""
+        per_response = ("responses", "sources", "finish_reasons", "as_generated")
+        lists = {name: getattr(self, name) for name in per_response}
+        kept = {name: values and [values[i] for i in keep] for name, values in lists.items()}
+        return replace(self, **kept)
+
+    def as_row(self) -> Row:
+        """A row of the same tokens, without scores."""
+        responses = self.responses or []
+        return Row(
+            prompt=self.prompt,
+            responses=responses,
+            scores=[0.0] * len(responses),
+            sources=self.sources,
+            where=self.where,
+            tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+            as_generated=self.as_generated,
+        )
 
 
 class BadRow(ValueError):

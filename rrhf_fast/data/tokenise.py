@@ -135,6 +135,11 @@ def end_token_ids(
     return sorted(ends)
 
 
+def learned_end_ids(queries: Sequence[TokenisedQuery]) -> list[int]:
+    """The tokens that responses of these queries end with."""
+    return sorted({int(ids[-1]) for query in queries for ids in query.response_ids})
+
+
 def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Tokens of texts that stand behind a prompt, without an end token."""
     with _mid_text(tokenizer):

@@ -55,7 +55,7 @@ GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
 CARRIED_OUT = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "run_name",
     "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
-    "dry_run",
+    "dry_run", "show_tokens",
 }  # fmt: skip
 
 

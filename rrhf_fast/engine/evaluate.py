@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.active import kept_rows
 from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.tokenise import TokenisedQuery, decode_response, end_token_ids
+from rrhf_fast.data.tokenise import TokenisedQuery, decode_response, learned_end_ids
 from rrhf_fast.engine.distributed import World, gathered
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
@@ -115,7 +115,7 @@ def evaluate_samples(
     world = world or World(model.device)
     prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
     prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
-    end_tokens = end_token_ids(tokenizer, [query.row for query in queries])
+    end_tokens = sorted({tokenizer.eos_token_id, *learned_end_ids(queries)})
     with model.generation(), model.autocast(), gathered(model, config):
         share = sample_responses(
             model.lm,
@@ -131,7 +131,7 @@ def evaluate_samples(
     tokens = [None] * len(prompts)
     for rank, sampled in enumerate(world.gather(share)):
         tokens[rank :: world.size] = sampled
-    responses = [decode_response(tokenizer, ids) for ids in tokens]
+    responses = [decode_response(tokenizer, ids, end_tokens) for ids in tokens]
     rewards = world.once(lambda: _score(reward_fn, prompts, responses, config.eval_reward_fn))
     by_prompt = rewards.reshape(len(queries), -1).mean(1)
     measures = {

@@ -34,6 +34,7 @@ from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.prepare import Run, prepare, with_demo
 from rrhf_fast.engine.profile import StepProfiler
 from rrhf_fast.engine.save import gather_weights, write_model
+from rrhf_fast.engine.show import shown_rows
 from rrhf_fast.model.layers import count_given_up, count_graphs
 
 GIVEN_UP = (
@@ -66,7 +67,8 @@ def train(config: TrainConfig) -> TrainResult:
     Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
     samples.jsonl when `eval_reward_fn` is set, and checkpoints. Ctrl-C ends the run early and still
     saves the model; SIGTERM and SIGUSR1 end it after the step at hand with a checkpoint. Under
-    torchrun every process calls this. With `dry_run` it prints an estimate of the memory instead.
+    torchrun every process calls this. With `dry_run` it prints an estimate of the memory instead,
+    with `show_tokens` rows in tokens.
 
     Raises:
         ValueError: a mistake in options, files or rows, found before anything is trained; or an
@@ -82,8 +84,9 @@ def train(config: TrainConfig) -> TrainResult:
         2
     """
     config.validate()
-    if config.dry_run:
-        print(memory_table(with_demo(config) if config.model_name_or_path is None else config))
+    if config.dry_run or config.show_tokens:
+        config = with_demo(config) if config.model_name_or_path is None else config
+        print(memory_table(config) if config.dry_run else shown_rows(config))
         return TrainResult(output_dir=None, metrics=[])
     with join_world(config) as world:
         run = prepare(config, world)

@@ -84,6 +84,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         "max_length": max_length,
         "max_prompt_length": config.max_prompt_length,
         "max_response_length": config.max_response_length,
+        "chat_template_kwargs": config.chat_template_kwargs,
         "on_bad_rows": config.on_bad_rows,
     }
     queries, cut = tokenise_rows(rows, tokenizer, report, **limits)

@@ -39,16 +39,26 @@ FILES += tuple(f"{name}.{kind}" for name in ROWS for kind in ("journal", "saving
 
 @dataclass
 class Side:
-    """The scored samples of a model: lists by prompt."""
+    """The scored samples of a model, prompt by prompt."""
 
-    prompts: list
-    responses: list[list[str]]
+    drafts: list[Draft]
     rewards: list[np.ndarray]
-    finish_reasons: list[list[str | None]]
+
+    @property
+    def prompts(self) -> list:
+        return [draft.prompt for draft in self.drafts]
+
+    @property
+    def responses(self) -> list[list[str]]:
+        return [draft.responses for draft in self.drafts]
+
+    @property
+    def finish_reasons(self) -> list[list[str | None]]:
+        return [draft.finish_reasons or [None] * len(draft.responses) for draft in self.drafts]
 
     def pick(self, keep: Sequence[int]) -> "Side":
         """The same for these prompts."""
-        return Side(*([getattr(self, f.name)[i] for i in keep] for f in fields(self)))
+        return Side([self.drafts[i] for i in keep], [self.rewards[i] for i in keep])
 
 
 @dataclass
@@ -229,17 +239,14 @@ def _sample_config(config: EvaluateConfig, sides: dict[str, str], output: Path) 
 def read_side(path: str | Path, source: str) -> Side:
     """The scored samples of one source, prompt by prompt. Raises ValueError where they are none."""
     drafts, _ = load_drafts(str(path))
-    side = Side([], [], [], [])
+    side = Side([], [])
     for draft, record in zip(drafts, _records(path), strict=True):
         sources, scores = draft.sources or [], record.get("scores")
         if not isinstance(scores, list) or len(scores) != len(draft.responses or []):
             raise ValueError(f"{draft.where}: scores: expected one for each response (see score)")
         keep = [i for i, name in enumerate(sources) if name == source]
-        side.prompts.append(draft.prompt)
-        side.responses.append([draft.responses[i] for i in keep])
+        side.drafts.append(draft.pick(keep))
         side.rewards.append(np.array([scores[i] for i in keep], dtype=np.float64))
-        reasons = draft.finish_reasons or [None] * len(sources)
-        side.finish_reasons.append([reasons[i] for i in keep])
     if not any(side.responses):
         expected = "expected the scored.jsonl of an evaluation"
         raise ValueError(f"{path}: holds no scored samples of an evaluated model ({expected})")
@@ -292,13 +299,9 @@ def _plain(value: float) -> Estimate:
 def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
     """exp of minus the mean log-prob of the samples' tokens under the reference, given the
     prompt."""
-    drafts = [
-        Draft(prompt, responses, None, None, {}, "")
-        for prompt, responses in zip(side.prompts, side.responses, strict=True)
-    ]
     kept = [
         [generated(logps, reason) for logps, reason in zip(row, reasons, strict=True)]
-        for row, reasons in zip(reference(drafts), side.finish_reasons, strict=True)
+        for row, reasons in zip(reference(side.drafts), side.finish_reasons, strict=True)
     ]
     sums = [sum(float(logps.sum()) for logps in row) for row in kept]
     counts = [sum(len(logps) for logps in row) for row in kept]
@@ -308,10 +311,9 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
 def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
     model = LogProbs(config.model_name_or_path, config)
-    drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
     pairs = [
         pairs_in_order(np.array([logps.mean() for logps in found]), np.array(row.scores))
-        for row, found in zip(rows, model(drafts), strict=True)
+        for row, found in zip(rows, model(rows), strict=True)
     ]
     return ByPrompt(*zip(*pairs, strict=True))
 

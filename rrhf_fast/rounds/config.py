@@ -75,8 +75,9 @@ class IterateConfig(EvaluationOptions):
         SampleConfig(
             data="data", output="output", model_name_or_path="model", policies=self.policies
         ).validate()
+        defaults = TrainConfig()
         for name, instead in TRAIN_OPTIONS_ELSEWHERE.items():
-            if getattr(self.train, name) != getattr(TrainConfig, name):
+            if getattr(self.train, name) != getattr(defaults, name):
                 raise ValueError(f"train.{name}: is not used here ({instead})")
         if self.steps_per_round is not None and self.train.optim == "adamw_8bit":
             problem = "the moments of adamw_8bit cannot be carried on from round to round"
@@ -98,6 +99,7 @@ class IterateConfig(EvaluationOptions):
             "overwrite_output_dir": True,
             "on_bad_rows": "skip",
             "trust_remote_code": self.trust_remote_code,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "seed": self.train.seed + number,
         }
         if self.steps_per_round is not None:
@@ -116,6 +118,8 @@ TRAIN_OPTIONS_ELSEWHERE = {
     "model_name_or_path": "say --model_name_or_path",
     "train_data": "say --data",
     "output_dir": "say --output_dir",
+    "chat_template_kwargs": "say --chat_template_kwargs",
+    "show_tokens": "run python -m rrhf_fast.train --show_tokens 3",
     "dry_run": "run python -m rrhf_fast.train --dry_run true",
 }
 

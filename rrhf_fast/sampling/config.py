@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rrhf_fast.config import check_types, expect
+from rrhf_fast.data.chat import check_kwargs
 
 # Options that change where a result goes or when it is there, not what it is.
 _NO_MATTER = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
@@ -147,6 +148,9 @@ class SampleConfig(EndpointConfig):
     """The model of every policy that names none."""
     policies: list[Policy] = field(default_factory=lambda: [Policy()])
     """Where responses come from, in the order in which a row will hold them."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}, or {chat_template: name} to
+    choose one of several. A row's own come on top."""
     max_prompt_length: int | None = None
     """Tokens; a longer prompt keeps its tail. Default: never cut a prompt."""
     stop_strings: list[str] = field(default_factory=list)
@@ -180,6 +184,7 @@ class SampleConfig(EndpointConfig):
                 raise ValueError(f"{name}: missing")
         for name in ("batch_size", "max_prompt_length", "max_concurrency"):
             expect(self, name, lambda value: value is None or value >= 1, "at least 1")
+        check_kwargs(self.chat_template_kwargs)
         for name in ("max_retries", "seed"):
             expect(self, name, lambda value: value >= 0, "0 or more")
         expect(self, "timeout", lambda value: value > 0, "more than 0")

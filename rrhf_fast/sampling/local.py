@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from rrhf_fast.data.journal import fingerprint
-from rrhf_fast.data.rows import Draft, Row, RowReport, cut_at
+from rrhf_fast.data.rows import Draft, RowReport, cut_at
 from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.sampling.config import Policy, SampleConfig
@@ -30,7 +30,8 @@ class LocalModel:
         # The policy says how to decode: nothing comes from the checkpoint (temperature, penalties).
         self.lm.generation_config = GenerationConfig()
         self.max_length = max_positions(self.lm)
-        rows = [Row(draft.prompt, [], [], None, draft.where) for draft in drafts]
+        rows = [draft.pick([]).as_row() for draft in drafts]
+        template = {"chat_template_kwargs": config.chat_template_kwargs}
         queries, _ = tokenise_rows(
             rows,
             self.tokenizer,
@@ -38,8 +39,10 @@ class LocalModel:
             max_length=self.max_length or 10**9,
             max_prompt_length=config.max_prompt_length,
             on_bad_rows=config.on_bad_rows,
+            **template,
         )
-        self.end_token_ids = end_token_ids(self.tokenizer, [query.row for query in queries])
+        usable = [query.row for query in queries]
+        self.end_token_ids = end_token_ids(self.tokenizer, usable, **template)
         numbers = {id(row): i for i, row in enumerate(rows)}
         self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
         usable = list(self.prompts)
@@ -51,7 +54,8 @@ class LocalModel:
         ]
 
     def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
-        """For each prompt of this batch its responses, as {"text", "finish_reason"}."""
+        """For each prompt of this batch its responses, as {"text", "finish_reason",
+        "as_generated"}."""
         pad = self.tokenizer.pad_token_id
         stop_strings = self.config.stop_strings
         with torch.random.fork_rng():
@@ -69,10 +73,11 @@ class LocalModel:
         return [[self._response(ids) for ids in responses] for responses in found]
 
     def _response(self, ids) -> dict:
-        text = decode_response(self.tokenizer, ids)
+        text = decode_response(self.tokenizer, ids, self.end_token_ids)
         cut = cut_at(self.config.stop_strings, text)
         ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
-        return {"text": cut, "finish_reason": "stop" if ended else "length"}
+        reason = "stop" if ended else "length"
+        return {"text": cut, "finish_reason": reason, "as_generated": True}
 
 
 def inference_dtype(name: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def sample(config: SampleConfig) -> Counter:
     """Add responses to rows; writes `config.output`.
 
     A row keeps its fields and gains `responses`, `sources` and `finish_reasons` ("stop", "length"
-    or null), and `failures` where an endpoint refused. A run that was killed goes on where it was.
+    or null), `as_generated` where local models answered messages, and `failures` where an endpoint
+    refused. A run that was killed goes on where it was.
 
     Returns:
         What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
@@ -32,7 +34,7 @@ def sample(config: SampleConfig) -> Counter:
     """
     config.validate()
     drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
-    prompts = [[draft.prompt, draft.responses, draft.sources] for draft in drafts]
+    prompts = [asdict(draft) | {"where": None} for draft in drafts]
     for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
         if policy.method not in ("openai", "provided"):
             name, option = _model_of(number, config)
@@ -155,7 +157,7 @@ def _merge(
     rows = []
     for row, draft in enumerate(drafts):
         out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
-        failures = []
+        failures, as_generated = [], []
         for number, policy in enumerate(config.policies):
             for result in found[number][row]:
                 source = result.get("source", source_of(policy))
@@ -168,9 +170,12 @@ def _merge(
                     out["responses"].append(result["text"])
                     out["sources"].append(source)
                     out["finish_reasons"].append(result["finish_reason"])
+                    as_generated.append(result.get("as_generated", False))
         counts["failures"] += len(failures)
         counts["unrankable"] += len(out["responses"]) < 2
         out |= {"failures": failures} if failures else {}
+        if isinstance(draft.prompt, list) and any(as_generated):
+            out["as_generated"] = as_generated
         rows.append(draft.others | out)
     return rows, counts
 
@@ -182,11 +187,11 @@ def _provided(draft: Draft, policy: Policy) -> list[dict]:
         keep = [own == (policy.use_responses == "provided") for own in provided_mask(draft)]
     sources = draft.sources or [policy.source or "provided"] * len(responses)
     reasons = draft.finish_reasons or [None] * len(responses)
-    parts = zip(responses, sources, reasons, keep, strict=True)
+    generated = draft.as_generated or [False] * len(responses)
+    parts = zip(responses, sources, reasons, generated, strict=True)
+    names = ("text", "source", "finish_reason", "as_generated")
     return [
-        {"text": text, "source": source, "finish_reason": reason}
-        for text, source, reason, kept in parts
-        if kept
+        dict(zip(names, part, strict=True)) for part, kept in zip(parts, keep, strict=True) if kept
     ]
 
 

@@ -1,9 +1,10 @@
 """Options of `python -m rrhf_fast.score`: what a response is worth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf_fast.config import check_types, expect
+from rrhf_fast.data.chat import check_kwargs
 from rrhf_fast.sampling.config import EndpointConfig
 
 
@@ -36,6 +37,9 @@ class ScorerConfig(EndpointConfig):
     """The policy."""
     reference_model_name_or_path: str | None = None
     """The model that the policy's responses should stay likely under."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}, or {chat_template: name} to
+    choose one of several. A row's own come on top."""
     packing: Literal["forest", "none"] = "forest"
     """How log-probs are computed; see the trainer's packing."""
     max_tokens_per_pack: int = 8192
@@ -59,6 +63,7 @@ class ScorerConfig(EndpointConfig):
             )
         for name in ("batch_size", "max_tokens_per_pack", "reward_max_length", "max_concurrency"):
             expect(self, name, lambda value: value >= 1, "at least 1")
+        check_kwargs(self.chat_template_kwargs)
         expect(self, "max_retries", lambda value: value >= 0, "0 or more")
         expect(self, "timeout", lambda value: value > 0, "more than 0")
         if self.policy_as_reward and self.model_name_or_path is None:

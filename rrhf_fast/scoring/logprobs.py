@@ -38,7 +38,7 @@ class LogProbs:
         )
 
     @torch.no_grad()
-    def __call__(self, drafts: Sequence[Draft]) -> list[list[np.ndarray]]:
+    def __call__(self, drafts: Sequence[Draft | Row]) -> list[list[np.ndarray]]:
         """For each row and each of its responses the log-probs [R] of its tokens, the end token
         last.
 
@@ -46,10 +46,8 @@ class LogProbs:
         """
         found: list[list[np.ndarray]] = [[] for _ in drafts]
         numbers = [i for i, draft in enumerate(drafts) if draft.responses]
-        rows = [
-            Row(draft.prompt, draft.responses, [0.0] * len(draft.responses), None, draft.where)
-            for draft in (drafts[i] for i in numbers)
-        ]
+        rows = [drafts[i] for i in numbers]
+        rows = [row.as_row() if isinstance(row, Draft) else row for row in rows]
         if not rows:
             return found
         queries, _ = tokenise_rows(
@@ -58,6 +56,7 @@ class LogProbs:
             RowReport(),
             max_length=self.max_length,
             max_prompt_length=self.max_length // 2,
+            chat_template_kwargs=self.config.chat_template_kwargs,
         )
         planner = PackPlanner(
             queries,

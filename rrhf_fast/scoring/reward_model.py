@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rrhf_fast.data.chat import with_answer
 from rrhf_fast.model.decoder import load_tokenizer, max_positions
 from rrhf_fast.sampling.local import inference_dtype
 from rrhf_fast.scoring.config import ScorerConfig
@@ -74,7 +75,7 @@ class RewardModel:
             if not tokenizer.chat_template:
                 raise ValueError("reward_input: the reward model's tokenizer has no chat template")
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            turns = [*turns, {"role": "assistant", "content": response}]
+            turns = with_answer(turns, response)
             try:
                 text = tokenizer.apply_chat_template(turns, tokenize=False)
             except Exception as error:  # a template raises what it likes
@@ -117,7 +118,9 @@ class RewardModel:
 
 def plain_text(prompt: Prompt) -> str:
     """A prompt as one text; messages are parted by empty lines."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] for turn in prompt)
+    return (
+        prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] or "" for turn in prompt)
+    )
 
 
 def _counts_from_padding(model: torch.nn.Module) -> bool:

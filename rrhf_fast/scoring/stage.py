@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -42,7 +43,7 @@ def score(config: ScoreConfig) -> Counter:
     for draft in drafts:
         if draft.responses is None:
             raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
-    texts = [[draft.prompt, draft.responses, draft.finish_reasons] for draft in drafts]
+    texts = [asdict(draft) | {"where": None} for draft in drafts]
     check_scorer(config)  # a wrong name shall not cost any work
     for option in ("model_name_or_path", "reference_model_name_or_path"):
         if config.kl_coef:
@@ -236,7 +237,7 @@ def _merge(
                 for reward, ratio in zip(scores, out["log_ratios"], strict=True)
             ]
         out["scores"] = scores
-        for name in ("sources", "finish_reasons"):
+        for name in ("sources", "finish_reasons", "as_generated"):
             if (values := getattr(draft, name)) is not None:
                 out[name] = [values[i] for i in keep]
         if any("criteria" in found[i] for i in keep):

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+from rrhf_fast.data.tokenise import decode_response, tokenise_rows
 
 EOS = "<eos>"
 JOINS = (("Ċ", "cat"), ("]", "Ġ"), (":", "Ġ"), ("t", "Ċ"), ("Ċ", "Ċ"))
@@ -139,10 +139,11 @@ def templates(draw):
     return body
 
 
-words = st.sampled_from(
-    ("cat", " cat", "cat ", "\ncat", "\n\ncat", "dog", "assistant", "<think>\na\n</think>\n\nb")
-    + ("a</think>b", "<|im_end|>", "cat<|im_end|>", ":", "]", "\t.\n", "é<", "rrhf-probe-answer")
-) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9).filter(str.strip)
+ANSWERED = ("cat", " cat", "cat ", "\ncat", "\n\ncat", "dog", "assistant", ":", "]", "\t.\n", "é<")
+ANSWERED += ("<think>\na\n</think>\n\nb", "a</think>b", "cat<|im_end|>", "rrhf-probe-answer")
+words = st.sampled_from(ANSWERED) | st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9
+).filter(str.strip)
 prompts = st.sampled_from(
     (
         user(),
@@ -347,7 +348,7 @@ def test_samples_keep_special_tokens_but_the_end():
     assert decode_response(tokenizer, drawn) == SAMPLE
     assert decode_response(tokenizer, drawn[:-1]) == SAMPLE  # it was cut off
     turn = tokenizer.convert_tokens_to_ids("<|end|>")
-    assert decode_response(tokenizer, drawn[:5] + [turn], [turn]) == tokenizer.decode(drawn[:5])
+    assert decode_response(tokenizer, [*drawn[:5], turn], [turn]) == tokenizer.decode(drawn[:5])
 
 
 def test_a_sample_stands_right_behind_the_generation_prompt():

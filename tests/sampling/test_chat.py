@@ -1,0 +1,73 @@
+"""A chat model's own samples: they come back from rows as the tokens that the model drew."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rrhf_fast.data.rows import RowReport, load_drafts
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.sampling.config import Policy, SampleConfig
+from rrhf_fast.sampling.local import LocalModel
+from rrhf_fast.sampling.stage import sample
+from tests.data.test_chat import CHANNELS, chatml, make_tokenizer, user
+
+
+@pytest.fixture(params=[CHANNELS, chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n")])
+def folder(request, tmp_path):
+    """A model with random weights, which likes special tokens as much as letters."""
+    tokenizer = make_tokenizer(request.param)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
+    drawn, response = {}, LocalModel._response
+
+    def record(self, ids):
+        result = response(self, ids)
+        drawn[result["text"]] = ids
+        return result
+
+    monkeypatch.setattr(LocalModel, "_response", record)
+    rows = [{"prompt": user(f"Say {i}"), "responses": ["cat"], "id": i} for i in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policies = [Policy(num_responses=8, max_new_tokens=12), Policy(method="provided")]
+    config = SampleConfig(
+        data=str(folder / "rows.jsonl"),
+        output=str(folder / "sampled.jsonl"),
+        model_name_or_path=str(folder / "model"),
+        policies=policies,
+    )
+    sample(config)
+    drafts, _ = load_drafts(config.output)
+    tokenizer = make_tokenizer()
+    with_special = 0
+    template = LocalModel(config.model_name_or_path, drafts, config, "model").tokenizer
+    for draft in drafts:
+        *samples, provided = draft.as_generated
+        assert all(samples) and provided is False
+        own = draft.pick(range(len(samples)))
+        (query,), _ = tokenise_rows([own.as_row()], template, RowReport(), max_length=999)
+        for text, ids in zip(own.responses, query.response_ids, strict=True):
+            expected = drawn[text]
+            if tokenizer.decode(expected[-1:]) in ("<eos>", "<|im_end|>", "<|return|>"):
+                expected = expected[:-1]
+            if "\ufffd" in text or len(tokenizer(text)["input_ids"]) != len(expected):
+                continue  # bytes that are no letter, or letters that the tokenizer would join
+            np.testing.assert_array_equal(ids[:-1], expected)
+            with_special += bool(set(expected) & set(tokenizer.all_special_ids))
+    assert with_special

@@ -5,7 +5,7 @@ block, a channel's header, a space), may trim an answer, and may change it. So n
 prompt and answer are rendered together, and the answer is looked up in the result.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rrhf_fast.data.rows import BadRow, Row
@@ -73,13 +73,13 @@ class ChatTemplate:
         answered = self._answered(row, _PROBE)
         if answered.count(_PROBE) != 1:
             raise _changed(row, f"renders {_PROBE!r} as {_tail(answered)}")
+        self._check_dropped(row, answered)
         before, _, behind = answered.partition(_PROBE)
         if row.prompt[-1]["role"] == "assistant":
             if not before.startswith(self._render(row, row.prompt[:-1])):
                 raise _changed(row, f"renders other messages behind it, {_tail(answered)}")
             return Opening(before, behind)
         text = self._render(row, row.prompt, add_generation_prompt=True)
-        self._check_dropped(row, text)
         more = before.startswith(text) and before != text
         if more and text == self._render(row, row.prompt):
             # A template without a generation prompt: all that it puts in front of an answer, but
@@ -108,7 +108,8 @@ class ChatTemplate:
                 f"{name}: the chat template's generation prompt ends with {_tail(opening.text)}, "
                 f"but it renders this answer behind {_tail(before)}; choose the template's "
                 "arguments so that both agree, such as --chat_template_kwargs "
-                "'{enable_thinking: false}', or give the prompt as a string",
+                "'{enable_thinking: false}', or render the messages yourself and give the prompt as "
+                "a string",
             )
         start = max(len(opening.text), len(before.rstrip(" ")))
         return Conversation(text, start, opening.behind)
@@ -126,25 +127,21 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, **{"tools": row.tools} | kwargs | options
             )
-        except (
-            Exception
-        ) as error:  # a template raises what it likes, say on two user turns in a row
+        except Exception as error:  # templates raise what they like, say on two user turns
             what = "these messages" if messages is row.prompt else "an answer behind these messages"
             problem = f"prompt: the chat template rejects {what} ({error})"
             raise BadRow("rejected by the chat template", row.where, problem) from error
 
-    def _check_dropped(self, row: Row, text: str) -> None:
+    def _check_dropped(self, row: Row, answered: str) -> None:
         """Refuse what a template takes and ignores."""
         first = row.prompt[0]
-        if first["role"] == "system" and first["content"].strip() not in text:
+        if first["role"] == "system" and first["content"].strip() not in answered:
             problem = "prompt: the chat template drops or changes the system message"
             raise BadRow("system message dropped", row.where, problem)
-        if row.tools:
-            without = {"tools": None, "add_generation_prompt": True}
-            if text == self._render(row, row.prompt, **without):
-                problem = "tools: the chat template ignores them (is there one for tools? "
-                problem += "--chat_template_kwargs '{chat_template: its name}')"
-                raise BadRow("tools ignored", row.where, problem)
+        if row.tools and answered == self._answered(replace(row, tools=None), _PROBE):
+            problem = "tools: the chat template ignores them (if the tokenizer has another one for "
+            problem += "tools, name it: --chat_template_kwargs '{chat_template: tool_use}')"
+            raise BadRow("tools ignored", row.where, problem)
 
 
 def with_answer(messages: list[dict], answer: str) -> list[dict]:
@@ -160,11 +157,14 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments that would change more than what the template says."""
     for name in kwargs:
         if name in _OURS:
-            raise ValueError(f"chat_template_kwargs: {name} is decided by this program")
+            raise ValueError(f"chat_template_kwargs: {name} cannot be set, the engine does")
 
 
 def _changed(row: Row, how: str) -> BadRow:
-    problem = f"responses: the chat template changes the answer, {how}; give the prompt as a string"
+    problem = (
+        f"responses: the chat template changes the answer, {how} (to train on it all the same, "
+    )
+    problem += "render the messages yourself and give the prompt as a string)"
     return BadRow("changed by the chat template", row.where, problem)
 
 

@@ -302,6 +302,9 @@ def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> _Texts:
     for i, response in enumerate(row.responses):
         if row.as_generated is None or not row.as_generated[i]:
             answer = response.removesuffix(end_text)  # the template puts one there
+            if not answer.strip():
+                problem = f"responses[{i}]: nothing but the end token"
+                raise BadRow("empty response", row.where, problem)
             response = template.answer(row, opening, answer, f"responses[{i}]")
             if not endings.has_any(opening.behind):  # EOS comes without the line's end in front
                 response = response.without_last_space()

@@ -7,7 +7,9 @@ from rrhf_fast.train import main
 
 
 def test_rows_are_shown_and_nothing_is_trained(tmp_path, capsys):
-    rows = [{"prompt": f"{i}\x1b[2J\nB", "responses": ["a b", "c"], "scores": [1, 0]} for i in "xyz"]
+    rows = [
+        {"prompt": f"{i}\x1b[2J\nB", "responses": ["a b", "c"], "scores": [1, 0]} for i in "xyz"
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = TrainConfig(

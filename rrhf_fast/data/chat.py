@@ -6,6 +6,7 @@ prompt and answer are rendered together, and the answer is looked up in the resu
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from rrhf_fast.data.rows import BadRow, Row
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # An answer that no template has a reason to change, to see what goes around one.
 _PROBE = "rrhf-probe-answer"
+_BY_HAND = "to train on it as it is, render the messages yourself and give the prompt as a string"
 # Arguments of `apply_chat_template` that are decided here.
 _OURS = (
     "conversation",
@@ -76,7 +78,8 @@ class ChatTemplate:
         self._check_dropped(row, answered)
         before, _, behind = answered.partition(_PROBE)
         if row.prompt[-1]["role"] == "assistant":
-            if not before.startswith(self._render(row, row.prompt[:-1])):
+            earlier = [self._render(row, row.prompt[:-1], add_generation_prompt=b) for b in (0, 1)]
+            if not before.startswith(tuple(earlier)):
                 raise _changed(row, f"renders other messages behind it, {_tail(answered)}")
             return Opening(before, behind)
         text = self._render(row, row.prompt, add_generation_prompt=True)
@@ -101,18 +104,24 @@ class ChatTemplate:
         if kept is None:
             raise _changed(row, f"renders {name} as {_tail(text)}")
         before = text[: len(text) - len(kept) - len(opening.behind)]
-        if not before.startswith(opening.text):
-            raise BadRow(
-                "not behind the generation prompt",
-                row.where,
-                f"{name}: the chat template's generation prompt ends with {_tail(opening.text)}, "
-                f"but it renders this answer behind {_tail(before)}; choose the template's "
-                "arguments so that both agree, such as --chat_template_kwargs "
-                "'{enable_thinking: false}', or render the messages yourself and give the prompt as "
-                "a string",
+        # An answer may begin in the generation prompt: both hold the start of a thought.
+        if not text.startswith(opening.text):
+            problem = f"the chat template's generation prompt ends with {_tail(opening.text)}, but "
+            problem += (
+                f"it renders this answer behind {_tail(before)} ({self._remedy(row, answer)})"
             )
+            raise BadRow("not behind the generation prompt", row.where, f"{name}: {problem}")
         start = max(len(opening.text), len(before.rstrip(" ")))
         return Conversation(text, start, opening.behind)
+
+    def _remedy(self, row: Row, answer: str) -> str:
+        """Arguments under which generation prompt and conversation agree, if the usual ones do."""
+        for name, value in product(("enable_thinking", "thinking"), (False, True)):
+            other = replace(row, chat_template_kwargs={name: value})
+            opening = self._render(other, row.prompt, add_generation_prompt=True)
+            if self._answered(other, answer).startswith(opening):
+                return f"--chat_template_kwargs '{{{name}: {str(value).lower()}}}' makes them agree"
+        return f"{_BY_HAND}; the model's own samples need no such agreement"
 
     def _answered(self, row: Row, answer: str) -> str:
         return self._render(row, with_answer(row.prompt, answer))
@@ -136,7 +145,10 @@ class ChatTemplate:
         """Refuse what a template takes and ignores."""
         first = row.prompt[0]
         if first["role"] == "system" and first["content"].strip() not in answered:
-            problem = "prompt: the chat template drops or changes the system message"
+            problem = (
+                "prompt: the chat template drops or changes the system message (say it in the "
+            )
+            problem += "user's first message)"
             raise BadRow("system message dropped", row.where, problem)
         if row.tools and answered == self._answered(replace(row, tools=None), _PROBE):
             problem = "tools: the chat template ignores them (if the tokenizer has another one for "
@@ -161,10 +173,7 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
 
 
 def _changed(row: Row, how: str) -> BadRow:
-    problem = (
-        f"responses: the chat template changes the answer, {how} (to train on it all the same, "
-    )
-    problem += "render the messages yourself and give the prompt as a string)"
+    problem = f"responses: the chat template changes the answer, {how} ({_BY_HAND})"
     return BadRow("changed by the chat template", row.where, problem)
 
 

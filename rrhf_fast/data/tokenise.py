@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -247,7 +248,8 @@ def _check_prompt(ids: np.ndarray, room: int, max_length: int, row: Row) -> None
 
 
 class _Endings:
-    """The end of an answer: the first special token behind it, or EOS if there is none."""
+    """The end of an answer: the first special tokens behind it, up to EOS if that is among them, or
+    EOS if there are none."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         added = tokenizer.added_tokens_decoder.items()
@@ -255,30 +257,32 @@ class _Endings:
         self._special = {i for i, token in added if token.special or token.content.strip()}
         self._special |= set(tokenizer.all_special_ids)
         self._tokenizer = tokenizer
-        self._found: dict[str, list[int]] = {}
-
-    def _specials(self, behind: str) -> list[int]:
-        if behind not in self._found:
-            ids = _encode(self._tokenizer, [behind])[0]
-            self._found[behind] = [token for token in ids if token in self._special]
-        return self._found[behind]
+        self._found: dict[str, tuple[int, int]] = {}
 
     def has_any(self, behind: str) -> bool:
         """Whether there is an end token in what the template puts behind an answer."""
-        return bool(self._specials(behind))
+        return self._find(behind)[1] > 0
 
     def token(self, behind: str) -> int:
         """The end token where the template puts the text `behind` behind an answer."""
-        return next(iter(self._specials(behind)), self._tokenizer.eos_token_id)
+        return self._find(behind)[0]
 
     def cut(self, ids: list[int], behind: str) -> list[int]:
         """The tokens of a text that ends with `behind`, up to its end token, without it."""
-        end = len(ids)
-        for _ in self._specials(behind):
-            end -= 1
-            while ids[end] not in self._special:
-                end -= 1
-        return ids[:end]
+        specials = self._find(behind)[1]
+        at = (i for i in reversed(range(len(ids))) if ids[i] in self._special)
+        return ids[: next(islice(at, specials - 1, None))] if specials else ids
+
+    def _find(self, behind: str) -> tuple[int, int]:
+        """The end token, and how many special tokens there are from it on."""
+        if behind not in self._found:
+            ids, eos = _encode(self._tokenizer, [behind])[0], self._tokenizer.eos_token_id
+            places = [i for i, token in enumerate(ids) if token in self._special]
+            first = [i for number, i in enumerate(places) if i == places[0] + number]
+            end = next((i for i in first if ids[i] == eos), first[-1] if first else None)
+            rest = [] if end is None else [i for i in places if i >= end]
+            self._found[behind] = (eos if end is None else ids[end], len(rest))
+        return self._found[behind]
 
 
 @dataclass(frozen=True)

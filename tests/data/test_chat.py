@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import decode_response, tokenise_rows
+from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
 
 EOS = "<eos>"
 JOINS = (("Ċ", "cat"), ("]", "Ġ"), (":", "Ġ"), ("t", "Ċ"), ("Ċ", "Ċ"))
@@ -74,7 +74,7 @@ def assert_trained_is_rendered(tokenizer, row, **kwargs):
             text, whole = tokenizer.decode(ids[:-1]), tokenizer.decode(expected)
             assert ids[:-1] == tokenizer(text)["input_ids"] and whole.startswith(text)
             rest = whole.removeprefix(text)
-        assert not rest.replace("<|start|>", "").strip()
+        assert not tokenizer.decode(tokenizer(rest)["input_ids"], skip_special_tokens=True).strip()
 
 
 # --- Templates from building blocks
@@ -247,7 +247,11 @@ def test_what_stands_in_front_of_an_answer_is_the_prompt(kind):
         (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer, renders"),
         (CHATML.replace("m.content", "m.content[:20]"), "cat " * 9, r"renders responses\[0\] as"),
         (CHATML.replace("{{ m.content }}", ""), "cat", "changes the answer"),
-        (chatml("{{ m.content }}", "<think>\n"), "cat", r"ends with '.*<think>\\n', but .*kwargs"),
+        (
+            chatml("{{ m.content }}", "<think>\n"),
+            "cat",
+            r"ends with '.*<think>\\n', but .*samples need no such",
+        ),
         (chatml("{{ m.content.split('</think>')[-1] }}", ""), "a</think>b", "changes the answer"),
     ],
 )
@@ -255,6 +259,41 @@ def test_what_a_template_changes_is_refused(template, answer, problem):
     tokenizer = make_tokenizer(template)
     with pytest.raises(BadRow, match=f"^f:1: responses.*{problem}"):
         trained(tokenizer, row(user(), answer, "dog"))
+
+
+def test_the_arguments_that_make_prompt_and_conversation_agree_are_named():
+    opened = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}"
+    template = chatml("<think></think>{{ m.content }}", opened + "<think>\n{% endif %}")
+    tokenizer, this = make_tokenizer(template), row(user(), "cat", "dog")
+    with pytest.raises(BadRow, match="'{enable_thinking: false}' makes them agree"):
+        trained(tokenizer, this)
+    assert_trained_is_rendered(tokenizer, this, enable_thinking=False)
+
+
+def test_an_answer_that_begins_in_the_generation_prompt():
+    tokenizer = make_tokenizer(chatml("{{ m.content }}", "<think>\n"))
+    this = row(user(), "<think>\na\n</think>\n\ncat", "<think>\nb")
+    assert_trained_is_rendered(tokenizer, this)
+    (ids, _), start = trained(tokenizer, this)
+    assert tokenizer.decode(ids[:start]) == f"{QUESTION}<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(ids[start:]) == "a\n</think>\n\ncat<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("behind", "eos", "end"),
+    [
+        ("<|end|><|return|>\n", "<|return|>", "<|end|><|return|>"),
+        ("<|end|><|return|>\n", EOS, "<|end|><|return|>"),
+        ("<eos><|start|>", EOS, "<eos>"),  # the next turn begins
+        ("<|end|>\n<eos>", EOS, "<|end|>"),  # the text ends
+        ("\n<|end|>\n", EOS, "\n<|end|>"),
+    ],
+)
+def test_the_end_of_an_answer(behind, eos, end):
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", behind), eos=eos)
+    (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"))
+    assert tokenizer.decode(ids[start:]) == "cat" + end
+    assert ids[-1] in end_token_ids(tokenizer, [row(user(), "cat", "dog")])
 
 
 def test_a_thought_in_an_answer_takes_the_place_of_the_empty_one():

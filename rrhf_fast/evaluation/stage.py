@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import read_json
 from rrhf_fast.data.rows import Draft, load_drafts, load_rows
 from rrhf_fast.data.tokenise import encode_responses
@@ -76,14 +77,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     config.validate()
     against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
     # All that can be wrong is looked at before anything is written.
-    prompts = [
-        draft.prompt for draft in load_drafts(config.data, on_bad_rows=config.on_bad_rows)[0]
-    ]
+    prompts = [draft.prompt for draft in load_drafts(config.data, **config.reading())[0]]
     earlier = None
     if config.baseline is not None and not against_model:
         earlier = _earlier(config.baseline, prompts)
     if config.ranking_data is not None:
-        load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+        load_rows(config.ranking_data, **config.reading())
     check_scorer(config)
     options = ["model_name_or_path", "reference_model_name_or_path"]
     for option in options + ["baseline"] * against_model:
@@ -100,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             sides = {MODEL: config.model_name_or_path}
             sides |= {BASELINE: config.baseline} if against_model else {}
             sample(_sample_config(config, sides, samples))
-        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored)))
+        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored), **OWN_FORMAT))
 
     sides = {MODEL: read_side(scored, MODEL)}
     if against_model:
@@ -306,7 +305,7 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
 
 
 def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
-    rows, _ = load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+    rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
     drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
     pairs = [

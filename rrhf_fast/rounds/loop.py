@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import write_rows
 from rrhf_fast.data.rows import Draft, load_drafts
 from rrhf_fast.engine.loop import train
@@ -64,11 +65,12 @@ def iterate(config: IterateConfig) -> list[dict]:
             if file.exists():
                 _say(f"reusing {file}")
         if not samples.exists():
-            data = config.data
+            data = {"data": config.data}
             if config.steps_per_round is not None:
-                data = str(_slice(config, number, here / "prompts.jsonl"))
+                prompts = _slice(config, number, here / "prompts.jsonl")
+                data = {"data": str(prompts), **OWN_FORMAT}
             stage = pass_on(
-                config, SampleConfig, data=data, output=str(samples), model_name_or_path=model
+                config, SampleConfig, output=str(samples), model_name_or_path=model, **data
             )
             _report("sampled", sample(replace(stage, seed=config.seed + number)))
         if not scored.exists():
@@ -78,6 +80,7 @@ def iterate(config: IterateConfig) -> list[dict]:
                 data=str(samples),
                 output=str(scored),
                 model_name_or_path=model,
+                **OWN_FORMAT,
             )
             _report("scored", score(stage))
         if not (here / "trained.json").exists():
@@ -125,7 +128,7 @@ def _evaluate(config: IterateConfig, number: int, model: str) -> dict:
 
 def _slice(config: IterateConfig, number: int, path: Path) -> Path:
     """The prompts of one round of k steps: the next ones of a shuffle, over and over."""
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, _ = load_drafts(config.data, **config.reading())
     count = config.steps_per_round * config.train.train_batch_size
     start, stop = (number - 1) * count, number * count
     order = []
@@ -137,7 +140,7 @@ def _slice(config: IterateConfig, number: int, path: Path) -> Path:
 
 def _record(draft: Draft) -> dict:
     named = {f.name: getattr(draft, f.name) for f in fields(draft)}
-    kept = ("prompt", "responses", "sources", "finish_reasons")
+    kept = ("prompt", "responses", "sources", "finish_reasons", "as_generated")
     return draft.others | {name: named[name] for name in kept if named[name] is not None}
 
 

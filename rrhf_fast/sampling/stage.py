@@ -31,7 +31,7 @@ def sample(config: SampleConfig) -> Counter:
         EndpointDown: an endpoint stopped answering; the same call goes on.
     """
     config.validate()
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, _ = load_drafts(config.data, **config.reading())
     prompts = [[draft.prompt, draft.responses, draft.sources] for draft in drafts]
     for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
         if policy.method not in ("openai", "provided"):

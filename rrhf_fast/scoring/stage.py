@@ -38,7 +38,7 @@ def score(config: ScoreConfig) -> Counter:
         EndpointDown: the judge stopped answering; the same call goes on.
     """
     config.validate()
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, _ = load_drafts(config.data, **config.reading())
     for draft in drafts:
         if draft.responses is None:
             raise ValueError(f"{draft.where}: responses: missing (a list was expected)")

@@ -74,7 +74,6 @@ BAD = {
         "wrong type",
         'prompt[0]: expected {"role": str, "content": str}',
     ),
-    "answered prompt": (GOOD | {"prompt": answered("Yes.")}, "wrong type", "prompt: the last mess"),
     "text as responses": (GOOD | {"responses": "ab"}, "wrong type", "responses: expected a list"),
     "null response": (GOOD | {"responses": ["a", None]}, "wrong type", "responses[1]: expected a"),
     "text score": (GOOD | {"scores": [1, "2"]}, "wrong type", "scores[1]: expected a number"),
@@ -140,14 +139,6 @@ def test_a_line_that_is_no_json(tmp_path, line):
         load_rows(path)
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_is_called_one(tmp_path, indent):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"prompt": "a"}], indent=indent))
-    with pytest.raises(ValueError, match="expected a JSON object on each line, .* JSON array"):
-        load_drafts(str(path))
-
-
 def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
     path, stale = tmp_path / "rows.jsonl", ("rewards", "log_ratios", "criteria", "unscored")
     path.write_text(json.dumps({"prompt": "a", "responses": ["b"], "id": 1} | dict.fromkeys(stale)))
@@ -157,7 +148,7 @@ def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
 def test_unusable_sources(tmp_path):
     with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
         load_rows(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(ValueError, match="neither a file nor a data set"):
+    with pytest.raises(ValueError, match="neither a file nor a dataset"):
         load_rows(str(tmp_path / "no_such_folder"))
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b"\n" * 20_000 + b'{"prompt": "caf\xe9"}\n')

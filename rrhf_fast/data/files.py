@@ -47,17 +47,17 @@ def read_records(source: str) -> Records:
     path = Path(name)
     if path.is_dir():
         yield from _folder(path, parts, source)
+    elif not path.exists() and glob.has_magic(name):
+        files = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
+        files = [found for found in files if found.is_file()]
+        if not files:
+            raise ValueError(f"{source}: no file matches this pattern")
+        for file in files:
+            yield from _file(file)
     elif path.exists() or _kind(path) in KINDS:
         if parts:
             raise ValueError(f"{source}: {name} is a file, which has no splits")
         yield from _file(path)
-    elif glob.has_magic(name):
-        files = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
-        files = [found for found in files if found.is_file()]
-        if not files or parts:
-            raise ValueError(f"{source}: no file matches this pattern")
-        for file in files:
-            yield from _file(file)
     else:
         yield from _hub(name, parts, source)
 

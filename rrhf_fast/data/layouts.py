@@ -204,7 +204,10 @@ def _alpaca(record: dict, where: str) -> Canonical:
     if record.get("history"):
         used.add("history")
         prompt = [*_turns(record["history"], where), {"role": "user", "content": prompt}]
-    if "chosen" in record and "rejected" in record:
+    sides = [record.get("chosen"), record.get("rejected")]
+    if None not in sides or (
+        record.get("output") is None and {"chosen", "rejected"} <= set(record)
+    ):
         return _pair_behind(record, where, prompt, "instruction", used)
     found = Canonical(prompt, "instruction", used=used | {"output"})
     output = record.get("output")

@@ -281,12 +281,10 @@ def _row(
 ) -> Row:
     """The row of a record whose prompt is complete. With a report, responses that are bad are
     counted there and left out, as long as two remain; else they raise BadRow."""
-    for name, value in (("responses", found.responses), ("scores", found.scores)):
-        if value is None:
-            problem = f"{name}: missing (a list was expected){what_serves(record)}"
-            raise BadRow("missing field", where, problem)
-    responses = check_list(found.responses, "responses", where)
-    scores = check_list(found.scores, "scores", where)
+    responses, scores = (
+        _needed(value, name, record, where)
+        for name, value in (("responses", found.responses), ("scores", found.scores))
+    )
     sources = _texts(found.sources, "sources", where)
     as_generated = _flags(found.common["as_generated"], where)
     for name, values in (("scores", scores), ("sources", sources), ("as_generated", as_generated)):
@@ -378,6 +376,13 @@ def _response(found: Canonical, answer: object, i: int, where: str, stop_strings
     if not cut.strip():
         raise BadRow("empty response", where, f"{name}: empty once cut at a stop string")
     return cut
+
+
+def _needed(value: object, name: str, record: dict, where: str) -> list:
+    if value is None:
+        problem = f"{name}: missing (a list was expected){what_serves(record)}"
+        raise BadRow("missing field", where, problem)
+    return check_list(value, name, where)
 
 
 def _name_of(names: list[str] | None, field_name: str, i: int) -> str:

@@ -96,6 +96,11 @@ class RowReport:
             raise BadRow(kind, where, f"{problem} ({HINT})") from error
         self.bad[error.kind] += 1
 
+    def left_out(self) -> dict[str, int]:
+        """What is missing, for the counts of a stage: nothing where there is nothing to tell."""
+        counts = {"skipped": self.bad.total(), "bad_responses": self.bad_responses.total()}
+        return {name: count for name, count in counts.items() if count}
+
     def add(self, other: "RowReport") -> None:
         """Count what another report counted; `kept` is left alone."""
         self.read += other.read

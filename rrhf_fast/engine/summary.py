@@ -54,6 +54,12 @@ def describe(
         "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
+    in_messages = sum(isinstance(query.row.prompt, list) for query in queries)
+    if 0 < in_messages < len(queries):
+        lines["prompts"] = (
+            f"warning: {len(queries) - in_messages} are text beside {in_messages} of messages; "
+            "--apply_chat_template true makes them messages too"
+        )
     if report.unused:
         lines["unused"] = f"fields: {_counted(report.unused)}"
     shared = count_shared([q.row for q in held_out], [q.row for q in queries])

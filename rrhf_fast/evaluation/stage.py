@@ -10,7 +10,7 @@ import numpy as np
 
 from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import read_json
-from rrhf_fast.data.rows import Draft, load_drafts, load_rows
+from rrhf_fast.data.rows import Draft, RowReport, load_drafts, load_rows
 from rrhf_fast.data.tokenise import encode_responses
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.measures import (
@@ -77,12 +77,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     config.validate()
     against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
     # All that can be wrong is looked at before anything is written.
-    prompts = [draft.prompt for draft in load_drafts(config.data, **config.reading())[0]]
+    drafts, report = load_drafts(config.data, **config.reading())
+    _say_left_out("data", report)
+    prompts = [draft.prompt for draft in drafts]
     earlier = None
     if config.baseline is not None and not against_model:
         earlier = _earlier(config.baseline, prompts)
     if config.ranking_data is not None:
-        load_rows(config.ranking_data, **config.reading())
+        _, report = load_rows(config.ranking_data, **config.reading())
+        _say_left_out("ranking_data", report)
     check_scorer(config)
     options = ["model_name_or_path", "reference_model_name_or_path"]
     for option in options + ["baseline"] * against_model:
@@ -148,6 +151,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     _write(evaluation, folder)
     return evaluation
+
+
+def _say_left_out(option: str, report: RowReport) -> None:
+    if counts := report.left_out():
+        parts = (f"{count} {name}" for name, count in counts.items())
+        print(f"{option}: {', '.join(parts)}", flush=True)
 
 
 def claim(output_dir: str, options: dict, *, overwrite: bool = False) -> Path:

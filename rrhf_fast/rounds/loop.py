@@ -18,6 +18,7 @@ import torch
 from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import write_rows
 from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.data.split import count_shared
 from rrhf_fast.engine.loop import train
 from rrhf_fast.engine.output_dir import complete_checkpoints
 from rrhf_fast.evaluation.config import EvaluateConfig
@@ -54,6 +55,7 @@ def iterate(config: IterateConfig) -> list[dict]:
         output_dir,
         {name: value for name, value in identity(config).items() if name != "rounds"},
     )
+    _warn_of_shared_prompts(config)
     records, model = [_evaluate(config, 0, config.model_name_or_path)], config.model_name_or_path
     for number in range(1, config.rounds + 1):
         here = folder / f"round-{number}"
@@ -90,6 +92,15 @@ def iterate(config: IterateConfig) -> list[dict]:
         table = write_rounds(folder, records)
     _say(table)
     return records
+
+
+def _warn_of_shared_prompts(config: IterateConfig) -> None:
+    """What is measured on prompts that are trained on says little about others."""
+    held_out, data = (
+        load_drafts(source, **config.reading())[0] for source in (config.eval_data, config.data)
+    )
+    if shared := count_shared(held_out, data):
+        _say(f"warning: {shared} of {len(held_out)} rows of eval_data have a prompt of data")
 
 
 def _train(config: IterateConfig, number: int, model: str, here: Path, *, go_on: bool) -> None:

@@ -63,10 +63,9 @@ def check_score(score: object, name: str, where: str) -> float:
             score = float(score)
         except ValueError:
             score = score.strip() or None
-    if score is None:
-        raise BadRow("missing score", where, f"{name}: missing (a number was expected)")
     if isinstance(score, bool) or not isinstance(score, int | float):
-        raise BadRow("wrong type", where, f"{name}: expected a number, found {show(score)}")
+        kind = "missing score" if score is None else "wrong type"
+        raise BadRow(kind, where, f"{name}: expected a number, found {show(score)}")
     try:
         score = float(score)
     except OverflowError:  # an integer of more than 308 digits

@@ -94,6 +94,8 @@ def _prefer(found: Canonical, mapped: dict) -> None:
 def layout_of(record: dict) -> Layout | None:
     """The layout that the record's fields tell, None if none does. A field that is None counts
     only where no layout fits without it: Parquet fills fields in."""
+    if record.get("responses") is not None:
+        return LAYOUTS[0]  # told by this field alone, and by far the most frequent
     for names in ({name for name, value in record.items() if value is not None}, set(record)):
         for layout in LAYOUTS:
             if any(names.issuperset(tells) for tells in layout.tells):

@@ -377,10 +377,11 @@ def _response(found: Canonical, answer: object, i: int, where: str, stop_strings
     if not text.strip():
         problem = f"{name}: empty, expected at least one visible character"
         raise BadRow("empty response", where, problem)
-    cut = cut_at(stop_strings, text)
-    if not cut.strip():
-        raise BadRow("empty response", where, f"{name}: empty once cut at a stop string")
-    return cut
+    if stop_strings:
+        text = cut_at(stop_strings, text)
+        if not text.strip():
+            raise BadRow("empty response", where, f"{name}: empty once cut at a stop string")
+    return text
 
 
 def _needed(value: object, name: str, record: dict, where: str) -> list:

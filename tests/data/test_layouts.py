@@ -119,7 +119,7 @@ def test_ultrafeedback_takes_one_kind_of_score_for_all_of_a_row():
     del first["fine-grained_score"]
     assert parse_row(row(first, second), "f:1").scores == [1.5, 5.0]
     second["annotations"] = ratings("N/A")
-    with pytest.raises(BadRow, match=r"completions\[1\].overall_score: missing"):
+    with pytest.raises(BadRow, match=r"completions\[1\].overall_score: expected a number"):
         parse_row(row(first, second | {"fine-grained_score": None}), "f:1")
 
 
@@ -135,7 +135,7 @@ def test_shp_follows_the_label():
 def test_nectar_ranks_may_tie_or_be_missing(tmp_path):
     answers = [{"answer": str(i), "rank": rank} for i, rank in enumerate([1.0, 1.0, 3.0, None])]
     path = write(tmp_path / "rows.jsonl", {"prompt": "p", "answers": answers, "turns": 1})
-    with pytest.raises(BadRow, match=r"answers\[3\].rank: missing"):
+    with pytest.raises(BadRow, match=r"answers\[3\].rank: expected a number, found NoneType"):
         load_rows(path)
     (row,), report = load_rows(path, on_bad_rows="skip")
     assert (row.scores, row.sources) == ([-1.0, -1.0, -3.0], None)

@@ -45,6 +45,8 @@ def read_records(source: str) -> Records:
     """
     name, parts = _split_source(source)
     path = Path(name)
+    if not name:
+        raise ValueError(f"{source!r}: expected the name of a file, a folder or a dataset")
     if path.is_dir():
         yield from _folder(path, parts, source)
     elif not path.exists() and glob.has_magic(name):
@@ -304,7 +306,7 @@ def _hub(name: str, parts: list[str], source: str) -> Records:
     """A dataset that `datasets` finds by its name, or in a folder."""
     import datasets  # slow to import, and needed only here
 
-    if len(parts) > 2 or not name or not all(parts):
+    if len(parts) > 2 or not all(parts):
         expected = "expected name, name:split or name:config:split"
         raise ValueError(f"{source}: no source of rows ({expected})")
     *config, split = parts or ["train"]

@@ -73,17 +73,18 @@ def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical
     found = _own(record, where) if layout is None else layout.convert(record, where)
     if mapped:
         _prefer(found, mapped)
-    found.common = {name: record.get(name) for name in COMMON}
+    found.common = {name: _filled(record, name) for name in COMMON}
     found.used.update(COMMON)
     return found
 
 
 def _prefer(found: Canonical, mapped: dict) -> None:
     """What `--columns` found comes before what the layout says."""
-    for name in {"prompt", "responses", "scores", "sources"} & mapped.keys():
-        setattr(found, name, from_cell(mapped[name]))
-    if "prompt" in mapped:
-        found.prompt_name = "prompt"
+    for name in {"responses", "scores", "sources"} & mapped.keys():
+        setattr(found, name, mapped[name])
+    # The conversation that a pair holds is more than the one message that a prompt repeats.
+    if "prompt" in mapped and found.prompt_name not in ("chosen", "rejected"):
+        found.prompt, found.prompt_name = from_cell(mapped["prompt"]), "prompt"
     if "responses" in mapped:
         found.names = None
     if "scores" in mapped:
@@ -111,6 +112,12 @@ def what_serves(record: dict) -> str:
     return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"
 
 
+def _filled(record: dict, name: str) -> object:
+    """A field that may be missing; in a CSV file an empty cell is a missing one."""
+    value = record.get(name)
+    return None if isinstance(value, Cell) and not value.strip() else value
+
+
 def _prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
     """The first of these fields that is there, and its name."""
     name = next((name for name in names if record.get(name) is not None), "prompt")
@@ -124,7 +131,7 @@ def _own(record: dict, where: str) -> Canonical:
         name,
         responses=record.get("responses"),
         scores=record.get("scores"),
-        sources=record.get("sources"),
+        sources=_filled(record, "sources"),
         used={"prompt", "query", "responses", "scores", "sources"},
     )
 
@@ -150,7 +157,12 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
                 raise BadRow("wrong type", where, problem)
             if not history:
                 continue
-            if not isinstance(prompt, list):  # such a string repeats one of the messages
+            if not isinstance(prompt, list):
+                # Such a string repeats one of the messages; one that does not goes unused.
+                if isinstance(prompt, str) and not any(
+                    prompt in str(m["content"]) for m in history
+                ):
+                    used = used - {name, "prompt"}
                 prompt, name = history, side
             elif history != check_messages(prompt, name, where):
                 problem = f"{side}: its first messages differ from the prompt"

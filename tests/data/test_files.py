@@ -195,6 +195,28 @@ def test_a_damaged_file_is_one_line(name, tmp_path):
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["", ":test"])
+def test_no_name_is_not_this_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes(lines(PAIRS))
+    with pytest.raises(ValueError, match="expected the name of a file, a folder or a dataset"):
+        load_rows(source)
+
+
+def test_empty_cells_are_fields_that_are_missing(tmp_path):
+    names = ("sources", "tools", "system", "as_generated", "finish_reasons", "score_chosen")
+    write_table(
+        tmp_path / "rows.csv",
+        [
+            {"prompt": "a", "chosen": "b", "rejected": "c"}
+            | dict.fromkeys(names, "")
+            | {"score_rejected": ""}
+        ],
+    )
+    (row,), _ = load_rows(str(tmp_path / "rows.csv"))
+    assert (row.prompt, row.scores, row.tools, row.as_generated) == ("a", [1, 0], None, None)
+
+
 def test_an_empty_array_is_no_row(tmp_path):
     (tmp_path / "rows.json").write_text(" [ ] ")
     with pytest.raises(ValueError, match="no usable row among the 0 read"):

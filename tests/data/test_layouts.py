@@ -77,6 +77,17 @@ def test_a_pair_with_one_score_missing_or_bad_is_a_bad_row():
         assert caught.value.kind == kind
 
 
+def test_a_string_prompt_beside_a_conversation(tmp_path):
+    turns = [user("a"), assistant("b"), user("c")]
+    pair = {"chosen": [*turns, assistant("d")], "rejected": [*turns, assistant("e")]}
+    for prompt, unused in (("a", {}), ("c", {}), ("z", {"prompt": 1})):
+        path = write(tmp_path / "rows.jsonl", pair | {"prompt": prompt})
+        (row,), report = load_rows(path)
+        assert row.prompt == turns and report.unused == unused
+        (row,), _ = load_rows(path, columns={"prompt": "prompt"})
+        assert row.prompt == turns
+
+
 TRANSCRIPT = "\n\nHuman: Hi.\n\nAssistant: I say hi.\n\nHuman: Why?\n\nAssistant:"
 
 

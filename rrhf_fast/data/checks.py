@@ -56,6 +56,33 @@ def check_list(value: object, name: str, where: str) -> list:
     return list(value)
 
 
+def check_texts(value: object, name: str, where: str) -> list[str] | None:
+    """A list of texts, None for None. Raises BadRow if it is neither."""
+    if value is None:
+        return None
+    texts = check_list(value, name, where)
+    return [check_text(text, f"{name}[{i}]", where) for i, text in enumerate(texts)]
+
+
+def check_flags(value: object, name: str, where: str) -> list[bool] | None:
+    """A list of truth values, None for None. Raises BadRow if it is neither."""
+    if value is None:
+        return None
+    flags = check_list(value, name, where)
+    for i, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            problem = f"{name}[{i}]: expected true or false, found {show(flag)}"
+            raise BadRow("wrong type", where, problem)
+    return flags
+
+
+def check_length(name: str, values: list | None, count: int, where: str) -> None:
+    """Raise BadRow unless there is a value for each of `count` responses, or no list at all."""
+    if values is not None and len(values) != count:
+        expected = f"expected one for each of the {count} responses"
+        raise BadRow("unequal lengths", where, f"{name}: {expected}, found {len(values)}")
+
+
 def check_score(score: object, name: str, where: str) -> float:
     """The score as a finite float. Raises BadRow if it is none."""
     if isinstance(score, Cell):

@@ -9,19 +9,23 @@ or in one of the layouts of published datasets (see layouts.py), or in any other
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from rrhf_fast.data.checks import (
     BadRow,
+    check_flags,
+    check_length,
     check_list,
     check_score,
     check_text,
+    check_texts,
     show,
 )
 from rrhf_fast.data.columns import Columns
-from rrhf_fast.data.files import NO_ARRAY, read_records
+from rrhf_fast.data.files import NO_ARRAY, Records, read_records
 from rrhf_fast.data.grouped import grouped
 from rrhf_fast.data.layouts import Canonical, canonical, what_serves
 from rrhf_fast.data.messages import (
@@ -78,6 +82,12 @@ class Draft:
     as_generated: list[bool] | None = None
 
 
+def _with_hint(error: BadRow) -> BadRow:
+    """The same, and what to do about it."""
+    kind, where, problem = error.args
+    return BadRow(kind, where, f"{problem} ({HINT})")
+
+
 @dataclass
 class RowReport:
     """What became of the rows."""
@@ -92,8 +102,7 @@ class RowReport:
         """Count a bad row, or stop at it: raises `error`, with what to do, when `on_bad_rows` is
         "error"."""
         if on_bad_rows == "error":
-            kind, where, problem = error.args
-            raise BadRow(kind, where, f"{problem} ({HINT})") from error
+            raise _with_hint(error)
         self.bad[error.kind] += 1
 
     def left_out(self) -> dict[str, int]:
@@ -141,20 +150,23 @@ def load_rows(
             and what was expected.
     """
     report = RowReport()
-
-    def parse(found: Canonical, record: dict, where: str) -> Row:
-        _count_unused(report, found, record)
-        return _row(
-            found,
-            record,
-            where,
-            report=None if on_bad_rows == "error" else report,
+    rows = _load(
+        sources,
+        report,
+        partial(
+            _row,
+            report=report,
+            drop=on_bad_rows == "skip",
             use_responses=use_responses,
             stop_strings=stop_strings or [],
-        )
-
-    reading = (columns, group_by, apply_chat_template)
-    return _load(sources, on_bad_rows, report, parse, *reading, of_rows=True), report
+        ),
+        on_bad_rows=on_bad_rows,
+        columns=columns,
+        group_by=group_by,
+        apply_chat_template=apply_chat_template,
+        unused=report.unused,
+    )
+    return rows, report
 
 
 def load_drafts(
@@ -167,40 +179,46 @@ def load_drafts(
 ) -> tuple[list[Draft], RowReport]:
     """Read prompts, with or without responses, from what `load_rows` reads; it raises the same."""
     report = RowReport()
-
-    def parse(found: Canonical, record: dict, where: str) -> Draft:
-        return _draft(found, record, where, report=None if on_bad_rows == "error" else report)
-
-    reading = (columns, group_by, apply_chat_template)
-    return _load(sources, on_bad_rows, report, parse, *reading, of_rows=False), report
+    drafts = _load(
+        sources,
+        report,
+        partial(_draft, report=report, drop=on_bad_rows == "skip"),
+        on_bad_rows=on_bad_rows,
+        columns=columns,
+        group_by=group_by,
+        apply_chat_template=apply_chat_template,
+    )
+    return drafts, report
 
 
 def _load(
     sources: str | list[str],
-    on_bad_rows: str,
     report: RowReport,
     parse: Callable[[Canonical, dict, str], T],
+    *,
+    on_bad_rows: str,
     columns: dict[str, str] | None,
     group_by: str | None,
     apply_chat_template: bool,
-    *,
-    of_rows: bool,
+    unused: Counter | None = None,
 ) -> list[T]:
+    """What `parse` makes of each record; `unused` as in `grouped`."""
     paths = Columns(columns) if columns else None
     sources = [sources] if isinstance(sources, str) else sources
-    records = (item for source in sources for item in read_records(source))
+    records = _counted((item for source in sources for item in read_records(source)), report)
     if group_by is not None:
-        records = _grouped(records, group_by, paths, on_bad_rows, report, of_rows)
-        paths = None  # of single rows
+
+        def on_bad(error: BadRow) -> None:
+            if on_bad_rows == "error":
+                raise _with_hint(error)
+            report.bad_responses[error.kind] += 1
+
+        mapped = _mapped(records, paths, on_bad)
+        records, paths = grouped(mapped, group_by, on_bad, unused=unused), None
     rows = []
     for where, record in records:
-        report.read += group_by is None
         try:
-            mapped = paths.find(_check_object(record, where), where) if paths else None
-            found = canonical(_check_object(record, where), where, mapped)
-            if paths:
-                found.used |= paths.fields
-            _complete_prompt(found, record, where, apply_chat_template)
+            found = _complete(record, where, paths, apply_chat_template)
             rows.append(parse(found, record, where))
         except BadRow as error:
             report.skip(error, on_bad_rows)
@@ -213,48 +231,44 @@ def _load(
     return rows
 
 
-def _grouped(
-    records: Iterator[tuple[str, object]],
-    group_by: str,
-    paths: Columns | None,
-    on_bad_rows: str,
-    report: RowReport,
-    of_rows: bool,
-) -> Iterator[tuple[str, dict]]:
-    def on_bad(error: BadRow) -> None:
-        if on_bad_rows == "error":
-            report.skip(error, on_bad_rows)
-        report.bad_responses[error.kind] += 1
+def _counted(records: Iterable[tuple[str, object]], report: RowReport) -> Records:
+    for item in records:
+        report.read += 1
+        yield item
 
-    def good() -> Iterator[tuple[str, dict]]:
-        for where, record in records:
-            report.read += 1
-            try:
-                record = _check_object(record, where)
-                yield where, record | paths.find(record, where) if paths else record
-            except BadRow as error:
-                on_bad(error)
 
-    return grouped(good(), group_by, on_bad, unused=report.unused if of_rows else None)
+def _mapped(records: Records, paths: Columns | None, on_bad: Callable[[BadRow], None]) -> Records:
+    """Records of one response each, with what `--columns` finds put in."""
+    for where, record in records:
+        try:
+            record = _check_object(record, where)
+            if paths:
+                record = record | paths.find(record, where)
+        except BadRow as error:
+            on_bad(error)
+        else:
+            yield where, record
 
 
 def parse_row(record: object, where: str) -> Row:
     """Check one record and turn it into a `Row`; raises `BadRow` that names the field and what was
     expected."""
-    found = canonical(_check_object(record, where), where)
-    _complete_prompt(found, record, where, False)
-    return _row(found, record, where)
+    return _row(_complete(record, where), record, where)
 
 
 def parse_draft(record: object, where: str) -> Draft:
     """Check one record and turn it into a `Draft`; raises `BadRow` like `parse_row`."""
-    found = canonical(_check_object(record, where), where)
-    _complete_prompt(found, record, where, False)
-    return _draft(found, record, where)
+    return _draft(_complete(record, where), record, where)
 
 
-def _complete_prompt(found: Canonical, record: dict, where: str, apply_chat_template: bool) -> None:
-    """Check the prompt and what belongs to it; put the system message in."""
+def _complete(
+    record: object, where: str, paths: Columns | None = None, apply_chat_template: bool = False
+) -> Canonical:
+    """The record in canonical form, its prompt checked and whole, the system message in it."""
+    record = _check_object(record, where)
+    found = canonical(record, where, paths.find(record, where) if paths else None)
+    if paths:
+        found.used |= paths.fields
     if found.prompt is None:
         problem = "prompt: missing (a string or a list of messages was expected)"
         raise BadRow("missing field", where, problem + what_serves(record))
@@ -270,9 +284,8 @@ def _complete_prompt(found: Canonical, record: dict, where: str, apply_chat_temp
     common["chat_template_kwargs"] = check_kwargs(common["chat_template_kwargs"], where)
     prompt = with_system(prompt, common["system"], where)
     # Tools have their place in a chat template, and nowhere in a text.
-    if apply_chat_template or common["tools"]:
-        prompt = as_messages(prompt)
-    found.prompt = prompt
+    found.prompt = as_messages(prompt) if apply_chat_template or common["tools"] else prompt
+    return found
 
 
 def _row(
@@ -281,19 +294,22 @@ def _row(
     where: str,
     *,
     report: RowReport | None = None,
+    drop: bool = False,
     use_responses: str = "all",
-    stop_strings: list[str] | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> Row:
-    """The row of a record whose prompt is complete. With a report, responses that are bad are
-    counted there and left out, as long as two remain; else they raise BadRow."""
+    """The row of a complete record. Bad responses raise BadRow, or if `drop` are left out and
+    counted, as long as two good ones remain."""
+    if report is not None:
+        report.unused.update(_unused(found, record))
     responses, scores = (
         _needed(value, name, record, where)
         for name, value in (("responses", found.responses), ("scores", found.scores))
     )
-    sources = _texts(found.sources, "sources", where)
-    as_generated = _flags(found.common["as_generated"], where)
+    sources = check_texts(found.sources, "sources", where)
+    as_generated = check_flags(found.common["as_generated"], "as_generated", where)
     for name, values in (("scores", scores), ("sources", sources), ("as_generated", as_generated)):
-        _check_length(name, values, len(responses), where)
+        check_length(name, values, len(responses), where)
     chosen = range(len(responses))
     if use_responses != "all":
         own = _provided(sources, len(responses))
@@ -301,10 +317,10 @@ def _row(
     keep, texts, numbers, bad = [], [], [], []
     for i in chosen:
         try:
-            text = _response(found, responses[i], i, where, stop_strings or [])
+            text = _response(found, responses[i], i, where, stop_strings)
             number = check_score(scores[i], _name_of(found.score_names, "scores", i), where)
         except BadRow as error:
-            if report is None:
+            if not drop:
                 raise
             bad.append(error)
             continue
@@ -317,7 +333,7 @@ def _row(
         which = "" if use_responses == "all" else f" that are {use_responses}"
         problem = f"responses: ranking needs at least 2, found {len(keep)}{which}"
         raise BadRow("fewer than 2 responses", where, problem)
-    if report is not None:
+    if bad:
         report.bad_responses.update(error.kind for error in bad)
     return Row(
         found.prompt,
@@ -331,24 +347,31 @@ def _row(
     )
 
 
-def _draft(found: Canonical, record: dict, where: str, *, report: RowReport | None = None) -> Draft:
-    """The draft of a record whose prompt is complete. With a report, responses that are bad are
-    counted there and left out."""
+def _draft(
+    found: Canonical,
+    record: dict,
+    where: str,
+    *,
+    report: RowReport | None = None,
+    drop: bool = False,
+) -> Draft:
+    """The draft of a complete record. Bad responses raise BadRow, or if `drop` are left out and
+    counted."""
     raw = None if found.responses is None else check_list(found.responses, "responses", where)
-    sources = _texts(found.sources, "sources", where)
-    as_generated = _flags(found.common["as_generated"], where)
+    sources = check_texts(found.sources, "sources", where)
+    as_generated = check_flags(found.common["as_generated"], "as_generated", where)
     reasons = found.common["finish_reasons"]
     reasons = None if reasons is None else check_list(reasons, "finish_reasons", where)
     parts = {"sources": sources, "finish_reasons": reasons, "as_generated": as_generated}
     for name, values in parts.items():
-        _check_length(name, values, len(raw or []), where)
+        check_length(name, values, len(raw or []), where)
     keep, texts = [], []
     for i, answer in enumerate(raw or []):
         name = _name_of(found.names, "responses", i)
         try:
             texts.append(check_text(answer_text(answer, name, where), name, where))
         except BadRow as error:
-            if report is None:
+            if not drop:
                 raise
             report.bad_responses[error.kind] += 1
             continue
@@ -395,34 +418,10 @@ def _name_of(names: list[str] | None, field_name: str, i: int) -> str:
     return f"{field_name}[{i}]" if names is None else names[i]
 
 
-def _flags(value: object, where: str) -> list[bool] | None:
-    if value is None:
-        return None
-    flags = check_list(value, "as_generated", where)
-    for i, flag in enumerate(flags):
-        if not isinstance(flag, bool):
-            problem = f"as_generated[{i}]: expected true or false, found {show(flag)}"
-            raise BadRow("wrong type", where, problem)
-    return flags
-
-
-def _texts(value: object, name: str, where: str) -> list[str] | None:
-    if value is None:
-        return None
-    texts = check_list(value, name, where)
-    return [check_text(text, f"{name}[{i}]", where) for i, text in enumerate(texts)]
-
-
-def _check_length(name: str, values: list | None, count: int, where: str) -> None:
-    if values is not None and len(values) != count:
-        expected = f"expected one for each of the {count} responses"
-        raise BadRow("unequal lengths", where, f"{name}: {expected}, found {len(values)}")
-
-
-def _count_unused(report: RowReport, found: Canonical, record: dict) -> None:
-    for name, value in record.items():
-        if name not in found.used and name not in OF_STAGES and value is not None:
-            report.unused[name] += 1
+def _unused(found: Canonical, record: dict) -> list[str]:
+    """Fields of a record that nobody asked for."""
+    used = found.used.union(OF_STAGES)
+    return [name for name, value in record.items() if name not in used and value is not None]
 
 
 def _check_object(record: object, where: str) -> dict:
@@ -447,7 +446,7 @@ def _provided(sources: list[str] | None, count: int) -> list[bool]:
     return [i >= count - NUM_PROVIDED for i in range(count)]
 
 
-def cut_at(stop_strings: list[str], response: str) -> str:
+def cut_at(stop_strings: Sequence[str], response: str) -> str:
     """The response up to the first of the stop strings that it holds."""
     found = (at for stop in stop_strings if (at := response.find(stop)) >= 0)
     return response[: min(found, default=None)]

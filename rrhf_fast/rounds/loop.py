@@ -151,7 +151,8 @@ def _slice(config: IterateConfig, number: int, path: Path) -> Path:
 
 def _record(draft: Draft) -> dict:
     named = {f.name: getattr(draft, f.name) for f in fields(draft)}
-    kept = ("prompt", "responses", "sources", "finish_reasons", "as_generated")
+    kept = ("prompt", "tools", "chat_template_kwargs")
+    kept += ("responses", "sources", "finish_reasons", "as_generated")
     return draft.others | {name: named[name] for name in kept if named[name] is not None}
 
 

@@ -54,12 +54,8 @@ def describe(
         "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
-    in_messages = sum(isinstance(query.row.prompt, list) for query in queries)
-    if 0 < in_messages < len(queries):
-        lines["prompts"] = (
-            f"warning: {len(queries) - in_messages} are text beside {in_messages} of messages; "
-            "--apply_chat_template true makes them messages too"
-        )
+    if mixed := warn_of_text([query.row.prompt for query in queries]):
+        lines["prompts"] = mixed
     if report.unused:
         lines["unused"] = f"fields: {_counted(report.unused)}"
     shared = count_shared([q.row for q in held_out], [q.row for q in queries])
@@ -84,6 +80,17 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
     layers = "compiled" if model.compiled else "not compiled"
     lines = {"attention": f"{kind}; layers {layers}"}
     return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
+
+
+def warn_of_text(prompts: Sequence[str | list[dict]]) -> str | None:
+    """What to say where some prompts go through the chat template and others do not."""
+    in_messages = sum(isinstance(prompt, list) for prompt in prompts)
+    if in_messages in (0, len(prompts)):
+        return None
+    return (
+        f"warning: {len(prompts) - in_messages} are text beside {in_messages} of messages; "
+        "--apply_chat_template true makes them messages too"
+    )
 
 
 def _counted(rows_with: Counter) -> str:

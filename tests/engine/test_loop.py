@@ -25,6 +25,7 @@ from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.output_dir import complete_checkpoints, read_state
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.save import SaveFailed
+from rrhf_fast.engine.summary import warn_of_text
 from rrhf_fast.model import layers
 from rrhf_fast.model.decoder import UnsupportedModel
 from rrhf_fast.model.rrhf import RRHFModel
@@ -275,6 +276,12 @@ def test_what_was_left_out_or_not_used_is_in_the_summary(tmp_path, data, capsys)
     run(tmp_path / "out", {"train_data": str(path)}, on_bad_rows="skip")
     out = capsys.readouterr().out
     assert ", 1 left out: empty response" in out and "id (2 rows)" in out
+
+
+def test_text_beside_messages_is_warned_of():
+    messages = [{"role": "user", "content": "Why?"}]
+    assert warn_of_text(["Why?"] * 2) is warn_of_text([messages] * 2) is None
+    assert "2 are text beside 1 of messages" in warn_of_text(["Why?", messages, "How?"])
 
 
 def test_no_prompt_is_trained_on_and_held_out(tmp_path, data, capsys):

@@ -15,6 +15,11 @@ NAMES += ("response", "score")
 OPTIONAL = ("sources", "system", "tools", "chat_template_kwargs", "finish_reasons")
 
 
+# Parts of a path whose first child alone looks at the record, the others at what that found.
+_FIRST_IS_OF_RECORD = ("subexpression", "index_expression", "pipe")
+_FIRST_IS_OF_RECORD += ("projection", "filter_projection", "value_projection")
+
+
 class _KeepNulls(TreeInterpreter):
     """Plain JMESPath leaves null out of `answers[].score`: the scores behind it would move to the
     wrong responses."""
@@ -131,7 +136,11 @@ def _as_cells(value: object) -> object:
 
 
 def _fields(parsed: dict) -> set[str]:
-    """All names in a path, those of the record's own fields among them."""
-    own = {parsed["value"]} if parsed["type"] == "field" else set()
-    children = (child for child in parsed.get("children", []) if isinstance(child, dict))
-    return own.union(*map(_fields, children))
+    """The fields of the record itself that a path begins with."""
+    kind = parsed["type"]
+    if kind == "field":
+        return {parsed["value"]}
+    children = [child for child in parsed.get("children", []) if isinstance(child, dict)]
+    if kind in _FIRST_IS_OF_RECORD:
+        children = children[:1]
+    return set() if kind == "expref" else set().union(*map(_fields, children))

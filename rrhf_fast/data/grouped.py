@@ -33,12 +33,12 @@ def grouped(
     first appearance. Keeps all rows in memory.
 
     Args:
-        records: (where, record), each with a response and, if `scored`, a score.
+        records: (where, record), each with one response, and its score.
         group_by: the field, which becomes the prompt unless there is one.
         on_bad: called with what is wrong with a row, which is then left out.
-        unused: counts fields that are not used, where only responses with scores are of use. None
-            passes on the fields that all rows of a prompt have alike, asks for no scores and takes
-            blank responses too.
+        unused: counts the fields that are not used, and asks for scores and for responses that are
+            not blank. None asks for neither, and keeps the fields that all rows of a prompt have
+            alike.
     """
     groups: dict[str, _Group] = {}
     for where, record in records:
@@ -83,8 +83,9 @@ def _add(
     if rest.get("prompt") is None:
         rest["prompt"] = rest.pop(group_by)
     if unused is not None:
-        spare = [field for field in rest if field not in ("prompt", group_by, *COMMON)]
-        unused.update(field for field in spare if rest.pop(field) not in (None, ""))
+        spare = [field for field in rest if field not in ("prompt", *COMMON)]
+        found = [field for field in spare if rest.pop(field) not in (None, "")]
+        unused.update(field for field in found if field != group_by)
     parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
     group = groups.get(id_ := json.dumps(parts, sort_keys=True, default=str))
     if group is None:

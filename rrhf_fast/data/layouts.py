@@ -107,7 +107,9 @@ def layout_of(record: dict) -> Layout | None:
 def what_serves(record: dict) -> str:
     """The end of a message about a record that lacks something: its fields, and what to do."""
     hint = "name yours with --columns, or see the table of layouts in README.md"
-    if any(name in record for name in RESPONSE_NAMES):
+    if record.get("responses") is not None and record.get("scores") is None:
+        hint = f"score them with python -m rrhf_fast.score, {hint}"
+    elif any(name in record for name in RESPONSE_NAMES):
         hint = f"for one response per row say --group_by prompt, else {hint}"
     return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"
 

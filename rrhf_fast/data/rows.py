@@ -213,7 +213,7 @@ def _load(
                 raise _with_hint(error)
             report.bad_responses[error.kind] += 1
 
-        mapped = _mapped(records, paths, on_bad)
+        mapped = _mapped(records, paths, group_by, on_bad)
         records, paths = grouped(mapped, group_by, on_bad, unused=unused), None
     rows = []
     for where, record in records:
@@ -237,13 +237,17 @@ def _counted(records: Iterable[tuple[str, object]], report: RowReport) -> Record
         yield item
 
 
-def _mapped(records: Records, paths: Columns | None, on_bad: Callable[[BadRow], None]) -> Records:
-    """Records of one response each, with what `--columns` finds put in."""
+def _mapped(
+    records: Records, paths: Columns | None, group_by: str, on_bad: Callable[[BadRow], None]
+) -> Records:
+    """Records of one response each, with what `--columns` finds in place of where it was."""
+    moved = paths.fields - {group_by} if paths else set()
     for where, record in records:
         try:
             record = _check_object(record, where)
             if paths:
-                record = record | paths.find(record, where)
+                rest = {name: value for name, value in record.items() if name not in moved}
+                record = rest | paths.find(record, where)
         except BadRow as error:
             on_bad(error)
         else:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.layouts import LAYOUTS, layout_of
 from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
 
@@ -196,6 +197,25 @@ def test_rows_of_one_prompt_are_joined_in_order_of_first_appearance(tmp_path):
         ["a", "c"],
         ["b", "d"],
     ]
+
+
+def test_columns_of_rows_of_one_response(tmp_path):
+    records = [{"q": "p", "a": {"text": str(i)}, "text": "x", "votes": i} for i in range(2)]
+    path = write(tmp_path / "rows.jsonl", *records)
+    columns = {"prompt": "q", "response": "a.text", "score": "votes"}
+    for group_by in ("prompt", "q"):
+        (row,), report = load_rows(path, columns=columns, group_by=group_by)
+        assert (row.prompt, row.responses, row.scores) == ("p", ["0", "1"], [0, 1])
+        assert report.unused == {"text": 2}
+        (draft,), _ = load_drafts(path, columns=columns, group_by=group_by)
+        assert draft.responses == ["0", "1"] and draft.others["text"] == "x"
+
+
+def test_fields_that_a_path_begins_with():
+    path = "a.b | [c[?d > `1`].e, join(',', f[].g), {h: i || j}, sort_by(k, &l)[0], @.m]"
+    assert Columns({"prompt": path}).fields == {"a"}
+    path = path.removeprefix("a.b | ").replace("@.m", "m.n")
+    assert Columns({"prompt": path}).fields == {*"cfijkm"}
 
 
 def test_without_group_by_the_message_names_it(tmp_path):

@@ -7,6 +7,42 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rrhf_fast.data.chat import check_kwargs
+from rrhf_fast.data.columns import Columns, parse_paths
+
+
+@dataclass
+class RowsConfig:
+    """How files of rows are read: the same options for every command."""
+
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """Stop at the first bad row, or leave out bad responses, and rows with fewer than two good
+    ones, and count both by kind."""
+    columns: dict[str, str] | str | None = None
+    """Where the fields of a row are, for layouts that are not known: JMESPath expressions by field,
+    such as {prompt: question, responses: answers[].text, scores: answers[].rating}."""
+    group_by: str | None = None
+    """Join rows of one response each, {prompt, response, score}, that are equal in this field, such
+    as prompt; keeps all rows in memory."""
+    apply_chat_template: bool = False
+    """Turn string prompts into a user's message, for the chat template."""
+
+    def reading(self) -> dict[str, Any]:
+        """These options as arguments of load_rows and load_drafts. Raises ValueError, with the
+        option's name, for what cannot work."""
+        columns = parse_paths(self.columns)
+        Columns(columns)
+        if self.group_by is not None and not self.group_by.strip():
+            raise ValueError("group_by: expected the name of a field, found nothing")
+        return {
+            "on_bad_rows": self.on_bad_rows,
+            "columns": columns,
+            "group_by": self.group_by,
+            "apply_chat_template": self.apply_chat_template,
+        }
+
+
+# These options for rows that a stage of our own wrote.
+OWN_FORMAT = {"columns": None, "group_by": None, "apply_chat_template": False}
 
 
 @dataclass
@@ -16,17 +52,16 @@ class DataConfig:
     model_name_or_path: str | None = None
     """A causal language model: a folder, or a name on the Hugging Face hub."""
     train_data: str | list[str] | None = None
-    """Rows with prompt, responses and scores: JSONL files, or Hugging Face data sets as name or
-    name:split."""
+    """Rows with prompt, responses and scores: files (.jsonl, .json, .parquet, .csv, also .gz or
+    .zst), patterns, folders, or Hugging Face datasets as name, name:split or name:config:split."""
     eval_data: str | list[str] | None = None
     """Held-out rows of the same kind."""
     eval_fraction: float = 0.0
-    """Without eval_data: hold out this share of the training rows (0 to 1)."""
+    """Without eval_data: hold out about this share of the training rows (0 to 1), chosen by seed;
+    rows with the same prompt stay together."""
     trust_remote_code: bool = False
     """Run code that ships with the model. Off unless you trust its author."""
 
-    on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out and count them by kind."""
     use_responses: Literal["all", "provided", "sampled"] = "all"
     """Provided: those whose source starts so, else the last two, as in the released data. Sampled:
     the others."""
@@ -68,7 +103,7 @@ class LossConfig:
 
 
 @dataclass
-class TrainConfig(LossConfig, DataConfig):
+class TrainConfig(LossConfig, RowsConfig, DataConfig):
     """Options of `python -m rrhf_fast.train`; without model and data it trains the demo."""
 
     output_dir: str | None = None
@@ -204,6 +239,7 @@ class TrainConfig(LossConfig, DataConfig):
         """Raise ValueError, with the option's name, for a value out of range or a combination that
         cannot work."""
         check_types(self)
+        self.reading()
         for name in ("max_length", "max_response_length"):
             # One token and the end token.
             expect(self, name, lambda value: value is None or value >= 2, "at least 2")
@@ -318,6 +354,11 @@ def _is(value: object, kind: object) -> bool:
         return value in get_args(kind)
     if origin in (Union, UnionType):
         return any(_is(value, option) for option in get_args(kind))
+    if origin is dict:
+        kinds = get_args(kind)
+        return isinstance(value, dict) and all(
+            _is(part, of) for item in value.items() for part, of in zip(item, kinds, strict=True)
+        )
     if origin is list:
         return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
     if kind in (int, float):

@@ -16,6 +16,7 @@ import rrhf_fast.losses.rrhf
 from rrhf_fast.command import parse_config
 from rrhf_fast.config import ExportConfig, TrainConfig
 from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.layouts import LAYOUTS
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.evaluation.config import EvaluateConfig
@@ -36,6 +37,14 @@ def test_python_examples_run(code, tmp_path, monkeypatch):
 def test_the_row_shown_is_a_row():
     (row,) = (text for language, text in BLOCKS if language == "json")
     assert len(parse_row(json.loads(row), "README.md").responses) == 2
+
+
+def test_the_layouts_shown_are_those_that_are_read():
+    if "| layout |" not in README:
+        pytest.skip("the README has no table of layouts")
+    for layout in LAYOUTS:
+        fields = ", ".join(f"`{name}`" for name in layout.tells[0])
+        assert f"| {layout.title} | {fields} | {layout.note} |" in README
 
 
 CONFIGS = {

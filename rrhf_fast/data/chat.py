@@ -98,6 +98,8 @@ class ChatTemplate:
             BadRow: the template changes more than white space at the answer's ends, or the model
                 would be asked for it behind another text than it is rendered behind.
         """
+        if not answer.strip():
+            raise BadRow("empty response", row.where, f"{name}: nothing but the end token")
         text = self._answered(row, answer)
         ways = (answer, answer.rstrip(), answer.lstrip(), answer.strip())
         kept = next((way for way in ways if text.endswith(way + opening.behind)), None)

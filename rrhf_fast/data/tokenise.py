@@ -98,7 +98,11 @@ def tokenise_rows(
         batch = []
         for row in rows[start : start + _ROWS_AT_ONCE]:
             try:
-                batch.append(_texts(row, template, endings))
+                texts, bad = _texts(row, template, endings)
+                if bad and (on_bad_rows == "error" or len(texts.responses) < 2):
+                    raise bad[0]
+                report.bad_responses.update(error.kind for error in bad)
+                batch.append(texts)
             except BadRow as error:
                 report.skip(error, on_bad_rows)
         for texts, prompt_ids, responses in _encode_rows(tokenizer, batch, endings):
@@ -295,25 +299,29 @@ class _Texts:
     end: int  # the token
 
 
-def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> _Texts:
+def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> tuple[_Texts, list[BadRow]]:
+    """The texts of a row's good responses, and what is wrong with the others."""
     tokenizer = template.tokenizer
     if isinstance(row.prompt, str):
-        return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id)
+        return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id), []
     opening = template.open(row)
     end = endings.token(opening.behind)
     end_text = tokenizer.convert_ids_to_tokens(end)
-    responses = []
+    good, bad = {}, []
     for i, response in enumerate(row.responses):
-        if row.as_generated is None or not row.as_generated[i]:
-            answer = response.removesuffix(end_text)  # the template puts one there
-            if not answer.strip():
-                problem = f"responses[{i}]: nothing but the end token"
-                raise BadRow("empty response", row.where, problem)
-            response = template.answer(row, opening, answer, f"responses[{i}]")
-            if not endings.has_any(opening.behind):  # EOS comes without the line's end in front
-                response = response.without_last_space()
-        responses.append(response)
-    return _Texts(row, opening.text, responses, end)
+        if row.as_generated is not None and row.as_generated[i]:
+            good[i] = response
+            continue
+        answer = response.removesuffix(end_text)  # the template puts one there
+        try:
+            good[i] = template.answer(row, opening, answer, f"responses[{i}]")
+        except BadRow as error:
+            bad.append(error)
+            continue
+        if not endings.has_any(opening.behind):  # EOS comes without the line's end in front
+            good[i] = good[i].without_last_space()
+    row = row.pick(list(good)) if bad else row
+    return _Texts(row, opening.text, list(good.values()), end), bad
 
 
 def _encode_rows(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from transformers.trainer_utils import enable_full_determinism
@@ -16,6 +15,7 @@ from rrhf_fast.data.forest import forest_tokens
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import RowReport, load_rows
+from rrhf_fast.data.split import hold_out
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
@@ -64,13 +64,14 @@ def prepare(config: TrainConfig, world: World) -> Run:
         config = with_demo(config)
     world.once(lambda: check_output_dir(config))
     reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
-    options = {"on_bad_rows": config.on_bad_rows, "use_responses": config.use_responses}
-    rows, report = load_rows(config.train_data, stop_strings=config.stop_strings, **options)
+    options = config.reading() | {
+        "use_responses": config.use_responses,
+        "stop_strings": config.stop_strings,
+    }
+    rows, report = load_rows(config.train_data, **options)
     held_out_rows, held_out_report = [], RowReport()
     if config.eval_data is not None:
-        held_out_rows, held_out_report = load_rows(
-            config.eval_data, stop_strings=config.stop_strings, **options
-        )
+        held_out_rows, held_out_report = load_rows(config.eval_data, **options)
 
     set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
     set_seed(config.seed)
@@ -92,10 +93,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if held_out_rows:
         held_out, held_out_cut = tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)
         cut.cut += held_out_cut.cut
-    report.read += held_out_report.read
-    report.bad += held_out_report.bad
+    report.add(held_out_report)
     if config.eval_fraction > 0:
-        queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
+        queries, held_out = hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
     num_tokens = _resolve_pack(config, world, queries + held_out)
     config = replace(config, max_tokens_per_pack=num_tokens)
@@ -225,20 +225,6 @@ def _stored_pack(config: TrainConfig) -> int | None:
     output_dir = config.output_dir and Path(config.output_dir)
     folder = find_checkpoint(name, output_dir, option)
     return folder and read_state(folder)["config"]["max_tokens_per_pack"]
-
-
-def _hold_out(
-    queries: list[TokenisedQuery], fraction: float, seed: int
-) -> tuple[list[TokenisedQuery], list[TokenisedQuery]]:
-    count = round(fraction * len(queries))
-    if not 0 < count < len(queries):
-        problem = f"{fraction} of {len(queries)} rows leaves none to train on or none to hold out"
-        raise ValueError(f"eval_fraction: {problem}")
-    chosen = set(np.random.default_rng(seed).permutation(len(queries))[:count].tolist())
-    return (
-        [query for i, query in enumerate(queries) if i not in chosen],
-        [query for i, query in enumerate(queries) if i in chosen],
-    )
 
 
 def _check_vocabulary(queries: Sequence[TokenisedQuery], lm: transformers.PreTrainedModel) -> None:

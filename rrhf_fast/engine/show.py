@@ -11,9 +11,9 @@ def shown_rows(config: TrainConfig) -> str:
     """The first `config.show_tokens` training rows as text. Raises ValueError as `train` does."""
     rows, report = load_rows(
         config.train_data,
-        on_bad_rows=config.on_bad_rows,
         use_responses=config.use_responses,
         stop_strings=config.stop_strings,
+        **config.reading(),
     )
     name, code = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(name, **code)

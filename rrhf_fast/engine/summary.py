@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rrhf_fast.config import TrainConfig
+from rrhf_fast.data.checks import listed
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import RowReport
+from rrhf_fast.data.split import count_shared
 from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel
 
@@ -35,6 +37,8 @@ def describe(
     num_parameters = _short(sum(p.numel() for p in model.parameters()))
     kind = model.lm.config.model_type
     skipped = "".join(f", {count} skipped: {kind}" for kind, count in report.bad.most_common())
+    dropped = report.bad_responses.most_common()
+    left_out = "".join(f", {count} left out: {kind}" for kind, count in dropped)
     ks = ", ".join(f"{k} ({count} rows)" for k, count in sorted(sizes.items()))
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
@@ -43,13 +47,22 @@ def describe(
         **_attention_lines(model),
         "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out"
         + skipped,
-        "responses": f"{num_responses}, k = {ks}",
+        "responses": f"{num_responses}, k = {ks}{left_out}",
         "": f"{ties} rows with tied scores, {duplicates} with duplicate responses",
         "cut": f"{cut.cut['prompts']} prompts and {cut.cut['responses']} responses, "
         f"to fit {max_length} tokens",
         "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
+    if mixed := warn_of_text([query.row.prompt for query in queries]):
+        lines["prompts"] = mixed
+    if report.unused:
+        lines["unused"] = f"fields: {_counted(report.unused)}"
+    shared = count_shared([q.row for q in held_out], [q.row for q in queries])
+    if shared:
+        lines["leak"] = (
+            f"warning: {shared} of {len(held_out)} held-out rows have a prompt that is trained on"
+        )
     if ties == len(queries) and all(len(np.unique(query.rewards)) == 1 for query in queries):
         lines["warning"] = "no row has two different scores, so there is nothing to rank"
     oversized = [size for size in train.sizes if size > config.max_tokens_per_pack]
@@ -67,6 +80,24 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
     layers = "compiled" if model.compiled else "not compiled"
     lines = {"attention": f"{kind}; layers {layers}"}
     return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
+
+
+def warn_of_text(prompts: Sequence[str | list[dict]]) -> str | None:
+    """What to say where some prompts go through the chat template and others do not."""
+    in_messages = sum(isinstance(prompt, list) for prompt in prompts)
+    if in_messages in (0, len(prompts)):
+        return None
+    return (
+        f"warning: {len(prompts) - in_messages} are text beside {in_messages} of messages; "
+        "--apply_chat_template true makes them messages too"
+    )
+
+
+def _counted(rows_with: Counter) -> str:
+    """Names, each with its number of rows, the most frequent first, and not too many."""
+    shown = [f"{listed([name])} ({count} rows)" for name, count in rows_with.most_common(12)]
+    more = len(rows_with) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _short(number: int) -> str:

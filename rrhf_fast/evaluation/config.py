@@ -1,9 +1,8 @@
 """Options of `python -m rrhf_fast.evaluate`."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from rrhf_fast.config import expect
+from rrhf_fast.config import RowsConfig, expect
 from rrhf_fast.scoring.config import ScorerConfig
 
 
@@ -39,11 +38,12 @@ class EvaluationOptions(ScorerConfig):
 
 
 @dataclass
-class EvaluateConfig(EvaluationOptions):
+class EvaluateConfig(RowsConfig, EvaluationOptions):
     """Options of `python -m rrhf_fast.evaluate`."""
 
     data: str | list[str] | None = None
-    """Held-out rows with a prompt: JSONL files or Hugging Face data sets as name or name:split."""
+    """Held-out rows with a prompt: files, patterns, folders or Hugging Face datasets, as in the
+    trainer's train_data."""
     output_dir: str | None = None
     """Where samples, scores, evaluation.json, evaluation.png and report.html go. The same command
     goes on where it was."""
@@ -53,12 +53,11 @@ class EvaluateConfig(EvaluationOptions):
     """A model to compare with on the same prompts, or the scored.jsonl of its own evaluation."""
     ranking_data: str | list[str] | None = None
     """Held-out rows with scores: how often does the model's p rank two responses as they do?"""
-    on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         super().validate()
+        self.reading()
         for name in ("model_name_or_path", "data", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")

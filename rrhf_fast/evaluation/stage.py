@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import read_json
-from rrhf_fast.data.rows import Draft, load_drafts, load_rows
+from rrhf_fast.data.rows import Draft, RowReport, load_drafts, load_rows
 from rrhf_fast.data.tokenise import encode_responses
 from rrhf_fast.evaluation.config import EvaluateConfig
 from rrhf_fast.evaluation.measures import (
@@ -86,14 +87,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     config.validate()
     against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
     # All that can be wrong is looked at before anything is written.
-    prompts = [
-        draft.prompt for draft in load_drafts(config.data, on_bad_rows=config.on_bad_rows)[0]
-    ]
+    drafts, report = load_drafts(config.data, **config.reading())
+    _say_left_out("data", report)
+    prompts = [draft.prompt for draft in drafts]
     earlier = None
     if config.baseline is not None and not against_model:
         earlier = _earlier(config.baseline, prompts)
     if config.ranking_data is not None:
-        load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+        _, report = load_rows(config.ranking_data, **config.reading())
+        _say_left_out("ranking_data", report)
     check_scorer(config)
     options = ["model_name_or_path", "reference_model_name_or_path"]
     for option in options + ["baseline"] * against_model:
@@ -110,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             sides = {MODEL: config.model_name_or_path}
             sides |= {BASELINE: config.baseline} if against_model else {}
             sample(_sample_config(config, sides, samples))
-        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored)))
+        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored), **OWN_FORMAT))
 
     sides = {MODEL: read_side(scored, MODEL)}
     if against_model:
@@ -159,6 +161,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     _write(evaluation, folder)
     return evaluation
+
+
+def _say_left_out(option: str, report: RowReport) -> None:
+    if counts := report.left_out():
+        parts = (f"{count} {name}" for name, count in counts.items())
+        print(f"{option}: {', '.join(parts)}", flush=True)
 
 
 def claim(output_dir: str, options: dict, *, overwrite: bool = False) -> Path:
@@ -309,7 +317,7 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
 
 
 def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
-    rows, _ = load_rows(config.ranking_data, on_bad_rows=config.on_bad_rows)
+    rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
     pairs = [
         pairs_in_order(np.array([logps.mean() for logps in found]), np.array(row.scores))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rrhf_fast import demo
-from rrhf_fast.config import TrainConfig, expect
+from rrhf_fast.config import RowsConfig, TrainConfig, expect
 from rrhf_fast.evaluation.config import EvaluationOptions
 from rrhf_fast.sampling.config import Policy, SampleConfig
 
@@ -19,7 +19,7 @@ def _paper_policies() -> list[Policy]:
 
 
 @dataclass
-class IterateConfig(EvaluationOptions):
+class IterateConfig(RowsConfig, EvaluationOptions):
     """Options of `python -m rrhf_fast.iterate`; without model and data it runs the demo."""
 
     output_dir: str | None = None
@@ -33,14 +33,15 @@ class IterateConfig(EvaluationOptions):
     rate, and the optimizer's state is carried on."""
 
     data: str | list[str] | None = None
-    """Rows to sample for: JSONL files or Hugging Face data sets as name or name:split."""
+    """Rows to sample for: files, patterns, folders or Hugging Face datasets, as in the trainer's
+    train_data."""
     eval_data: str | list[str] | None = None
     """Held-out rows, whose prompts are sampled for at each evaluation."""
     ranking_data: str | list[str] | None = None
     """Held-out rows with scores: how often does the model's p rank two responses as they do?"""
     on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out. Rows with fewer than 2 scored responses are
-    always left out of training."""
+    """Stop at the first bad row, or leave out bad responses and rows. Rows with fewer than 2 scored
+    responses are always left out of training."""
     policies: list[Policy] = field(default_factory=_paper_policies)
     """Where responses come from; policies without a model use that of the round."""
     max_prompt_length: int | None = None
@@ -66,6 +67,7 @@ class IterateConfig(EvaluationOptions):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         super().validate()
+        self.reading()
         for name in ("model_name_or_path", "data", "eval_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
@@ -120,6 +122,9 @@ TRAIN_OPTIONS_ELSEWHERE = {
     "output_dir": "say --output_dir",
     "chat_template_kwargs": "say --chat_template_kwargs",
     "show_tokens": "run python -m rrhf_fast.train --show_tokens 3",
+    "columns": "say --columns",
+    "group_by": "say --group_by",
+    "apply_chat_template": "say --apply_chat_template",
     "dry_run": "run python -m rrhf_fast.train --dry_run true",
 }
 

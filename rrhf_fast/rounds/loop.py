@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rrhf_fast.config import OWN_FORMAT
 from rrhf_fast.data.journal import write_rows
 from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.data.split import count_shared
 from rrhf_fast.engine.loop import train
 from rrhf_fast.engine.output_dir import complete_checkpoints
 from rrhf_fast.evaluation.config import EvaluateConfig
@@ -53,6 +55,7 @@ def iterate(config: IterateConfig) -> list[dict]:
         output_dir,
         {name: value for name, value in identity(config).items() if name != "rounds"},
     )
+    _warn_of_shared_prompts(config)
     records, model = [_evaluate(config, 0, config.model_name_or_path)], config.model_name_or_path
     for number in range(1, config.rounds + 1):
         here = folder / f"round-{number}"
@@ -64,11 +67,12 @@ def iterate(config: IterateConfig) -> list[dict]:
             if file.exists():
                 _say(f"reusing {file}")
         if not samples.exists():
-            data = config.data
+            data = {"data": config.data}
             if config.steps_per_round is not None:
-                data = str(_slice(config, number, here / "prompts.jsonl"))
+                prompts = _slice(config, number, here / "prompts.jsonl")
+                data = {"data": str(prompts), **OWN_FORMAT}
             stage = pass_on(
-                config, SampleConfig, data=data, output=str(samples), model_name_or_path=model
+                config, SampleConfig, output=str(samples), model_name_or_path=model, **data
             )
             _report("sampled", sample(replace(stage, seed=config.seed + number)))
         if not scored.exists():
@@ -78,6 +82,7 @@ def iterate(config: IterateConfig) -> list[dict]:
                 data=str(samples),
                 output=str(scored),
                 model_name_or_path=model,
+                **OWN_FORMAT,
             )
             _report("scored", score(stage))
         if not (here / "trained.json").exists():
@@ -87,6 +92,15 @@ def iterate(config: IterateConfig) -> list[dict]:
         table = write_rounds(folder, records)
     _say(table)
     return records
+
+
+def _warn_of_shared_prompts(config: IterateConfig) -> None:
+    """What is measured on prompts that are trained on says little about others."""
+    held_out, data = (
+        load_drafts(source, **config.reading())[0] for source in (config.eval_data, config.data)
+    )
+    if shared := count_shared(held_out, data):
+        _say(f"warning: {shared} of {len(held_out)} rows of eval_data have a prompt of data")
 
 
 def _train(config: IterateConfig, number: int, model: str, here: Path, *, go_on: bool) -> None:
@@ -125,7 +139,7 @@ def _evaluate(config: IterateConfig, number: int, model: str) -> dict:
 
 def _slice(config: IterateConfig, number: int, path: Path) -> Path:
     """The prompts of one round of k steps: the next ones of a shuffle, over and over."""
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, _ = load_drafts(config.data, **config.reading())
     count = config.steps_per_round * config.train.train_batch_size
     start, stop = (number - 1) * count, number * count
     order = []
@@ -137,8 +151,7 @@ def _slice(config: IterateConfig, number: int, path: Path) -> Path:
 
 def _record(draft: Draft) -> dict:
     named = {f.name: getattr(draft, f.name) for f in fields(draft)}
-    kept = ("prompt", "tools", "chat_template_kwargs")
-    kept += ("responses", "sources", "finish_reasons", "as_generated")
+    kept = ("prompt", "responses", "sources", "finish_reasons", "as_generated")
     return draft.others | {name: named[name] for name in kept if named[name] is not None}
 
 

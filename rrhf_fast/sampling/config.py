@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from rrhf_fast.config import check_types, expect
+from rrhf_fast.config import RowsConfig, check_types, expect
 from rrhf_fast.data.chat import check_kwargs
 
 # Options that change where a result goes or when it is there, not what it is.
@@ -132,18 +132,16 @@ class EndpointConfig:
 
 
 @dataclass
-class SampleConfig(EndpointConfig):
+class SampleConfig(RowsConfig, EndpointConfig):
     """Options of `python -m rrhf_fast.sample`."""
 
     data: str | list[str] | None = None
-    """Rows with a prompt, and responses if they have some: JSONL files or Hugging Face data sets as
-    name or name:split."""
+    """Rows with a prompt, and responses if they have some: files, patterns, folders or Hugging Face
+    datasets, as in the trainer's train_data."""
     output: str | None = None
     """The file of rows to write; OUTPUT.journal keeps unfinished work."""
     overwrite: bool = False
     """Replace an output that is there already, and give up unfinished work."""
-    on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out."""
     model_name_or_path: str | None = None
     """The model of every policy that names none."""
     policies: list[Policy] = field(default_factory=lambda: [Policy()])
@@ -179,6 +177,7 @@ class SampleConfig(EndpointConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         check_types(self)
+        self.reading()
         for name in ("data", "output", "policies"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")

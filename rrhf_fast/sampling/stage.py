@@ -25,15 +25,15 @@ def sample(config: SampleConfig) -> Counter:
 
     Returns:
         What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
-        (rows with fewer than 2 responses), and an endpoint's requests, prompt_tokens and
-        completion_tokens.
+        (rows with fewer than 2 responses), an endpoint's requests, prompt_tokens and
+        completion_tokens, and what was bad: skipped (rows) and bad_responses.
 
     Raises:
         ValueError: a mistake in options, files or rows.
         EndpointDown: an endpoint stopped answering; the same call goes on.
     """
     config.validate()
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, report = load_drafts(config.data, **config.reading())
     prompts = [asdict(draft) | {"where": None} for draft in drafts]
     for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
         if policy.method not in ("openai", "provided"):
@@ -50,6 +50,7 @@ def sample(config: SampleConfig) -> Counter:
                 local = _decode(journal, number, policy, drafts, config, local)
         rows, counts = _merge(journal, drafts, config)
         journal.finish(rows)
+    counts.update(report.left_out())
     return counts
 
 

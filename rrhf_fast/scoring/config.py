@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrhf_fast.config import check_types, expect
+from rrhf_fast.config import RowsConfig, check_types, expect
 from rrhf_fast.data.chat import check_kwargs
 from rrhf_fast.sampling.config import EndpointConfig
 
@@ -71,18 +71,16 @@ class ScorerConfig(EndpointConfig):
 
 
 @dataclass
-class ScoreConfig(ScorerConfig):
+class ScoreConfig(RowsConfig, ScorerConfig):
     """Options of `python -m rrhf_fast.score`."""
 
     data: str | list[str] | None = None
-    """Rows with a prompt and responses: JSONL files or Hugging Face data sets as name or
-    name:split. Scores that they have are replaced."""
+    """Rows with a prompt and responses: files, patterns, folders or Hugging Face datasets, as in
+    the trainer's train_data. Scores that they have are replaced."""
     output: str | None = None
     """The file of rows to write; OUTPUT.journal keeps unfinished work."""
     overwrite: bool = False
     """Replace an output that is there already, and give up unfinished work."""
-    on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave bad rows out."""
     kl_coef: float = 0.0
     """Takes kl_coef * log(policy(response) / reference(response)) from each score; 0.01 in the
     paper's online runs."""
@@ -90,6 +88,7 @@ class ScoreConfig(ScorerConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
         super().validate()
+        self.reading()
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")

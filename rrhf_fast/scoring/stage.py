@@ -32,14 +32,15 @@ def score(config: ScoreConfig) -> Counter:
 
     Returns:
         What happened: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses),
-        and a judge's requests, prompt_tokens and completion_tokens.
+        a judge's requests, prompt_tokens and completion_tokens, and what was bad: skipped (rows)
+        and bad_responses.
 
     Raises:
         ValueError: a mistake in options, files or rows, or a reward function that failed.
         EndpointDown: the judge stopped answering; the same call goes on.
     """
     config.validate()
-    drafts, _ = load_drafts(config.data, on_bad_rows=config.on_bad_rows)
+    drafts, report = load_drafts(config.data, **config.reading())
     for draft in drafts:
         if draft.responses is None:
             raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
@@ -68,6 +69,7 @@ def score(config: ScoreConfig) -> Counter:
             journal.forget(list(journal.done))
             raise ValueError(f"no response could be scored: {reason}")
         journal.finish(rows)
+    counts.update(report.left_out())
     return counts
 
 

@@ -74,7 +74,6 @@ BAD = {
         "wrong type",
         'prompt[0]: expected {"role": str, "content": str}',
     ),
-    "answered prompt": (GOOD | {"prompt": answered("Yes.")}, "wrong type", "prompt: the last mess"),
     "text as responses": (GOOD | {"responses": "ab"}, "wrong type", "responses: expected a list"),
     "null response": (GOOD | {"responses": ["a", None]}, "wrong type", "responses[1]: expected a"),
     "text score": (GOOD | {"scores": [1, "2"]}, "wrong type", "scores[1]: expected a number"),
@@ -140,14 +139,6 @@ def test_a_line_that_is_no_json(tmp_path, line):
         load_rows(path)
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_is_called_one(tmp_path, indent):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"prompt": "a"}], indent=indent))
-    with pytest.raises(ValueError, match="expected a JSON object on each line, .* JSON array"):
-        load_drafts(str(path))
-
-
 def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
     path, stale = tmp_path / "rows.jsonl", ("rewards", "log_ratios", "criteria", "unscored")
     path.write_text(json.dumps({"prompt": "a", "responses": ["b"], "id": 1} | dict.fromkeys(stale)))
@@ -157,7 +148,7 @@ def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
 def test_unusable_sources(tmp_path):
     with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
         load_rows(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(ValueError, match="neither a file nor a data set"):
+    with pytest.raises(ValueError, match="neither a file nor a dataset"):
         load_rows(str(tmp_path / "no_such_folder"))
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b"\n" * 20_000 + b'{"prompt": "caf\xe9"}\n')
@@ -221,6 +212,58 @@ def test_stop_strings_cut_at_the_first(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD | {"responses": ["\n\nHuman: x", "a"]})
     with pytest.raises(BadRow, match=r"responses\[0\]: empty once cut at a stop string"):
         load_rows(path, stop_strings=["\n\nHuman:"])
+
+
+MIXED = {"prompt": "p", "responses": ["a", "", None, "b", "c"], "scores": [1, 2, 3, None, 5]}
+
+
+def test_a_bad_response_leaves_its_row(tmp_path):
+    sources = {"sources": ["x", "y", "z", "provided", "provided"]}
+    path = write(tmp_path / "rows.jsonl", MIXED | sources)
+    with pytest.raises(BadRow, match=r"responses\[1\]: empty.*--on_bad_rows skip leaves out bad"):
+        load_rows(path)
+    (row,), report = load_rows(path, on_bad_rows="skip")
+    assert (row.responses, row.scores, row.sources) == (["a", "c"], [1, 5], ["x", "provided"])
+    assert report.bad_responses == {"empty response": 1, "wrong type": 1, "missing score": 1}
+    assert not report.bad and report.kept == 1
+    (draft,), report = load_drafts(path, on_bad_rows="skip")
+    assert draft.responses == ["a", "", "b", "c"] and draft.sources == ["x", "y", *["provided"] * 2]
+    assert report.left_out() == {"bad_responses": 1}
+
+
+def test_a_row_with_fewer_than_two_good_responses_is_bad(tmp_path):
+    one_left = MIXED | {"scores": [1, 2, 3, None, math.nan]}
+    path = write(tmp_path / "rows.jsonl", GOOD, one_left)
+    rows, report = load_rows(path, on_bad_rows="skip")
+    assert len(rows) == 1 and report.bad == {"empty response": 1}
+    assert not report.bad_responses  # the row counts, not what was in it
+    assert report.left_out() == {"skipped": 1}
+
+
+def test_the_last_two_are_the_datasets_own_also_where_one_is_bad(tmp_path):
+    record = {"prompt": "p", "responses": ["s", "t", "u", ""], "scores": [1, 2, 3, 4]}
+    path = write(tmp_path / "rows.jsonl", record, GOOD)
+    with pytest.raises(BadRow, match=r"responses\[3\]: empty"):
+        load_rows(path, use_responses="provided")
+    (row,), report = load_rows(path, use_responses="provided", on_bad_rows="skip")
+    assert row.prompt == "Why?" and report.bad == {"empty response": 1}
+    (row, *_), _ = load_rows(write(tmp_path / "one.jsonl", record), use_responses="sampled")
+    assert row.responses == ["s", "t"]
+
+
+def test_a_response_that_a_stop_string_cuts_to_nothing_leaves_its_row(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {**MIXED, "responses": ["a", "#b", "c#", "d", "#"]})
+    with pytest.raises(BadRow, match=r"responses\[1\]: empty once cut at a stop string"):
+        load_rows(path, stop_strings=["#"])
+    (row,), report = load_rows(path, stop_strings=["#"], on_bad_rows="skip")
+    assert row.responses == ["a", "c"]
+    assert report.bad_responses == {"empty response": 2, "missing score": 1}
+
+
+def test_fields_that_nothing_uses_are_counted(tmp_path):
+    more = {"id": 3, "empty": None, "rewards": [1, 2], "tools": None, "finish_reasons": None}
+    path = write(tmp_path / "rows.jsonl", GOOD | more, GOOD | {"id": 4}, GOOD | {"note": "x"})
+    assert load_rows(path)[1].unused == {"id": 2, "note": 1}
 
 
 values = st.recursive(

@@ -25,6 +25,7 @@ from rrhf_fast.engine.metrics import MetricsLog
 from rrhf_fast.engine.output_dir import complete_checkpoints, read_state
 from rrhf_fast.engine.plot import plot_training
 from rrhf_fast.engine.save import SaveFailed
+from rrhf_fast.engine.summary import warn_of_text
 from rrhf_fast.model import layers
 from rrhf_fast.model.decoder import UnsupportedModel
 from rrhf_fast.model.rrhf import RRHFModel
@@ -262,6 +263,45 @@ def test_skipped_rows_are_in_the_summary(tmp_path, data, capsys):
     out = capsys.readouterr().out
     assert "5 read, 2 to train on, 0 held out" in out
     assert "2 skipped: missing field, 1 skipped: not an object" in out
+
+
+def test_what_was_left_out_or_not_used_is_in_the_summary(tmp_path, data, capsys):
+    rows = [json.loads(line) for line in Path(data["train_data"]).read_text().splitlines()[:4]]
+    rows[0]["responses"][1] = ""
+    rows[1]["id"] = rows[2]["id"] = 7
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadRow, match="--on_bad_rows skip"):
+        run(tmp_path / "out", {"train_data": str(path)})
+    run(tmp_path / "out", {"train_data": str(path)}, on_bad_rows="skip")
+    out = capsys.readouterr().out
+    assert ", 1 left out: empty response" in out and "id (2 rows)" in out
+
+
+def test_text_beside_messages_is_warned_of():
+    messages = [{"role": "user", "content": "Why?"}]
+    assert warn_of_text(["Why?"] * 2) is warn_of_text([messages] * 2) is None
+    assert "2 are text beside 1 of messages" in warn_of_text(["Why?", messages, "How?"])
+
+
+def test_no_prompt_is_trained_on_and_held_out(tmp_path, data, capsys):
+    rows = [json.loads(line) for line in Path(data["train_data"]).read_text().splitlines()[:8]]
+    pairs = [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["responses"][i],
+            "rejected": row["responses"][i + 1],
+        }
+        for row in rows
+        for i in range(3)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    run(tmp_path / "out", {"train_data": str(path)}, eval_fraction=0.25, max_steps=1)
+    out = capsys.readouterr().out
+    assert "24 read, 18 to train on, 6 held out" in out and "have a prompt" not in out
+    run(tmp_path / "leak", {"train_data": str(path), "eval_data": data["train_data"]}, max_steps=1)
+    assert "warning: 8 of 24 held-out rows have a prompt that is trained" in capsys.readouterr().out
 
 
 def test_overwriting_is_possible_when_asked(tmp_path, data):

@@ -92,6 +92,31 @@ def test_a_round_taken_up_at_any_stage_ends_the_same(tmp_path, config):
         loop.iterate(replace(config, kl_coef=0.1))
 
 
+@pytest.mark.parametrize("steps_per_round", [None, 1])
+def test_columns_are_those_of_the_callers_files(config, steps_per_round, capsys):
+    for path in (config.data, config.eval_data):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        others = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in others))
+    shared = Path(config.eval_data).read_text().splitlines()[0]
+    Path(config.data).write_text(Path(config.data).read_text() + shared)
+    config = replace(config, rounds=1, steps_per_round=steps_per_round)
+    config.train.max_steps = None if steps_per_round else 1
+    with pytest.raises(ValueError, match="prompt: missing.*found the fields q, a, s"):
+        loop.iterate(config)
+    config.columns = "{prompt: q, responses: a, sources: s}"
+    assert len(loop.iterate(config)) == 2
+    assert "warning: 1 of 6 rows of eval_data have a prompt of data" in capsys.readouterr().out
+    scored = Path(config.output_dir, "round-1", "scored.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in scored]
+    assert all(
+        row.keys() <= {"prompt", "responses", "sources", "finish_reasons", "scores"} for row in rows
+    )
+    config.train.columns = "{prompt: q}"
+    with pytest.raises(ValueError, match="train.columns: is not used here .say --columns"):
+        loop.iterate(config)
+
+
 def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
     def refuse(*_):
         raise AssertionError("this stage was done")

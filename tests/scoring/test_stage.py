@@ -366,7 +366,8 @@ def test_without_a_difference_there_is_no_penalty(config):
     config.model_name_or_path = config.reference_model_name_or_path = MODEL
     score(config)
     assert all(row["scores"] == row["rewards"] for row in read(config.output))
-    assert load_rows(config.output, on_bad_rows="skip")[1].kept == 1  # the other has an empty one
+    report = load_rows(config.output, on_bad_rows="skip")[1]
+    assert report.kept == 2 and report.bad_responses == {"empty response": 1}
 
 
 # --- Judges

@@ -1,0 +1,130 @@
+"""What a bad row is, and the checks of single values that all of reading shares."""
+
+import json
+import math
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. `kind` is a short name that the summary counts by."""
+
+    def __init__(self, kind: str, where: str, problem: str):
+        super().__init__(kind, where, problem)  # all of them, so that other ranks can be sent it
+        self.kind = kind
+
+    def __str__(self) -> str:
+        _, where, problem = self.args
+        return f"{where}: {problem}"
+
+
+class Cell(str):
+    """A cell of a CSV file: text whose type the file does not tell. Where a number or a list is
+    expected, the checks below read it as one."""
+
+
+def check_text(text: object, name: str, where: str) -> str:
+    """The text as a plain string. Raises BadRow if it is none, or not valid Unicode."""
+    if not isinstance(text, str):
+        raise BadRow("wrong type", where, f"{name}: expected a string, found {show(text)}")
+    check_unicode(text, name, where)
+    return str(text)
+
+
+def check_unicode(value: object, name: str, where: str) -> None:
+    """Raise BadRow where a string, or any string in a JSON value, holds half of a surrogate
+    pair."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            problem = f"{name}: holds half of a surrogate pair, expected valid Unicode"
+            raise BadRow("not Unicode", where, problem)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_unicode(key, name, where)
+            check_unicode(item, name, where)
+    elif isinstance(value, list):
+        for item in value:
+            check_unicode(item, name, where)
+
+
+def check_list(value: object, name: str, where: str) -> list:
+    """A copy of the list. Raises BadRow if it is none."""
+    if isinstance(value, Cell):
+        value = from_json(value, name, where)
+    if value is None:
+        raise BadRow("missing field", where, f"{name}: missing (a list was expected)")
+    if not isinstance(value, list):
+        raise BadRow("wrong type", where, f"{name}: expected a list, found {show(value)}")
+    return list(value)
+
+
+def check_texts(value: object, name: str, where: str) -> list[str] | None:
+    """A list of texts, None for None. Raises BadRow if it is neither."""
+    if value is None:
+        return None
+    texts = check_list(value, name, where)
+    return [check_text(text, f"{name}[{i}]", where) for i, text in enumerate(texts)]
+
+
+def check_flags(value: object, name: str, where: str) -> list[bool] | None:
+    """A list of truth values, None for None. Raises BadRow if it is neither."""
+    if value is None:
+        return None
+    flags = check_list(value, name, where)
+    for i, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            problem = f"{name}[{i}]: expected true or false, found {show(flag)}"
+            raise BadRow("wrong type", where, problem)
+    return flags
+
+
+def check_length(name: str, values: list | None, count: int, where: str) -> None:
+    """Raise BadRow unless there is a value for each of `count` responses, or no list at all."""
+    if values is not None and len(values) != count:
+        expected = f"expected one for each of the {count} responses"
+        raise BadRow("unequal lengths", where, f"{name}: {expected}, found {len(values)}")
+
+
+def check_score(score: object, name: str, where: str) -> float:
+    """The score as a finite float. Raises BadRow if it is none."""
+    if isinstance(score, Cell):
+        try:
+            score = float(score)
+        except ValueError:
+            score = score.strip() or None
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        kind = "missing score" if score is None else "wrong type"
+        raise BadRow(kind, where, f"{name}: expected a number, found {show(score)}")
+    try:
+        score = float(score)
+    except OverflowError:  # an integer of more than 308 digits
+        score = math.inf
+    if not math.isfinite(score):
+        raise BadRow("non-finite score", where, f"{name}: expected a finite number, found {score}")
+    return score
+
+
+def from_json(text: str, name: str, where: str) -> object:
+    """The JSON value that a string holds, None for a blank one. Raises BadRow if it is no JSON."""
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        problem = f"{name}: expected JSON, found {show(str(text))}"
+        raise BadRow("not JSON", where, problem) from error
+
+
+def show(value: object) -> str:
+    """Type and value for a message, on one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in ...
+        text = "..."
+    kind = "str" if isinstance(value, str) else type(value).__name__
+    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def listed(names: list[str]) -> str:
+    """Names of fields for a message: quoted where they are odd, and not too many."""
+    shown = [name if name.isprintable() and len(name) <= 40 else show(name)[4:] for name in names]
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    return ", ".join(shown[:20]) + more

@@ -1,0 +1,97 @@
+"""`--group_by`: rows of one response each -> rows of all responses to a prompt."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from rrhf_fast.data.checks import BadRow, check_score, check_text
+from rrhf_fast.data.layouts import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
+from rrhf_fast.data.messages import answer_text, from_cell
+
+# Rows that differ in one of these ask for different answers.
+_PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs")
+
+
+@dataclass
+class _Group:
+    where: str  # of the first row
+    record: dict  # what all rows have alike
+    responses: list
+    scores: list
+    sources: list
+
+
+def grouped(
+    records: Iterable[tuple[str, dict]],
+    group_by: str,
+    on_bad: Callable[[BadRow], None],
+    *,
+    unused: Counter | None,
+) -> Iterator[tuple[str, dict]]:
+    """Rows with an equal value of the field `group_by` as one record of the own format, in order of
+    first appearance. Keeps all rows in memory.
+
+    Args:
+        records: (where, record), each with one response, and its score.
+        group_by: the field, which becomes the prompt unless there is one.
+        on_bad: called with what is wrong with a row, which is then left out.
+        unused: counts the fields that are not used, and asks for scores and for responses that are
+            not blank. None asks for neither, and keeps the fields that all rows of a prompt have
+            alike.
+    """
+    groups: dict[str, _Group] = {}
+    for where, record in records:
+        try:
+            _add(groups, record, where, group_by, unused)
+        except BadRow as error:
+            on_bad(error)
+    for group in groups.values():
+        out = group.record | {"responses": group.responses}
+        if any(score is not None for score in group.scores):
+            out["scores"] = group.scores
+        if all(isinstance(source, str) for source in group.sources):
+            out["sources"] = group.sources
+        yield group.where, out
+
+
+def _add(
+    groups: dict[str, _Group], record: dict, where: str, group_by: str, unused: Counter | None
+) -> None:
+    key = record.get(group_by)
+    if key is None:
+        problem = f"{group_by}: missing (the field of --group_by){what_serves(record)}"
+        raise BadRow("missing field", where, problem)
+    name = next((name for name in RESPONSE_NAMES if record.get(name) is not None), None)
+    if name is None or name == group_by:
+        problem = "response: missing (--group_by joins rows of one response each)"
+        raise BadRow("missing field", where, problem + what_serves(record))
+    response = check_text(answer_text(from_cell(record[name]), name, where), name, where)
+    score_name = next((name for name in SCORE_NAMES if record.get(name) is not None), None)
+    score = None
+    if unused is not None:
+        if not response.strip():
+            problem = f"{name}: empty, expected at least one visible character"
+            raise BadRow("empty response", where, problem)
+        if score_name is None:
+            problem = f"score: missing (a number was expected){what_serves(record)}"
+            raise BadRow("missing score", where, problem)
+        score = check_score(record[score_name], score_name, where)
+    source = record.get("model") if record.get("sources") is None else record["sources"]
+    used = {name, score_name, "model", "sources"}
+    rest = {field: value for field, value in record.items() if field not in used}
+    if rest.get("prompt") is None:
+        rest["prompt"] = rest.pop(group_by)
+    if unused is not None:
+        spare = [field for field in rest if field not in ("prompt", *COMMON)]
+        found = [field for field in spare if rest.pop(field) not in (None, "")]
+        unused.update(field for field in found if field != group_by)
+    parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
+    group = groups.get(id_ := json.dumps(parts, sort_keys=True, default=str))
+    if group is None:
+        groups[id_] = _Group(where, rest, [response], [score], [source])
+        return
+    group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
+    group.responses.append(response)
+    group.scores.append(score)
+    group.sources.append(source)

@@ -1,0 +1,484 @@
+"""Records as published datasets lay them out -> one canonical record.
+
+A layout is told by its fields. `LAYOUTS` lists all of them, each with a record to show what it
+looks like; README.md has the same table. Whatever else people have is mapped by `--columns`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import mean
+
+from rrhf_fast.data.checks import BadRow, Cell, check_list, check_text, listed, show
+from rrhf_fast.data.messages import check_messages, from_cell
+
+# Fields that every layout may have beside its own.
+COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
+# Fields that hold an item per response.
+OF_RESPONSES = ("responses", "sources", "as_generated", "finish_reasons")
+# Names under which rows of one response each, which `--group_by` joins, hold it and its score.
+RESPONSE_NAMES = ("response", "completion", "answer", "output")
+SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
+# A pair's scores: score_chosen, chosen_score, chosen-rating, ...
+PAIR_SCORES = tuple(
+    tuple(form.format(name=name, side=side) for side in ("chosen", "rejected"))
+    for name in ("score", "rating", "reward")
+    for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
+)
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+@dataclass
+class Canonical:
+    """A record in the terms of the own format, its values not checked yet."""
+
+    prompt: object = None  # text or messages, None where there is none
+    prompt_name: str = "prompt"
+    responses: object = None  # a list of texts or messages, None where there is none
+    scores: object = None  # a list of numbers, None where there is none
+    sources: object = None
+    used: set[str] = field(default_factory=set)  # fields that went into this
+    names: list[str] | None = None  # what messages call each response; default responses[i]
+    score_names: list[str] | None = None  # ... and each score; default scores[i]
+    common: dict = field(default_factory=dict)  # the fields in COMMON
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How some datasets lay out a record."""
+
+    title: str
+    tells: tuple[tuple[str, ...], ...]  # a record that has all fields of one of these is of it
+    convert: Callable[[dict, str], Canonical]  # (record, where); raises BadRow
+    example: dict
+    note: str  # what becomes the prompt and the scores
+
+
+def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical:
+    """The record in the terms of the own format.
+
+    Args:
+        record: of any layout.
+        where: for messages.
+        mapped: what `--columns` found, by name; it comes before what the layout says.
+
+    Raises:
+        BadRow: fields that the layout promises are not as they should be.
+    """
+    if mapped:
+        if "responses" in mapped or "chosen" in mapped:
+            # What the record says of other responses does not hold for these.
+            record = {name: value for name, value in record.items() if name not in OF_RESPONSES}
+        record = record | mapped
+    layout = layout_of(record)
+    found = _own(record, where) if layout is None else layout.convert(record, where)
+    if mapped:
+        _prefer(found, mapped)
+    found.common = {name: _filled(record, name) for name in COMMON}
+    found.used.update(COMMON)
+    return found
+
+
+def _prefer(found: Canonical, mapped: dict) -> None:
+    """What `--columns` found comes before what the layout says."""
+    for name in {"responses", "scores", "sources"} & mapped.keys():
+        setattr(found, name, mapped[name])
+    # The conversation that a pair holds is more than the one message that a prompt repeats.
+    if "prompt" in mapped and found.prompt_name not in ("chosen", "rejected"):
+        found.prompt, found.prompt_name = from_cell(mapped["prompt"]), "prompt"
+    if "responses" in mapped:
+        found.names = None
+    if "scores" in mapped:
+        found.score_names = None
+    found.used.update(mapped)
+
+
+def layout_of(record: dict) -> Layout | None:
+    """The layout that the record's fields tell, None if none does. A field that is None counts
+    only where no layout fits without it: Parquet fills fields in."""
+    if record.get("responses") is not None:
+        return LAYOUTS[0]  # told by this field alone, and by far the most frequent
+    for names in ({name for name, value in record.items() if value is not None}, set(record)):
+        for layout in LAYOUTS:
+            if any(names.issuperset(tells) for tells in layout.tells):
+                return layout
+    return None
+
+
+def what_serves(record: dict) -> str:
+    """The end of a message about a record that lacks something: its fields, and what to do."""
+    hint = "name yours with --columns, or see the table of layouts in README.md"
+    if record.get("responses") is not None and record.get("scores") is None:
+        hint = f"score them with python -m rrhf_fast.score, {hint}"
+    elif any(name in record for name in RESPONSE_NAMES):
+        hint = f"for one response per row say --group_by prompt, else {hint}"
+    return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"
+
+
+def _filled(record: dict, name: str) -> object:
+    """A field that may be missing; in a CSV file an empty cell is a missing one."""
+    value = record.get(name)
+    return None if isinstance(value, Cell) and not value.strip() else value
+
+
+def _prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
+    """The first of these fields that is there, and its name."""
+    name = next((name for name in names if record.get(name) is not None), "prompt")
+    return from_cell(record.get(name)), name
+
+
+def _own(record: dict, where: str) -> Canonical:
+    prompt, name = _prompt_of(record, ("prompt", "query"))
+    return Canonical(
+        prompt,
+        name,
+        responses=record.get("responses"),
+        scores=record.get("scores"),
+        sources=_filled(record, "sources"),
+        used={"prompt", "query", "responses", "scores", "sources"},
+    )
+
+
+def _pair(record: dict, where: str) -> Canonical:
+    prompt, name = _prompt_of(record, ("prompt", "query", "question", "input"))
+    return _pair_behind(record, where, prompt, name, {"prompt", name})
+
+
+def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
+    """`chosen` and `rejected`, each a text, a message, or messages that may begin with the prompt;
+    without a prompt it is what they have in common."""
+    sides = ("chosen", "rejected")
+    answers = [from_cell(record[side]) for side in sides]
+    answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
+    if prompt is None and all(isinstance(answer, str) for answer in answers):
+        prompt, *answers = _split_texts(*map(check_text, answers, sides, [where] * 2))
+    for i, side in enumerate(sides):
+        if isinstance(answers[i], list):
+            *history, answers[i] = check_messages(answers[i], side, where)
+            if answers[i]["role"] != "assistant":
+                problem = f"{side}: the last message must be the assistant's"
+                raise BadRow("wrong type", where, problem)
+            if not history:
+                continue
+            if not isinstance(prompt, list):
+                # Such a string repeats one of the messages; one that does not goes unused.
+                if isinstance(prompt, str) and not any(
+                    prompt in str(m["content"]) for m in history
+                ):
+                    used = used - {name, "prompt"}
+                prompt, name = history, side
+            elif history != check_messages(prompt, name, where):
+                problem = f"{side}: its first messages differ from the prompt"
+                raise BadRow("unequal prompts", where, problem)
+    scores, score_names = [1.0, 0.0], None
+    for fields in PAIR_SCORES:
+        found = [record.get(field) for field in fields]
+        if all(field in record for field in fields) and any(v not in (None, "") for v in found):
+            scores, score_names = found, list(fields)
+            used = used | set(fields)
+            break
+    return Canonical(
+        prompt, name, answers, scores, list(sides), used | set(sides), list(sides), score_names
+    )
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
+    """(prompt, answer, answer) of two texts that begin alike: cut behind the last "Assistant:" that
+    they share, or else before the word in which they part."""
+    shared = _shared_length(chosen, rejected)
+    at = chosen.rfind(ASSISTANT, 0, shared)
+    if at >= 0:
+        at += len(ASSISTANT)
+    else:
+        at = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
+        if at < 0:
+            at = shared if shared < min(len(chosen), len(rejected)) else 0
+        elif chosen[at] != " ":  # a space belongs to the word behind it, a line's end does not
+            at += 1
+    return chosen[:at] or None, chosen[at:], rejected[at:]
+
+
+def _shared_length(a: str, b: str) -> int:
+    """Characters that both texts begin with, by bisection."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def _sharegpt(record: dict, where: str) -> Canonical:
+    name = "conversations"
+    prompt = check_messages(from_cell(record[name]), name, where)
+    return _pair_behind(record, where, prompt, name, {name})
+
+
+def _alpaca(record: dict, where: str) -> Canonical:
+    prompt = check_text(record["instruction"], "instruction", where)
+    if record.get("input") not in (None, ""):
+        prompt += "\n" + check_text(record["input"], "input", where)
+    used = {"instruction", "input"}
+    if record.get("history"):
+        used.add("history")
+        prompt = [*_turns(record["history"], where), {"role": "user", "content": prompt}]
+    sides = [record.get("chosen"), record.get("rejected")]
+    if None not in sides or (
+        record.get("output") is None and {"chosen", "rejected"} <= set(record)
+    ):
+        return _pair_behind(record, where, prompt, "instruction", used)
+    found = Canonical(prompt, "instruction", used=used | {"output"})
+    output = record.get("output")
+    if isinstance(output, Cell) and output.startswith("["):
+        output = check_list(output, "output", where)
+    if isinstance(output, list):
+        if len(output) != 2:
+            problem = f"output: expected [better, worse], found {len(output)} responses"
+            raise BadRow("wrong type", where, problem)
+        found.responses, found.scores = output, [1.0, 0.0]
+        found.names = ["output[0]", "output[1]"]
+    elif output is not None:
+        found.responses, found.names = [output], ["output"]
+    return found
+
+
+def _turns(history: object, where: str) -> list[dict]:
+    """Messages of [[question, answer], ...]."""
+    messages = []
+    for i, turn in enumerate(check_list(history, "history", where)):
+        name = f"history[{i}]"
+        if len(texts := check_list(turn, name, where)) != 2:
+            problem = f"{name}: expected [question, answer], found {show(turn)}"
+            raise BadRow("wrong type", where, problem)
+        for role, text in zip(("user", "assistant"), texts, strict=True):
+            messages.append({"role": role, "content": check_text(text, name, where)})
+    return messages
+
+
+def _items(record: dict, name: str, where: str) -> list[dict]:
+    items = check_list(record[name], name, where)
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            problem = f"{name}[{i}]: expected an object, found {show(item)}"
+            raise BadRow("wrong type", where, problem)
+    return items
+
+
+def _models(items: list[dict]) -> list[str] | None:
+    models = [item.get("model") for item in items]
+    return models if all(isinstance(model, str) for model in models) else None
+
+
+def _ultrafeedback(record: dict, where: str) -> Canonical:
+    prompt, name = _prompt_of(record, ("instruction", "prompt"))
+    items = _items(record, "completions", where)
+    kinds = {
+        "overall_score": [item.get("overall_score") for item in items],
+        "fine-grained_score": [item.get("fine-grained_score") for item in items],
+        "annotations": [_mean_rating(item.get("annotations")) for item in items],
+    }
+    # One kind for the whole row: what all completions have, or else the first that any has.
+    order = sorted(kinds, key=lambda kind: kinds[kind].count(None) > 0)
+    kind = next((kind for kind in order if any(v is not None for v in kinds[kind])), order[0])
+    return Canonical(
+        prompt,
+        name,
+        [item.get("response") for item in items],
+        kinds[kind],
+        _models(items),
+        {name, "completions"},
+        [f"completions[{i}].response" for i in range(len(items))],
+        [f"completions[{i}].{kind}" for i in range(len(items))],
+    )
+
+
+def _mean_rating(annotations: object) -> float | None:
+    """The mean of the aspects' ratings, which are texts; those that are no numbers do not count."""
+    ratings = []
+    for aspect in annotations.values() if isinstance(annotations, dict) else ():
+        try:
+            ratings.append(float(aspect["Rating"]))
+        except (TypeError, ValueError, KeyError, OverflowError):
+            continue
+    return mean(ratings) if ratings else None
+
+
+def _nectar(record: dict, where: str) -> Canonical:
+    prompt, name = _prompt_of(record, ("prompt", "question"))
+    items = _items(record, "answers", where)
+    ranks = [item.get("rank") for item in items]
+    return Canonical(
+        prompt,
+        name,
+        [item.get("answer") for item in items],
+        [-r if isinstance(r, int | float) and not isinstance(r, bool) else r for r in ranks],
+        _models(items),
+        {name, "answers"},
+        [f"answers[{i}].answer" for i in range(len(items))],
+        [f"answers[{i}].rank" for i in range(len(items))],
+    )
+
+
+def _choice(record: dict, name: str, where: str) -> int:
+    """A field that is 0 or 1."""
+    value = record[name]
+    number = {"0": 0, "1": 1}.get(value.strip()) if isinstance(value, Cell) else value
+    if number not in (0, 1):
+        raise BadRow("wrong type", where, f"{name}: expected 0 or 1, found {show(value)}")
+    return int(number)
+
+
+def _safe_rlhf(record: dict, where: str) -> Canonical:
+    prompt, name = _prompt_of(record, ("prompt",))
+    names = ["response_0", "response_1"]
+    better = _choice(record, "better_response_id", where)
+    return Canonical(
+        prompt,
+        name,
+        [record[name] for name in names],
+        [1.0 - better, float(better)],
+        used={"prompt", "better_response_id", *names},
+        names=names,
+    )
+
+
+def _shp(record: dict, where: str) -> Canonical:
+    names, score_names = ["human_ref_A", "human_ref_B"], ["score_A", "score_B"]
+    scores = [record.get(name) for name in score_names]
+    used = {"history", *names, *score_names, "labels"}
+    if record.get("labels") not in (None, ""):
+        first = float(_choice(record, "labels", where))  # 1: A is preferred
+        numbers = all(isinstance(v, int | float) for v in scores)
+        # Where votes and label disagree, the label is what people preferred.
+        if not numbers or (scores[0] > scores[1]) != (first == 1.0):
+            scores, score_names = [first, 1.0 - first], ["labels", "labels"]
+    return Canonical(
+        record["history"],
+        "history",
+        [record[name] for name in names],
+        scores,
+        used=used,
+        names=names,
+        score_names=score_names,
+    )
+
+
+LAYOUTS = (
+    Layout(
+        "own format",
+        (("responses",),),
+        _own,
+        {"prompt": "Why?", "responses": ["So it is.", "No idea."], "scores": [2, 1]},
+        "`query` is an alias of `prompt`, as in the released RRHF data",
+    ),
+    Layout(
+        "UltraFeedback",
+        (("instruction", "completions"), ("prompt", "completions")),
+        _ultrafeedback,
+        {
+            "instruction": "Why?",
+            "completions": [
+                {"model": "a", "response": "So it is.", "overall_score": 8.0},
+                {"model": "b", "response": "No idea.", "overall_score": 3.5},
+            ],
+        },
+        "scores: `overall_score`, else `fine-grained_score`, else the mean of the annotations' "
+        "`Rating`; sources: `model`",
+    ),
+    Layout(
+        "PKU-SafeRLHF",
+        (("prompt", "response_0", "response_1", "better_response_id"),),
+        _safe_rlhf,
+        {
+            "prompt": "Why?",
+            "response_0": "No idea.",
+            "response_1": "So it is.",
+            "better_response_id": 1,
+            "safer_response_id": 0,
+        },
+        "the response that `better_response_id` names scores 1, the other 0",
+    ),
+    Layout(
+        "Nectar",
+        (("prompt", "answers"), ("question", "answers")),
+        _nectar,
+        {
+            "prompt": "Why?",
+            "answers": [
+                {"answer": "So it is.", "rank": 1, "model": "a"},
+                {"answer": "No idea.", "rank": 2, "model": "b"},
+            ],
+        },
+        "score: minus the `rank`; sources: `model`",
+    ),
+    Layout(
+        "SHP",
+        (("history", "human_ref_A", "human_ref_B"),),
+        _shp,
+        {
+            "history": "Why?",
+            "human_ref_A": "So it is.",
+            "human_ref_B": "No idea.",
+            "labels": 1,
+            "score_A": 12,
+            "score_B": 3,
+        },
+        "prompt: `history`; scores: `score_A` and `score_B`, or `labels` where these disagree",
+    ),
+    Layout(
+        "ShareGPT pairs",
+        (("conversations", "chosen", "rejected"),),
+        _sharegpt,
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            "chosen": {"from": "gpt", "value": "So it is."},
+            "rejected": {"from": "gpt", "value": "No idea."},
+        },
+        "prompt: `conversations`; roles human, gpt, system and tool; scores as in pairs",
+    ),
+    Layout(
+        "pairs",
+        (("prompt", "chosen", "rejected"), ("query", "chosen", "rejected")),
+        _pair,
+        {
+            "prompt": "Why?",
+            "chosen": "So it is.",
+            "rejected": "No idea.",
+            "score_chosen": 8,
+            "score_rejected": 3,
+        },
+        "texts or messages, which may repeat the prompt; scores: `score_chosen`, `chosen_score` or "
+        "`chosen-rating` (`rating`, `reward`) and the other's, else 1 and 0",
+    ),
+    Layout(
+        "Alpaca pairs",
+        (("instruction", "chosen", "rejected"), ("instruction", "output")),
+        _alpaca,
+        {"instruction": "Explain.", "input": "Why?", "output": ["So it is.", "No idea."]},
+        "prompt: `instruction`, a line end and `input`, behind `history`; `output` is [better, "
+        "worse], or `chosen` and `rejected`",
+    ),
+    Layout(
+        "Orca DPO pairs",
+        (("question", "chosen", "rejected"), ("input", "chosen", "rejected")),
+        _pair,
+        {
+            "system": "Be brief.",
+            "question": "Why?",
+            "chosen": "So it is.",
+            "rejected": "No idea.",
+        },
+        "prompt: `question` (or `input`), behind `system`",
+    ),
+    Layout(
+        "transcripts (HH)",
+        (("chosen", "rejected"),),
+        _pair,
+        {
+            "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
+            "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",
+        },
+        "prompt: what both begin with, up to the last `Assistant:`; other texts part before the "
+        "first word that differs, messages before the last",
+    ),
+)
+# Rows of one response each are joined by `--group_by` into rows of the own format.
+GROUPED_EXAMPLE = {"prompt": "Why?", "response": "So it is.", "helpfulness": 4, "verbosity": 1}

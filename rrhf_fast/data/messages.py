@@ -1,0 +1,167 @@
+"""Chat messages as data sets hold them -> messages as chat templates take them."""
+
+import json
+
+from rrhf_fast.data.checks import BadRow, Cell, check_text, check_unicode, from_json, show
+
+# The names that ShareGPT files have for roles.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+# Parts of an answer that nothing here trains, so that they must not get lost in silence.
+UNTRAINED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+def check_messages(messages: object, name: str, where: str) -> list[dict]:
+    """Messages with a role and a content each, whichever way they were written.
+
+    {"from", "value"} becomes {"role", "content"}, content in text parts becomes one string, and
+    keys that are None (as Parquet fills them in) are dropped. Content may be missing where an
+    assistant calls tools, and may be anything in a tool's message.
+
+    Raises:
+        BadRow: what is wrong with which message.
+    """
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if messages == [] else f"found {show(messages)}"
+        raise BadRow("wrong type", where, f"{name}: {found}, expected messages")
+    return [check_message(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
+
+
+def check_message(message: object, name: str, where: str) -> dict:
+    """One message, as in `check_messages`."""
+    if not isinstance(message, dict):
+        raise _no_message(message, name, where)
+    if "from" in message and "value" in message and message.get("role") is None:
+        message = _from_sharegpt(message, name, where)
+    message = {k: value for k, value in message.items() if value is not None or k == "content"}
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if calls == []:
+        del message["tool_calls"]
+    if isinstance(content, list) and (role != "tool" or _is_parts(content)):
+        content = message["content"] = _joined(content, f"{name}.content", where)
+    calls_tools = role == "assistant" and isinstance(calls, list) and calls
+    free = role == "tool" or (calls_tools and content is None)
+    if not isinstance(role, str) or not (isinstance(content, str) or free):
+        raise _no_message(message, name, where)
+    for key, value in message.items():
+        check_unicode(value, f"{name}.{key}", where)
+    return message
+
+
+def answer_text(answer: object, name: str, where: str) -> object:
+    """The text of an answer: itself, or the content of an assistant's message (or of a list of one
+    message). Raises BadRow where the message holds what is not trained."""
+    if isinstance(answer, list):
+        if len(answer) != 1 or not isinstance(answer[0], dict):
+            problem = f"{name}: expected a string or one message, found {show(answer)}"
+            raise BadRow("wrong type", where, problem)
+        answer = answer[0]
+    if not isinstance(answer, dict):
+        return answer
+    message = check_message(answer, name, where)
+    if message["role"] != "assistant":
+        raise BadRow("wrong type", where, f"{name}: the last message must be the assistant's")
+    for key in UNTRAINED:
+        if message.get(key):
+            problem = f"{name}: holds {key}, and only the content of an answer is trained"
+            raise BadRow("untrained content", where, problem)
+    return message["content"]
+
+
+def as_messages(prompt: str | list[dict]) -> list[dict]:
+    """A string prompt as a user's message; messages as they are."""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def with_system(prompt: str | list[dict], system: object, where: str) -> str | list[dict]:
+    """The prompt with a system message in front, unless `system` is None or blank."""
+    if system is None or system == []:
+        return prompt
+    system = check_text(system, "system", where)
+    if not system.strip():
+        return prompt
+    messages = as_messages(prompt)
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        problem = "system: differs from the system message that the prompt begins with"
+        raise BadRow("two system messages", where, problem)
+    return messages
+
+
+def check_tools(tools: object, where: str) -> list[dict] | None:
+    """Tools as a list of objects, from such a list or its JSON; None for none."""
+    if isinstance(tools, str):
+        tools = from_json(tools, "tools", where)
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("wrong type", where, f"tools: expected a list of objects, found {show(tools)}")
+    check_unicode(tools, "tools", where)
+    return tools
+
+
+def check_kwargs(kwargs: object, where: str) -> dict | None:
+    """Arguments of the chat template as an object, from such an object or its JSON; None for
+    none."""
+    name = "chat_template_kwargs"
+    if isinstance(kwargs, str):
+        kwargs = from_json(kwargs, name, where)
+    if kwargs is None or kwargs == {}:
+        return None
+    if not isinstance(kwargs, dict):
+        raise BadRow("wrong type", where, f"{name}: expected an object, found {show(kwargs)}")
+    check_unicode(kwargs, name, where)
+    return kwargs
+
+
+def from_cell(value: object) -> object:
+    """The messages that a cell of a CSV file holds as JSON; other values as they are."""
+    if not isinstance(value, Cell) or not value.startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if all(isinstance(item, dict) for item in found) else value
+
+
+def _from_sharegpt(message: dict, name: str, where: str) -> dict:
+    sender = message["from"]
+    role = ROLES.get(sender) if isinstance(sender, str) else None
+    if role is None:
+        problem = f"{name}.from: expected human, gpt, system or tool, found {show(sender)}"
+        raise BadRow("wrong type", where, problem)
+    others = {key: item for key, item in message.items() if key not in ("from", "value", "role")}
+    return {"role": role, "content": message["value"]} | others
+
+
+def _is_parts(content: list) -> bool:
+    return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
+def _joined(parts: list, name: str, where: str) -> str:
+    """One string of text parts; raises BadRow, with its type, for a part of another kind."""
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            expected = 'expected {"type": "text", "text": str}'
+            raise BadRow("wrong type", where, f"{name}[{i}]: {expected}, found {show(part)}")
+        if kind != "text":
+            problem = f"{name}[{i}]: parts of type {show(kind)[4:]} are not supported, only text"
+            raise BadRow("unsupported content", where, problem)
+        texts.append(check_text(part.get("text"), f"{name}[{i}].text", where))
+    return "".join(texts)
+
+
+def _no_message(message: object, name: str, where: str) -> BadRow:
+    expected = 'expected {"role": str, "content": str}'
+    return BadRow("wrong type", where, f"{name}: {expected}, found {show(message)}")

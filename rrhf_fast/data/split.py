@@ -1,0 +1,56 @@
+"""Training and held-out rows share no prompt: what was trained on says nothing about the rest."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from rrhf_fast.data.messages import as_messages
+from rrhf_fast.data.rows import Draft, Row
+from rrhf_fast.data.tokenise import TokenisedQuery
+
+
+def hold_out(
+    queries: Sequence[TokenisedQuery], fraction: float, seed: int
+) -> tuple[list[TokenisedQuery], list[TokenisedQuery]]:
+    """Split queries into (training, held out), each in its order, no prompt in both.
+
+    Prompts are drawn in an order that the seed alone decides, and each is held out with all of its
+    rows if that brings the held-out share of the rows nearer to `fraction`. At least one prompt is
+    on either side. Where every prompt has one row, exactly the rounded share is held out.
+
+    Raises:
+        ValueError: all rows have the same prompt.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for i, query in enumerate(queries):
+        rows_of.setdefault(prompt_key(query.row), []).append(i)
+    if len(rows_of) < 2:
+        problem = f"{fraction} of {len(queries)} rows leaves none to train on or none to hold out"
+        raise ValueError(f"eval_fraction: {problem} (rows with one prompt stay together)")
+    prompts = list(rows_of.values())
+    order = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+    target = min(max(round(fraction * len(queries)), 1), len(queries) - 1)
+    chosen: set[int] = set()
+    for rows in order:
+        nearer = len(rows) < 2 * (target - len(chosen))
+        if nearer and len(chosen) + len(rows) < len(queries):
+            chosen.update(rows)
+    chosen = chosen or set(min(order, key=len))
+    return (
+        [query for i, query in enumerate(queries) if i not in chosen],
+        [query for i, query in enumerate(queries) if i in chosen],
+    )
+
+
+def count_shared(rows: Iterable[Row | Draft], others: Iterable[Row | Draft]) -> int:
+    """How many of `rows` have a prompt that one of `others` has too."""
+    known = {prompt_key(row) for row in others}
+    return sum(prompt_key(row) in known for row in rows)
+
+
+def prompt_key(row: Row | Draft) -> str:
+    """Equal for rows that ask the same: prompt, tools and arguments of the chat template. A string
+    asks the same as a user's message."""
+    parts = [as_messages(row.prompt), row.tools, row.chat_template_kwargs]
+    return json.dumps(parts, sort_keys=True, default=str)

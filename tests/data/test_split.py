@@ -1,0 +1,78 @@
+"""Held-out rows: no prompt on both sides, about the share that was asked for, never nothing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rrhf_fast.data.rows import Row
+from rrhf_fast.data.split import count_shared, hold_out, prompt_key
+from rrhf_fast.data.tokenise import TokenisedQuery
+
+
+def query(prompt, where="f:1", **fields):
+    row = Row(prompt, ["a", "b"], [1.0, 0.0], None, where, **fields)
+    ids = np.array([1], np.int32)
+    return TokenisedQuery(ids, [ids, ids], np.zeros(2, np.float32), row)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=30),
+    st.floats(0.001, 0.999),
+    st.integers(0, 99),
+    st.randoms(use_true_random=False),
+)
+def test_prompts_stay_together(sizes, fraction, seed, random):
+    queries = [query(f"p{i}") for i, size in enumerate(sizes) for _ in range(size)]
+    random.shuffle(queries)
+    train, held_out = hold_out(queries, fraction, seed)
+    assert train and held_out
+    assert count_shared([q.row for q in held_out], [q.row for q in train]) == 0
+    assert sorted(map(id, train + held_out)) == sorted(map(id, queries))
+    for side in (train, held_out):  # in the order of the rows
+        assert [id(q) for q in side] == [id(q) for q in queries if any(q is s for s in side)]
+    again = hold_out(queries, fraction, seed)
+    assert [list(map(id, side)) for side in again] == [list(map(id, s)) for s in (train, held_out)]
+    # Off by no more than a prompt, where it is no choice between nothing and all.
+    target = min(max(round(fraction * len(queries)), 1), len(queries) - 1)
+    assert abs(len(held_out) - target) <= max(sizes)
+
+
+def test_the_rounded_share_where_each_prompt_has_one_row():
+    for seed in range(3):
+        train, held_out = hold_out([query(f"p{i}") for i in range(10)], 0.25, seed)
+        assert (len(train), len(held_out)) == (8, 2)
+
+
+def test_the_seed_chooses():
+    queries = [query(f"p{i // 2}", str(i)) for i in range(40)]
+    chosen = Counter(
+        prompt
+        for seed in range(50)
+        for prompt in {q.row.prompt for q in hold_out(queries, 0.5, seed)[1]}
+    )
+    assert len(chosen) == 20 and all(5 < count < 45 for count in chosen.values())
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(ValueError, match="eval_fraction: 0.5 of 4 rows leaves none to train on"):
+        hold_out([query("p")] * 4, 0.5, 0)
+
+
+def test_what_makes_prompts_equal():
+    def key(prompt, **fields):
+        return prompt_key(query(prompt, **fields).row)
+
+    assert key("p") == key(user("p"))
+    assert key([{"role": "user", "content": "p"}]) == key([{"content": "p", "role": "user"}])
+    tools = [{"name": "f", "type": "x"}]
+    assert key(user("p"), tools=tools) == key(user("p"), tools=[{"type": "x", "name": "f"}])
+    kwargs = {"enable_thinking": False}
+    others = [key("q"), key(user("p"), tools=tools), key("p", chat_template_kwargs=kwargs)]
+    assert len({key("p"), *others}) == 4

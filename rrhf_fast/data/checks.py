@@ -1,4 +1,4 @@
-"""What a bad row is, and the checks of single values that all of reading shares."""
+"""The error for a bad row, and the checks of single values that all readers share."""
 
 import json
 import math
@@ -17,12 +17,12 @@ class BadRow(ValueError):
 
 
 class Cell(str):
-    """A cell of a CSV file: text whose type the file does not tell. Where a number or a list is
-    expected, the checks below read it as one."""
+    """A cell of a CSV file: text of unknown type. Where a number or a list is expected, the checks
+    below parse it as one."""
 
 
 def check_text(text: object, name: str, where: str) -> str:
-    """The text as a plain string. Raises BadRow if it is none, or not valid Unicode."""
+    """Return the text as a plain string. Raises BadRow unless it is a string of valid Unicode."""
     if not isinstance(text, str):
         raise BadRow("wrong type", where, f"{name}: expected a string, found {show(text)}")
     check_unicode(text, name, where)
@@ -46,7 +46,7 @@ def check_unicode(value: object, name: str, where: str) -> None:
 
 
 def check_list(value: object, name: str, where: str) -> list:
-    """A copy of the list. Raises BadRow if it is none."""
+    """Return a copy of the list. Raises BadRow if the value is not a list."""
     if isinstance(value, Cell):
         value = from_json(value, name, where)
     if value is None:
@@ -57,7 +57,7 @@ def check_list(value: object, name: str, where: str) -> list:
 
 
 def check_texts(value: object, name: str, where: str) -> list[str] | None:
-    """A list of texts, None for None. Raises BadRow if it is neither."""
+    """Return a list of strings, or None for None. Raises BadRow for anything else."""
     if value is None:
         return None
     texts = check_list(value, name, where)
@@ -65,7 +65,7 @@ def check_texts(value: object, name: str, where: str) -> list[str] | None:
 
 
 def check_flags(value: object, name: str, where: str) -> list[bool] | None:
-    """A list of truth values, None for None. Raises BadRow if it is neither."""
+    """Return a list of booleans, or None for None. Raises BadRow for anything else."""
     if value is None:
         return None
     flags = check_list(value, name, where)
@@ -77,14 +77,14 @@ def check_flags(value: object, name: str, where: str) -> list[bool] | None:
 
 
 def check_length(name: str, values: list | None, count: int, where: str) -> None:
-    """Raise BadRow unless there is a value for each of `count` responses, or no list at all."""
+    """Raise BadRow unless `values` is None or holds one item per response."""
     if values is not None and len(values) != count:
         expected = f"expected one for each of the {count} responses"
         raise BadRow("unequal lengths", where, f"{name}: {expected}, found {len(values)}")
 
 
 def check_score(score: object, name: str, where: str) -> float:
-    """The score as a finite float. Raises BadRow if it is none."""
+    """Return the score as a finite float. Raises BadRow if it is not a finite number."""
     if isinstance(score, Cell):
         try:
             score = float(score)
@@ -103,7 +103,7 @@ def check_score(score: object, name: str, where: str) -> float:
 
 
 def from_json(text: str, name: str, where: str) -> object:
-    """The JSON value that a string holds, None for a blank one. Raises BadRow if it is no JSON."""
+    """Parse JSON; None for a blank string. Raises BadRow if the text is not JSON."""
     if not text.strip():
         return None
     try:
@@ -114,7 +114,7 @@ def from_json(text: str, name: str, where: str) -> object:
 
 
 def show(value: object) -> str:
-    """Type and value for a message, on one line."""
+    """Describe a value for a message: type and value, on one line."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in ...
@@ -124,7 +124,7 @@ def show(value: object) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Names of fields for a message: quoted where they are odd, and not too many."""
+    """List field names for a message: odd names quoted, at most 20 of them."""
     shown = [name if name.isprintable() and len(name) <= 40 else show(name)[4:] for name in names]
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
     return ", ".join(shown[:20]) + more

@@ -1,4 +1,4 @@
-"""`--columns`: where the fields of a row are found in a record of any layout."""
+"""`--columns`: paths to the fields of a row in records of any layout."""
 
 import jmespath
 from jmespath.exceptions import JMESPathError
@@ -6,23 +6,23 @@ from jmespath.visitor import TreeInterpreter
 
 from rrhf_fast.data.checks import BadRow, Cell, listed, show
 
-# What a path may be given for: the fields of a row, of a pair, and of a row of one response.
+# Fields that may be mapped: those of a row, of a pair, and of a row of one response.
 NAMES = ("prompt", "responses", "scores", "sources")
 NAMES += ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 NAMES += ("chosen", "rejected", "score_chosen", "score_rejected")
 NAMES += ("response", "score")
-# Fields that a row may lack: null is no mistake where the record has the field.
+# Fields that may be null, as long as the record has what the path begins with.
 OPTIONAL = ("sources", "system", "tools", "chat_template_kwargs", "finish_reasons")
 
 
-# Parts of a path whose first child alone looks at the record, the others at what that found.
+# Nodes of which only the first child applies to the record; the others apply to its result.
 _FIRST_IS_OF_RECORD = ("subexpression", "index_expression", "pipe")
 _FIRST_IS_OF_RECORD += ("projection", "filter_projection", "value_projection")
 
 
 class _KeepNulls(TreeInterpreter):
-    """Plain JMESPath leaves null out of `answers[].score`: the scores behind it would move to the
-    wrong responses."""
+    """JMESPath, but projections keep nulls: dropping one from `answers[].score` would shift all
+    later scores to the wrong responses."""
 
     def visit_projection(self, node: dict, value: object) -> list | None:
         base = self.visit(node["children"][0], value)
@@ -46,10 +46,10 @@ class _KeepNulls(TreeInterpreter):
 
 
 class Columns:
-    """Paths (JMESPath) by the name of the field that they lead to."""
+    """JMESPath expressions by field name."""
 
     def __init__(self, paths: dict[str, str]):
-        """Raises ValueError, with the option's name, for an unknown field or a bad path."""
+        """Raises ValueError, naming the option, for an unknown field or a bad path."""
         self.paths = paths
         self._parsed = {}
         for name, path in paths.items():
@@ -65,9 +65,9 @@ class Columns:
         self.fields = set().union(*map(_fields, self._parsed.values()))
 
     def find(self, record: dict, where: str) -> dict:
-        """What the paths lead to, by name. Raises BadRow where one leads nowhere."""
+        """Evaluate the paths; returns values by field name. Raises BadRow if one finds nothing."""
         is_csv = any(isinstance(value, Cell) for value in record.values())
-        # Functions of JMESPath want plain strings.
+        # JMESPath functions accept only plain strings.
         plain = {k: str(v) if isinstance(v, Cell) else v for k, v in record.items()}
         found = {}
         for name, parsed in self._parsed.items():
@@ -87,8 +87,8 @@ class Columns:
 
 
 def parse_paths(option: dict[str, str] | str | None) -> dict[str, str]:
-    """The option `columns`: a dict, or text that YAML cannot read as one because of the brackets in
-    a path: `{prompt: question, responses: answers[].text}`. Raises ValueError."""
+    """Parse the option `columns`. It is a dict, or a string where brackets in a path keep YAML from
+    parsing it: `{prompt: question, responses: answers[].text}`. Raises ValueError."""
     if not isinstance(option, str):
         return option or {}
     text = option.strip()
@@ -104,7 +104,7 @@ def parse_paths(option: dict[str, str] | str | None) -> dict[str, str]:
 
 
 def _split(text: str) -> list[str]:
-    """Cut at the commas that stand in no bracket and no quotes."""
+    """Split at commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, None
     for letter in text:
         if quote:
@@ -136,7 +136,7 @@ def _as_cells(value: object) -> object:
 
 
 def _fields(parsed: dict) -> set[str]:
-    """The fields of the record itself that a path begins with."""
+    """Return the fields of the record itself that a path begins with."""
     kind = parsed["type"]
     if kind == "field":
         return {parsed["value"]}

@@ -2,7 +2,7 @@
 
 A source is one of
 
-    rows.jsonl  rows.json  rows.parquet  rows.csv  rows.tsv     also with .gz or .zst behind
+    rows.jsonl  rows.json  rows.parquet  rows.csv  rows.tsv     text also as .gz or .zst
     'shards/*.jsonl.gz'     a pattern: its files, sorted by name
     folder                  its files of these kinds, or a saved dataset (save_to_disk)
     name                    a dataset of the Hugging Face hub
@@ -29,7 +29,7 @@ from rrhf_fast.data.checks import BadRow, Cell
 KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED = (".gz", ".zst")
 NO_ARRAY = "expected a JSON object on each line, found what looks like a JSON array"
-# The words in a file's name that tell its split, as `datasets` reads them.
+# Words in a file name that name its split, as in `datasets`.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {"eval": "test", "evaluation": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -38,7 +38,7 @@ Records = Iterator[tuple[str, object]]
 
 
 def read_records(source: str) -> Records:
-    """Yield ("where", record) for each record of a source; a line that is no JSON is a BadRow.
+    """Yield ("where", record) for each record of a source; a line that is not JSON is a BadRow.
 
     Raises:
         ValueError: there is no such file, dataset or split, or it cannot be read.
@@ -65,7 +65,7 @@ def read_records(source: str) -> Records:
 
 
 def _split_source(source: str) -> tuple[str, list[str]]:
-    """What exists of "name:config:split", and the parts behind it; a path may hold colons."""
+    """Split "name:config:split" after the longest path that exists, which may hold colons."""
     pieces = source.split(":")
     for count in range(len(pieces), 0, -1):
         name = ":".join(pieces[:count])
@@ -77,7 +77,7 @@ def _split_source(source: str) -> tuple[str, list[str]]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells what a file holds, without that of a compression."""
+    """Return the suffix that names the format, ignoring compression."""
     return Path(path.stem if path.suffix in PACKED else path.name).suffix
 
 
@@ -88,7 +88,7 @@ def _folder(path: Path, parts: list[str], source: str) -> Records:
     readme = path / "README.md"
     files = sorted(file for file in path.rglob("*") if _is_rows(file.relative_to(path)))
     files = [file for file in files if file.is_file()]
-    # A README of the hub's kind says itself which file belongs to which split.
+    # A dataset card may say which file belongs to which split.
     is_described = readme.exists() and re.search(
         r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
     )
@@ -105,8 +105,8 @@ def _is_rows(path: Path) -> bool:
 
 
 def _of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
-    """The files of the split that is asked for. Without one these are all, unless their names tell
-    apart several splits, or some held-out files: then those of "train"."""
+    """Choose the files of the requested split. Without a request: all files, unless their names
+    name several splits or held-out ones; then those of "train"."""
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
@@ -140,7 +140,7 @@ def _file(path: Path) -> Records:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """One line for whatever can be wrong with a file."""
+    """Turn any error of reading a file into one line."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -151,7 +151,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file's bytes, decompressed as its name says."""
+    """Open a file for reading bytes, decompressed according to its name."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix != ".zst":
@@ -169,7 +169,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _decoded(encoded: bytes, where: str, start: int) -> str:
-    """Text of bytes that begin at byte `start` of the file."""
+    """Decode bytes that begin at byte `start` of the file."""
     try:
         return encoded.decode()
     except UnicodeDecodeError as error:
@@ -199,7 +199,7 @@ def _json_lines(path: Path) -> Records:
 
 
 def _json_array(path: Path) -> Records:
-    """Objects of one JSON array, its text read as a whole, decoded one by one."""
+    """Read a JSON array: the text as a whole, then one object at a time."""
     with _open(path) as file:
         encoded = file.read()
     mark = len(BOM_UTF8) if encoded.startswith(BOM_UTF8) else 0
@@ -251,7 +251,7 @@ def _parquet(path: Path) -> Records:
 
 
 def _csv(path: Path, delimiter: str) -> Records:
-    """Rows by the names in the first line; every value is a `Cell`."""
+    """Read a table with names in the first line; every value is a `Cell`."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -281,7 +281,7 @@ def _csv(path: Path, delimiter: str) -> Records:
 
 
 def _saved(path: Path, parts: list[str], source: str) -> Records:
-    """A dataset, or a dict of splits, that `save_to_disk` wrote."""
+    """Read what `save_to_disk` wrote: a dataset or a dict of splits."""
     import datasets  # slow to import, and needed only here
 
     try:
@@ -303,7 +303,7 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
 
 
 def _hub(name: str, parts: list[str], source: str) -> Records:
-    """A dataset that `datasets` finds by its name, or in a folder."""
+    """Read a dataset that `datasets` finds by name, or in a folder."""
     import datasets  # slow to import, and needed only here
 
     if len(parts) > 2 or not all(parts):
@@ -335,8 +335,8 @@ def _plain_record(record: dict) -> dict:
 
 
 def _plain(value: object) -> object:
-    """A value in the types of JSON. Arrow gives objects of a list each other's fields: those that
-    are None are left out again, but for a message's content."""
+    """Convert a value to JSON types. Arrow gives all objects of a list the same fields, so fields
+    that are None are dropped again, except a message's content."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`--group_by`: rows of one response each -> rows of all responses to a prompt."""
+"""`--group_by`: rows of one response each -> one row per prompt."""
 
 import json
 from collections import Counter
@@ -9,14 +9,14 @@ from rrhf_fast.data.checks import BadRow, check_score, check_text
 from rrhf_fast.data.layouts import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
 from rrhf_fast.data.messages import answer_text, from_cell
 
-# Rows that differ in one of these ask for different answers.
+# Rows that differ in one of these have different prompts.
 _PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs")
 
 
 @dataclass
 class _Group:
     where: str  # of the first row
-    record: dict  # what all rows have alike
+    record: dict  # fields that are equal in all rows
     responses: list
     scores: list
     sources: list
@@ -29,16 +29,15 @@ def grouped(
     *,
     unused: Counter | None,
 ) -> Iterator[tuple[str, dict]]:
-    """Rows with an equal value of the field `group_by` as one record of the own format, in order of
-    first appearance. Keeps all rows in memory.
+    """Join rows with equal values of the field `group_by` into records of the own format, in order
+    of first appearance. Keeps all rows in memory.
 
     Args:
         records: (where, record), each with one response, and its score.
         group_by: the field, which becomes the prompt unless there is one.
-        on_bad: called with what is wrong with a row, which is then left out.
-        unused: counts the fields that are not used, and asks for scores and for responses that are
-            not blank. None asks for neither, and keeps the fields that all rows of a prompt have
-            alike.
+        on_bad: called with the error of each bad row; the row is left out.
+        unused: counts unused fields; every row then needs a score and a response that is not blank.
+            With None neither is needed, and fields that are equal in all rows are kept.
     """
     groups: dict[str, _Group] = {}
     for where, record in records:

@@ -1,7 +1,7 @@
-"""Records as published datasets lay them out -> one canonical record.
+"""Records in the layouts of published datasets -> one canonical record.
 
-A layout is told by its fields. `LAYOUTS` lists all of them, each with a record to show what it
-looks like; README.md has the same table. Whatever else people have is mapped by `--columns`.
+A layout is recognised by its fields. `LAYOUTS` lists them all, each with an example record;
+README.md shows the same table. `--columns` maps everything else.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,11 +11,11 @@ from statistics import mean
 from rrhf_fast.data.checks import BadRow, Cell, check_list, check_text, listed, show
 from rrhf_fast.data.messages import check_messages, from_cell
 
-# Fields that every layout may have beside its own.
+# Fields that any layout may have in addition to its own.
 COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
-# Fields that hold an item per response.
+# Fields that hold one item per response.
 OF_RESPONSES = ("responses", "sources", "as_generated", "finish_reasons")
-# Names under which rows of one response each, which `--group_by` joins, hold it and its score.
+# Names for the response and its score in rows of one response, which `--group_by` joins.
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
 SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 # A pair's scores: score_chosen, chosen_score, chosen-rating, ...
@@ -29,74 +29,74 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 @dataclass
 class Canonical:
-    """A record in the terms of the own format, its values not checked yet."""
+    """A record in terms of the own format, its values not checked yet."""
 
-    prompt: object = None  # text or messages, None where there is none
+    prompt: object = None  # text, messages or None
     prompt_name: str = "prompt"
-    responses: object = None  # a list of texts or messages, None where there is none
-    scores: object = None  # a list of numbers, None where there is none
+    responses: object = None  # a list of texts or messages, or None
+    scores: object = None  # a list of numbers, or None
     sources: object = None
-    used: set[str] = field(default_factory=set)  # fields that went into this
-    names: list[str] | None = None  # what messages call each response; default responses[i]
-    score_names: list[str] | None = None  # ... and each score; default scores[i]
+    used: set[str] = field(default_factory=set)  # fields that this was made from
+    names: list[str] | None = None  # per response, for errors; default responses[i]
+    score_names: list[str] | None = None  # per score, likewise; default scores[i]
     common: dict = field(default_factory=dict)  # the fields in COMMON
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How some datasets lay out a record."""
+    """One layout, and how to convert a record in it."""
 
     title: str
-    tells: tuple[tuple[str, ...], ...]  # a record that has all fields of one of these is of it
+    tells: tuple[tuple[str, ...], ...]  # a record with all fields of any of these has this layout
     convert: Callable[[dict, str], Canonical]  # (record, where); raises BadRow
     example: dict
-    note: str  # what becomes the prompt and the scores
+    note: str  # where prompt and scores come from
 
 
 def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical:
-    """The record in the terms of the own format.
+    """Convert a record to the terms of the own format.
 
     Args:
         record: of any layout.
         where: for messages.
-        mapped: what `--columns` found, by name; it comes before what the layout says.
+        mapped: what `--columns` found, by name; it takes precedence over the layout.
 
     Raises:
-        BadRow: fields that the layout promises are not as they should be.
+        BadRow: a field of the layout is malformed.
     """
     if mapped:
         if "responses" in mapped or "chosen" in mapped:
-            # What the record says of other responses does not hold for these.
+            # Lists that describe other responses do not apply to these.
             record = {name: value for name, value in record.items() if name not in OF_RESPONSES}
         record = record | mapped
     layout = layout_of(record)
-    found = _own(record, where) if layout is None else layout.convert(record, where)
+    canon = _own(record, where) if layout is None else layout.convert(record, where)
     if mapped:
-        _prefer(found, mapped)
-    found.common = {name: _filled(record, name) for name in COMMON}
-    found.used.update(COMMON)
-    return found
+        _prefer(canon, mapped)
+    canon.common = {name: _filled(record, name) for name in COMMON}
+    canon.used.update(COMMON)
+    return canon
 
 
-def _prefer(found: Canonical, mapped: dict) -> None:
-    """What `--columns` found comes before what the layout says."""
+def _prefer(canon: Canonical, mapped: dict) -> None:
+    """Let what `--columns` found take precedence over the layout."""
     for name in {"responses", "scores", "sources"} & mapped.keys():
-        setattr(found, name, mapped[name])
-    # The conversation that a pair holds is more than the one message that a prompt repeats.
-    if "prompt" in mapped and found.prompt_name not in ("chosen", "rejected"):
-        found.prompt, found.prompt_name = from_cell(mapped["prompt"]), "prompt"
+        setattr(canon, name, mapped[name])
+    # A conversation in the pair is the whole prompt; a string beside it repeats one message.
+    if "prompt" in mapped and canon.prompt_name not in ("chosen", "rejected"):
+        canon.prompt, canon.prompt_name = from_cell(mapped["prompt"]), "prompt"
     if "responses" in mapped:
-        found.names = None
+        canon.names = None
     if "scores" in mapped:
-        found.score_names = None
-    found.used.update(mapped)
+        canon.score_names = None
+    canon.used.update(mapped)
 
 
 def layout_of(record: dict) -> Layout | None:
-    """The layout that the record's fields tell, None if none does. A field that is None counts
-    only where no layout fits without it: Parquet fills fields in."""
+    """Recognise the layout by the record's fields; None if none fits. Fields that are None count
+    only if no layout fits without them, because Parquet fills missing fields in."""
     if record.get("responses") is not None:
-        return LAYOUTS[0]  # told by this field alone, and by far the most frequent
+        return LAYOUTS[0]  # this field is enough, and this layout is the most frequent
     for names in ({name for name, value in record.items() if value is not None}, set(record)):
         for layout in LAYOUTS:
             if any(names.issuperset(tells) for tells in layout.tells):
@@ -105,7 +105,7 @@ def layout_of(record: dict) -> Layout | None:
 
 
 def what_serves(record: dict) -> str:
-    """The end of a message about a record that lacks something: its fields, and what to do."""
+    """End an error about a missing field: which fields there are, and what to do."""
     hint = "name yours with --columns, or see the table of layouts in README.md"
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
@@ -115,13 +115,13 @@ def what_serves(record: dict) -> str:
 
 
 def _filled(record: dict, name: str) -> object:
-    """A field that may be missing; in a CSV file an empty cell is a missing one."""
+    """Get an optional field; an empty CSV cell counts as missing."""
     value = record.get(name)
     return None if isinstance(value, Cell) and not value.strip() else value
 
 
 def _prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
-    """The first of these fields that is there, and its name."""
+    """Return the first of these fields that is present, and its name."""
     name = next((name for name in names if record.get(name) is not None), "prompt")
     return from_cell(record.get(name)), name
 
@@ -144,8 +144,8 @@ def _pair(record: dict, where: str) -> Canonical:
 
 
 def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
-    """`chosen` and `rejected`, each a text, a message, or messages that may begin with the prompt;
-    without a prompt it is what they have in common."""
+    """Convert `chosen` and `rejected`, each a text, a message, or messages that may begin with the
+    prompt. Without a prompt, their common beginning is the prompt."""
     sides = ("chosen", "rejected")
     answers = [from_cell(record[side]) for side in sides]
     answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
@@ -160,7 +160,7 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
             if not history:
                 continue
             if not isinstance(prompt, list):
-                # Such a string repeats one of the messages; one that does not goes unused.
+                # A string prompt repeats one of the messages; otherwise it counts as unused.
                 if isinstance(prompt, str) and not any(
                     prompt in str(m["content"]) for m in history
                 ):
@@ -182,8 +182,8 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    """(prompt, answer, answer) of two texts that begin alike: cut behind the last "Assistant:" that
-    they share, or else before the word in which they part."""
+    """Split two texts into (prompt, answer, answer): after the last "Assistant:" of their common
+    beginning, or else before the first word that differs."""
     shared = _shared_length(chosen, rejected)
     at = chosen.rfind(ASSISTANT, 0, shared)
     if at >= 0:
@@ -192,13 +192,13 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
         at = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
         if at < 0:
             at = shared if shared < min(len(chosen), len(rejected)) else 0
-        elif chosen[at] != " ":  # a space belongs to the word behind it, a line's end does not
+        elif chosen[at] != " ":  # a space belongs to the word after it, a line break does not
             at += 1
     return chosen[:at] or None, chosen[at:], rejected[at:]
 
 
 def _shared_length(a: str, b: str) -> int:
-    """Characters that both texts begin with, by bisection."""
+    """Count the characters that both texts begin with, by bisection."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -225,7 +225,7 @@ def _alpaca(record: dict, where: str) -> Canonical:
         record.get("output") is None and {"chosen", "rejected"} <= set(record)
     ):
         return _pair_behind(record, where, prompt, "instruction", used)
-    found = Canonical(prompt, "instruction", used=used | {"output"})
+    canon = Canonical(prompt, "instruction", used=used | {"output"})
     output = record.get("output")
     if isinstance(output, Cell) and output.startswith("["):
         output = check_list(output, "output", where)
@@ -233,15 +233,15 @@ def _alpaca(record: dict, where: str) -> Canonical:
         if len(output) != 2:
             problem = f"output: expected [better, worse], found {len(output)} responses"
             raise BadRow("wrong type", where, problem)
-        found.responses, found.scores = output, [1.0, 0.0]
-        found.names = ["output[0]", "output[1]"]
+        canon.responses, canon.scores = output, [1.0, 0.0]
+        canon.names = ["output[0]", "output[1]"]
     elif output is not None:
-        found.responses, found.names = [output], ["output"]
-    return found
+        canon.responses, canon.names = [output], ["output"]
+    return canon
 
 
 def _turns(history: object, where: str) -> list[dict]:
-    """Messages of [[question, answer], ...]."""
+    """Turn [[question, answer], ...] into messages."""
     messages = []
     for i, turn in enumerate(check_list(history, "history", where)):
         name = f"history[{i}]"
@@ -275,7 +275,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
         "fine-grained_score": [item.get("fine-grained_score") for item in items],
         "annotations": [_mean_rating(item.get("annotations")) for item in items],
     }
-    # One kind for the whole row: what all completions have, or else the first that any has.
+    # One kind of score per row: the first that all completions have, else the first that any has.
     order = sorted(kinds, key=lambda kind: kinds[kind].count(None) > 0)
     kind = next((kind for kind in order if any(v is not None for v in kinds[kind])), order[0])
     return Canonical(
@@ -291,7 +291,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
 
 
 def _mean_rating(annotations: object) -> float | None:
-    """The mean of the aspects' ratings, which are texts; those that are no numbers do not count."""
+    """Average the ratings of the aspects, which are strings; ignores those that are no numbers."""
     ratings = []
     for aspect in annotations.values() if isinstance(annotations, dict) else ():
         try:
@@ -318,7 +318,7 @@ def _nectar(record: dict, where: str) -> Canonical:
 
 
 def _choice(record: dict, name: str, where: str) -> int:
-    """A field that is 0 or 1."""
+    """Return a field that must be 0 or 1."""
     value = record[name]
     number = {"0": 0, "1": 1}.get(value.strip()) if isinstance(value, Cell) else value
     if number not in (0, 1):
@@ -347,7 +347,7 @@ def _shp(record: dict, where: str) -> Canonical:
     if record.get("labels") not in (None, ""):
         first = float(_choice(record, "labels", where))  # 1: A is preferred
         numbers = all(isinstance(v, int | float) for v in scores)
-        # Where votes and label disagree, the label is what people preferred.
+        # Where votes and label disagree, the label states the preference.
         if not numbers or (scores[0] > scores[1]) != (first == 1.0):
             scores, score_names = [first, 1.0 - first], ["labels", "labels"]
     return Canonical(
@@ -480,5 +480,3 @@ LAYOUTS = (
         "first word that differs, messages before the last",
     ),
 )
-# Rows of one response each are joined by `--group_by` into rows of the own format.
-GROUPED_EXAMPLE = {"prompt": "Why?", "response": "So it is.", "helpfulness": 4, "verbosity": 1}

@@ -1,10 +1,10 @@
-"""Chat messages as data sets hold them -> messages as chat templates take them."""
+"""Chat messages as datasets store them -> messages as chat templates expect them."""
 
 import json
 
 from rrhf_fast.data.checks import BadRow, Cell, check_text, check_unicode, from_json, show
 
-# The names that ShareGPT files have for roles.
+# Role names in ShareGPT files.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -14,12 +14,12 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# Parts of an answer that nothing here trains, so that they must not get lost in silence.
+# Parts of an answer that are not trained; they are refused so that they are not lost silently.
 UNTRAINED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def check_messages(messages: object, name: str, where: str) -> list[dict]:
-    """Messages with a role and a content each, whichever way they were written.
+    """Return messages with a role and content each, however they were stored.
 
     {"from", "value"} becomes {"role", "content"}, content in text parts becomes one string, and
     keys that are None (as Parquet fills them in) are dropped. Content may be missing where an
@@ -35,7 +35,7 @@ def check_messages(messages: object, name: str, where: str) -> list[dict]:
 
 
 def check_message(message: object, name: str, where: str) -> dict:
-    """One message, as in `check_messages`."""
+    """Return one message, as in `check_messages`."""
     if not isinstance(message, dict):
         raise _no_message(message, name, where)
     if "from" in message and "value" in message and message.get("role") is None:
@@ -56,8 +56,8 @@ def check_message(message: object, name: str, where: str) -> dict:
 
 
 def answer_text(answer: object, name: str, where: str) -> object:
-    """The text of an answer: itself, or the content of an assistant's message (or of a list of one
-    message). Raises BadRow where the message holds what is not trained."""
+    """Return a text answer as it is, and the content of an assistant's message (or of a list of one
+    message). Raises BadRow where the message holds more than content."""
     if isinstance(answer, list):
         if len(answer) != 1 or not isinstance(answer[0], dict):
             problem = f"{name}: expected a string or one message, found {show(answer)}"
@@ -76,12 +76,12 @@ def answer_text(answer: object, name: str, where: str) -> object:
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt as a user's message; messages as they are."""
+    """Turn a string prompt into a user's message; messages stay as they are."""
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
 def with_system(prompt: str | list[dict], system: object, where: str) -> str | list[dict]:
-    """The prompt with a system message in front, unless `system` is None or blank."""
+    """Put a system message in front of the prompt, unless `system` is None or blank."""
     if system is None or system == []:
         return prompt
     system = check_text(system, "system", where)
@@ -97,7 +97,7 @@ def with_system(prompt: str | list[dict], system: object, where: str) -> str | l
 
 
 def check_tools(tools: object, where: str) -> list[dict] | None:
-    """Tools as a list of objects, from such a list or its JSON; None for none."""
+    """Return tools as a list of objects, from a list or its JSON; None if there are none."""
     if isinstance(tools, str):
         tools = from_json(tools, "tools", where)
     if tools is None or tools == []:
@@ -109,7 +109,7 @@ def check_tools(tools: object, where: str) -> list[dict] | None:
 
 
 def check_kwargs(kwargs: object, where: str) -> dict | None:
-    """Arguments of the chat template as an object, from such an object or its JSON; None for
+    """Return arguments of the chat template as a dict, from a dict or its JSON; None if there are
     none."""
     name = "chat_template_kwargs"
     if isinstance(kwargs, str):
@@ -123,7 +123,7 @@ def check_kwargs(kwargs: object, where: str) -> dict | None:
 
 
 def from_cell(value: object) -> object:
-    """The messages that a cell of a CSV file holds as JSON; other values as they are."""
+    """Parse a CSV cell that holds messages as JSON; other values stay as they are."""
     if not isinstance(value, Cell) or not value.startswith("[{"):
         return value
     try:
@@ -148,7 +148,7 @@ def _is_parts(content: list) -> bool:
 
 
 def _joined(parts: list, name: str, where: str) -> str:
-    """One string of text parts; raises BadRow, with its type, for a part of another kind."""
+    """Join text parts into one string. Raises BadRow, naming its type, for any other part."""
     texts = []
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None

@@ -111,7 +111,7 @@ def _pick(row: T, keep: Sequence[int], per_response: tuple[str, ...]) -> T:
 
 
 def _with_hint(error: BadRow) -> BadRow:
-    """The same, and what to do about it."""
+    """Append what to do about it to an error."""
     kind, where, problem = error.args
     return BadRow(kind, where, f"{problem} ({HINT})")
 
@@ -122,9 +122,9 @@ class RowReport:
 
     read: int = 0
     kept: int = 0
-    bad: Counter = field(default_factory=Counter)  # skipped rows by kind
+    bad: Counter = field(default_factory=Counter)  # skipped rows, by kind
     bad_responses: Counter = field(default_factory=Counter)  # left out of kept rows, by kind
-    unused: Counter = field(default_factory=Counter)  # rows with a field that nothing uses, by name
+    unused: Counter = field(default_factory=Counter)  # rows with an unused field, by its name
 
     def skip(self, error: BadRow, on_bad_rows: str) -> None:
         """Count a bad row, or stop at it: raises `error`, with what to do, when `on_bad_rows` is
@@ -134,12 +134,12 @@ class RowReport:
         self.bad[error.kind] += 1
 
     def left_out(self) -> dict[str, int]:
-        """What is missing, for the counts of a stage: nothing where there is nothing to tell."""
+        """Return non-zero counts of skipped rows and bad responses, for the counts of a stage."""
         counts = {"skipped": self.bad.total(), "bad_responses": self.bad_responses.total()}
         return {name: count for name, count in counts.items() if count}
 
     def add(self, other: "RowReport") -> None:
-        """Count what another report counted; `kept` is left alone."""
+        """Add the counts of another report, except `kept`."""
         self.read += other.read
         for name in ("bad", "bad_responses", "unused"):
             getattr(self, name).update(getattr(other, name))
@@ -230,7 +230,7 @@ def _load(
     apply_chat_template: bool,
     unused: Counter | None = None,
 ) -> list[T]:
-    """What `parse` makes of each record; `unused` as in `grouped`."""
+    """Parse all records with `parse`; `unused` as in `grouped`."""
     paths = Columns(columns) if columns else None
     sources = [sources] if isinstance(sources, str) else sources
     records = _counted((item for source in sources for item in read_records(source)), report)
@@ -246,8 +246,8 @@ def _load(
     rows = []
     for where, record in records:
         try:
-            found = _complete(record, where, paths, apply_chat_template)
-            rows.append(parse(found, record, where))
+            canon = _complete(record, where, paths, apply_chat_template)
+            rows.append(parse(canon, record, where))
         except BadRow as error:
             report.skip(error, on_bad_rows)
     if not rows:
@@ -268,7 +268,7 @@ def _counted(records: Iterable[tuple[str, object]], report: RowReport) -> Record
 def _mapped(
     records: Records, paths: Columns | None, group_by: str, on_bad: Callable[[BadRow], None]
 ) -> Records:
-    """Records of one response each, with what `--columns` finds in place of where it was."""
+    """Replace the fields that `--columns` names by what it finds, in records of one response."""
     moved = paths.fields - {group_by} if paths else set()
     for where, record in records:
         try:
@@ -296,32 +296,33 @@ def parse_draft(record: object, where: str) -> Draft:
 def _complete(
     record: object, where: str, paths: Columns | None = None, apply_chat_template: bool = False
 ) -> Canonical:
-    """The record in canonical form, its prompt checked and whole, the system message in it."""
+    """Convert a record to canonical form and complete its prompt: check it, add the system
+    message."""
     record = _check_object(record, where)
-    found = canonical(record, where, paths.find(record, where) if paths else None)
+    canon = canonical(record, where, paths.find(record, where) if paths else None)
     if paths:
-        found.used |= paths.fields
-    if found.prompt is None:
+        canon.used |= paths.fields
+    if canon.prompt is None:
         problem = "prompt: missing (a string or a list of messages was expected)"
         raise BadRow("missing field", where, problem + what_serves(record))
-    if isinstance(found.prompt, str):
-        prompt = check_text(found.prompt, found.prompt_name, where)
-    elif isinstance(found.prompt, list):
-        prompt = check_messages(found.prompt, found.prompt_name, where)
+    if isinstance(canon.prompt, str):
+        prompt = check_text(canon.prompt, canon.prompt_name, where)
+    elif isinstance(canon.prompt, list):
+        prompt = check_messages(canon.prompt, canon.prompt_name, where)
     else:
-        problem = f"{found.prompt_name}: expected a string or messages, found {show(found.prompt)}"
+        problem = f"{canon.prompt_name}: expected a string or messages, found {show(canon.prompt)}"
         raise BadRow("wrong type", where, problem)
-    common = found.common
+    common = canon.common
     common["tools"] = check_tools(common["tools"], where)
     common["chat_template_kwargs"] = check_kwargs(common["chat_template_kwargs"], where)
     prompt = with_system(prompt, common["system"], where)
     # Tools have their place in a chat template, and nowhere in a text.
-    found.prompt = as_messages(prompt) if apply_chat_template or common["tools"] else prompt
-    return found
+    canon.prompt = as_messages(prompt) if apply_chat_template or common["tools"] else prompt
+    return canon
 
 
 def _row(
-    found: Canonical,
+    canon: Canonical,
     record: dict,
     where: str,
     *,
@@ -333,13 +334,13 @@ def _row(
     """The row of a complete record. Bad responses raise BadRow, or if `drop` are left out and
     counted, as long as two good ones remain."""
     if report is not None:
-        report.unused.update(_unused(found, record))
+        report.unused.update(_unused(canon, record))
     responses, scores = (
         _needed(value, name, record, where)
-        for name, value in (("responses", found.responses), ("scores", found.scores))
+        for name, value in (("responses", canon.responses), ("scores", canon.scores))
     )
-    sources = check_texts(found.sources, "sources", where)
-    as_generated = check_flags(found.common["as_generated"], "as_generated", where)
+    sources = check_texts(canon.sources, "sources", where)
+    as_generated = check_flags(canon.common["as_generated"], "as_generated", where)
     for name, values in (("scores", scores), ("sources", sources), ("as_generated", as_generated)):
         check_length(name, values, len(responses), where)
     chosen = range(len(responses))
@@ -349,8 +350,8 @@ def _row(
     keep, texts, numbers, bad = [], [], [], []
     for i in chosen:
         try:
-            text = _response(found, responses[i], i, where, stop_strings)
-            number = check_score(scores[i], _name_of(found.score_names, "scores", i), where)
+            text = _response(canon, responses[i], i, where, stop_strings)
+            number = check_score(scores[i], _name_of(canon.score_names, "scores", i), where)
         except BadRow as error:
             if not drop:
                 raise
@@ -368,19 +369,19 @@ def _row(
     if bad:
         report.bad_responses.update(error.kind for error in bad)
     return Row(
-        found.prompt,
+        canon.prompt,
         texts,
         numbers,
         sources and [sources[i] for i in keep],
         where,
-        found.common["tools"],
-        found.common["chat_template_kwargs"],
+        canon.common["tools"],
+        canon.common["chat_template_kwargs"],
         as_generated and [as_generated[i] for i in keep],
     )
 
 
 def _draft(
-    found: Canonical,
+    canon: Canonical,
     record: dict,
     where: str,
     *,
@@ -389,17 +390,17 @@ def _draft(
 ) -> Draft:
     """The draft of a complete record. Bad responses raise BadRow, or if `drop` are left out and
     counted."""
-    raw = None if found.responses is None else check_list(found.responses, "responses", where)
-    sources = check_texts(found.sources, "sources", where)
-    as_generated = check_flags(found.common["as_generated"], "as_generated", where)
-    reasons = found.common["finish_reasons"]
+    raw = None if canon.responses is None else check_list(canon.responses, "responses", where)
+    sources = check_texts(canon.sources, "sources", where)
+    as_generated = check_flags(canon.common["as_generated"], "as_generated", where)
+    reasons = canon.common["finish_reasons"]
     reasons = None if reasons is None else check_list(reasons, "finish_reasons", where)
     parts = {"sources": sources, "finish_reasons": reasons, "as_generated": as_generated}
     for name, values in parts.items():
         check_length(name, values, len(raw or []), where)
     keep, texts = [], []
     for i, answer in enumerate(raw or []):
-        name = _name_of(found.names, "responses", i)
+        name = _name_of(canon.names, "responses", i)
         try:
             texts.append(check_text(answer_text(answer, name, where), name, where))
         except BadRow as error:
@@ -409,13 +410,13 @@ def _draft(
             continue
         keep.append(i)
     parts = {name: values and [values[i] for i in keep] for name, values in parts.items()}
-    used = found.used | {*OF_STAGES} - {"failures"}
+    used = canon.used | {*OF_STAGES} - {"failures"}
     others = {name: value for name, value in record.items() if name not in used}
     # These two go on as they are, whatever a stage makes of the responses.
-    named = {name: found.common[name] for name in ("tools", "chat_template_kwargs")}
+    named = {name: canon.common[name] for name in ("tools", "chat_template_kwargs")}
     others |= {name: value for name, value in named.items() if value is not None}
     return Draft(
-        found.prompt,
+        canon.prompt,
         None if raw is None else texts,
         parts["sources"],
         parts["finish_reasons"],
@@ -426,8 +427,8 @@ def _draft(
     )
 
 
-def _response(found: Canonical, answer: object, i: int, where: str, stop_strings: list[str]) -> str:
-    name = _name_of(found.names, "responses", i)
+def _response(canon: Canonical, answer: object, i: int, where: str, stop_strings: list[str]) -> str:
+    name = _name_of(canon.names, "responses", i)
     text = check_text(answer_text(answer, name, where), name, where)
     if not text.strip():
         problem = f"{name}: empty, expected at least one visible character"
@@ -450,9 +451,9 @@ def _name_of(names: list[str] | None, field_name: str, i: int) -> str:
     return f"{field_name}[{i}]" if names is None else names[i]
 
 
-def _unused(found: Canonical, record: dict) -> list[str]:
-    """Fields of a record that nobody asked for."""
-    used = found.used.union(OF_STAGES)
+def _unused(canon: Canonical, record: dict) -> list[str]:
+    """List the fields of a record that nothing uses."""
+    used = canon.used.union(OF_STAGES)
     return [name for name, value in record.items() if name not in used and value is not None]
 
 
@@ -480,8 +481,8 @@ def _provided(sources: list[str] | None, count: int) -> list[bool]:
 
 def cut_at(stop_strings: Sequence[str], response: str) -> str:
     """The response up to the first of the stop strings that it holds."""
-    found = (at for stop in stop_strings if (at := response.find(stop)) >= 0)
-    return response[: min(found, default=None)]
+    places = (at for stop in stop_strings if (at := response.find(stop)) >= 0)
+    return response[: min(places, default=None)]
 
 
 def _kinds(bad: Counter) -> str:

@@ -1,4 +1,4 @@
-"""Training and held-out rows share no prompt: what was trained on says nothing about the rest."""
+"""Training and held-out rows that share no prompt: shared ones would measure memory."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 def hold_out(
     queries: Sequence[TokenisedQuery], fraction: float, seed: int
 ) -> tuple[list[TokenisedQuery], list[TokenisedQuery]]:
-    """Split queries into (training, held out), each in its order, no prompt in both.
+    """Split queries into (training, held out) without a shared prompt, each in the given order.
 
-    Prompts are drawn in an order that the seed alone decides, and each is held out with all of its
-    rows if that brings the held-out share of the rows nearer to `fraction`. At least one prompt is
-    on either side. Where every prompt has one row, exactly the rounded share is held out.
+    Prompts are visited in an order given by the seed; each is held out with all of its rows if that
+    brings the held-out share of the rows nearer to `fraction`. Each side gets at least one prompt.
+    If every prompt has one row, exactly the rounded share is held out.
 
     Raises:
         ValueError: all rows have the same prompt.
@@ -44,13 +44,13 @@ def hold_out(
 
 
 def count_shared(rows: Iterable[Row | Draft], others: Iterable[Row | Draft]) -> int:
-    """How many of `rows` have a prompt that one of `others` has too."""
+    """Count the `rows` whose prompt one of `others` has too."""
     known = {prompt_key(row) for row in others}
     return sum(prompt_key(row) in known for row in rows)
 
 
 def prompt_key(row: Row | Draft) -> str:
-    """Equal for rows that ask the same: prompt, tools and arguments of the chat template. A string
-    asks the same as a user's message."""
+    """Return a key that is equal for equal prompts, tools and arguments of the chat template. A
+    string equals a user's message."""
     parts = [as_messages(row.prompt), row.tools, row.chat_template_kwargs]
     return json.dumps(parts, sort_keys=True, default=str)

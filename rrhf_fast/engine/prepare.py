@@ -113,6 +113,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
         device=world.device,
+        is_sharded=world.mesh is not None,
     )
     if world.mesh is not None:
         shard_model(model, world, config)

@@ -32,6 +32,7 @@ from rrhf_fast.model.layers import (
     uncompile_layers,
 )
 from rrhf_fast.model.sharded import small_twin
+from rrhf_fast.model.weight_copies import copy_weights, keep_gradients, update_copies
 
 # Tokens of a pack are padded to a multiple of this where that lets kernels and graphs fit: the
 # block of FlexAttention.
@@ -45,7 +46,8 @@ class RRHFModel(nn.Module):
     runs padded batches. `attn_implementation` is a name of `rrhf_fast.model.attention.BACKENDS` or
     "auto"; `max_tokens` the tokens of the largest pack to come, as far as they are known. `compile`
     None compiles layers on CUDA, if they can be. `activation_checkpointing` is "none", "selective"
-    or "full". `device` is where the model will run, if it is not there yet.
+    or "full". `device` is where the model will run, if it is not there yet; `is_sharded`, that FSDP
+    will shard it, which has copies of weights of its own.
 
     Raises:
         ValueError: model, attention or compiler cannot do what is asked; says which and why.
@@ -64,6 +66,7 @@ class RRHFModel(nn.Module):
         compile: bool | None = False,
         activation_checkpointing: str = "none",
         device: torch.device | None = None,
+        is_sharded: bool = False,
     ):
         super().__init__()
         # Where packs go. A model to be sharded over ranks is still elsewhere, or has no weights.
@@ -95,6 +98,8 @@ class RRHFModel(nn.Module):
             lm.set_attn_implementation(FOREST)
         else:
             check_causal(runnable)
+        has_copies = compute_dtype != torch.float32 and not is_sharded
+        self.copied = copy_weights(lm, compute_dtype) if has_copies else []
         self.compiled = compiles_by_default(self.device) if compile is None else compile
         if self.compiled and runnable is lm:
             self._compile(is_optional=compile is None)
@@ -107,6 +112,7 @@ class RRHFModel(nn.Module):
                 compute_dtype=compute_dtype,
                 attn_implementation=self.attention.name if self.attention else "auto",
                 compile=compile,
+                is_sharded=is_sharded,
             )
             self.compiled, self.warnings = trial.compiled, self.warnings + trial.warnings
             if self.compiled:
@@ -159,6 +165,7 @@ class RRHFModel(nn.Module):
         """Inside this block products of matrices are in `compute_dtype`; weights, norms and RoPE
         stay in float32."""
         enabled = self.compute_dtype != torch.float32
+        update_copies(self.copied)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
     def forward(
@@ -197,6 +204,7 @@ class RRHFModel(nn.Module):
             logits = self.lm(
                 input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
             ).logits
+        keep_gradients(self.copied, logits)
         logits = logits.flatten(0, 1).index_select(0, pack.edge_rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
@@ -208,6 +216,7 @@ class RRHFModel(nn.Module):
         with self.autocast():
             plan = self.plan(pack) if pack.plan is None else pack.plan
             hidden = decode_forest(self.lm, pack, Forest(self.attention.backend, plan))
+        keep_gradients(self.copied, hidden)
         if self.compute_dtype != torch.float32:
             # Autocast leaves the residual stream in float32, but the head is a product too.
             hidden = hidden.to(self.compute_dtype)

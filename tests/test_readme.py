@@ -24,8 +24,11 @@ from rrhf_fast.rounds.config import IterateConfig
 from rrhf_fast.sampling.config import SampleConfig
 from rrhf_fast.scoring.config import ScoreConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
+BLOCKS, DATA_BLOCKS = (
+    re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL) for page in (README, DATA)
+)
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
@@ -34,17 +37,18 @@ def test_python_examples_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_row_shown_is_a_row():
-    (row,) = (text for language, text in BLOCKS if language == "json")
-    assert len(parse_row(json.loads(row), "README.md").responses) == 2
+def test_the_rows_shown_are_rows():
+    rows = [text for language, text in BLOCKS + DATA_BLOCKS if language == "json"]
+    assert len(rows) == 3
+    for row in rows:
+        assert len(parse_row(json.loads(row), "README.md").responses) == 2
 
 
 def test_the_layouts_shown_are_those_that_are_read():
-    if "| layout |" not in README:
-        pytest.skip("the README has no table of layouts")
     for layout in LAYOUTS:
         fields = ", ".join(f"`{name}`" for name in layout.tells[0])
-        assert f"| {layout.title} | {fields} | {layout.note} |" in README
+        example = f"`{json.dumps(layout.example)}`"
+        assert f"| {layout.title} | {fields} | {layout.note} | {example} |" in DATA
 
 
 CONFIGS = {
@@ -58,7 +62,10 @@ CONFIGS = {
 
 
 def test_commands_and_options_exist():
-    commands = "\n".join(text for language, text in BLOCKS if language == "bash")
+    blocks = BLOCKS + DATA_BLOCKS
+    commands = "\n".join(
+        text.replace(" ...", "") for language, text in blocks if language == "bash"
+    )
     lines = commands.replace("\\\n", "").splitlines()
     # The command of a batch script ends with the quote of an earlier line.
     lines = (shlex.split(line.strip("'") if line.count("'") % 2 else line) for line in lines)
@@ -73,10 +80,10 @@ def test_commands_and_options_exist():
         arguments = [word for word in arguments if word not in ("--config", "run.yaml")]
         config = parse_config(CONFIGS[name], arguments)
         assert name == "export" or config.validate() is None
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
-    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README)
+    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README + DATA)
     named = set(re.findall(r"--(\w+_\w+)", about_ours))
     known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
     assert named and named <= known | {"print_config", "nproc_per_node"}
@@ -100,12 +107,12 @@ def test_the_forest_shown_is_the_forest_built():
 
 def test_every_file_of_the_tree_exists():
     (tree,) = (text for language, text in BLOCKS if "rrhf_fast/\n" in text)
-    root, folder = Path(__file__).parents[1], ""
+    folder = ""
     for line in tree.splitlines():
         names = re.findall(r"[\w/]+(?:\.py|/)", re.split(r"\s{3,}", line.strip())[0])
         folder = names[0] if not line.startswith(" ") else folder
         for name in names:
-            path = root / (name if not line.startswith(" ") else folder + name)
+            path = ROOT / (name if not line.startswith(" ") else folder + name)
             assert path.exists(), path
 
 

@@ -106,7 +106,7 @@ def layout_of(record: dict) -> Layout | None:
 
 def what_serves(record: dict) -> str:
     """End an error about a missing field: which fields there are, and what to do."""
-    hint = "name yours with --columns, or see the table of layouts in README.md"
+    hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
     elif any(name in record for name in RESPONSE_NAMES):

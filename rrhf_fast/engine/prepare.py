@@ -152,7 +152,16 @@ def prepare(config: TrainConfig, world: World) -> Run:
         held_out=PackPlanner(held_out, **planner_options) if held_out else None,
         reward_fn=reward_fn,
         num_steps=num_steps,
-        summary=describe(config, model, train, held_out, report, cut, max_length),
+        summary=describe(
+            config,
+            model,
+            train,
+            held_out,
+            report,
+            cut,
+            max_length,
+            has_template=bool(tokenizer.chat_template),
+        ),
     )
 
 

@@ -23,6 +23,7 @@ def describe(
     report: RowReport,
     cut: TokenCounts,
     max_length: int,
+    has_template: bool,
 ) -> str:
     """Model, rows, k, ties, duplicates, what was dropped or cut, tokens packed against padded."""
     queries = train.queries
@@ -54,8 +55,8 @@ def describe(
         "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
-    if mixed := warn_of_text([query.row.prompt for query in queries]):
-        lines["prompts"] = mixed
+    if text := warn_of_text([query.row.prompt for query in queries], has_template):
+        lines["prompts"] = text
     if report.unused:
         lines["unused"] = f"fields: {_counted(report.unused)}"
     shared = count_shared([q.row for q in held_out], [q.row for q in queries])
@@ -82,14 +83,15 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
     return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
 
 
-def warn_of_text(prompts: Sequence[str | list[dict]]) -> str | None:
-    """What to say where some prompts go through the chat template and others do not."""
-    in_messages = sum(isinstance(prompt, list) for prompt in prompts)
-    if in_messages in (0, len(prompts)):
+def warn_of_text(prompts: Sequence[str | list[dict]], has_template: bool) -> str | None:
+    """What to say of prompts that go past the tokenizer's chat template."""
+    texts = sum(isinstance(prompt, str) for prompt in prompts)
+    if not texts or not has_template:
         return None
+    which = "all" if texts == len(prompts) else f"{texts} of {len(prompts)}"
     return (
-        f"warning: {len(prompts) - in_messages} are text beside {in_messages} of messages; "
-        "--apply_chat_template true makes them messages too"
+        f"warning: {which} are text, which goes past the model's chat template; "
+        "--apply_chat_template true makes messages of them"
     )
 
 

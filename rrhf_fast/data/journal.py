@@ -7,7 +7,6 @@ in one step. So wherever a run is cut off, running it again ends with the same f
 unit's result depends on nothing but its key and the options.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,11 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class Journal:
@@ -33,9 +37,12 @@ class Journal:
             overwrite: give up an earlier output, and an earlier journal.
 
         Raises:
-            ValueError: the output is there already, another process is at work on it, or the
-                journal holds results of other options or is damaged.
+            ValueError: the output is there already, another process is at work on it, the journal
+                holds results of other options or is damaged, or this system has no file locks.
         """
+        if fcntl is None:
+            problem = "this system has no file locks, which keep two runs from writing one file"
+            raise ValueError(f"output: {problem} (use Linux, macOS or WSL)")
         self.output, self.path = Path(output), Path(f"{output}.journal")
         self.done: dict[str, Any] = {}
         self._lock = threading.Lock()

@@ -134,7 +134,9 @@ class Signals:
     def __init__(self, world: World):
         self.stop = False
         self._alone = world.size == 1
-        self._names = [signal.SIGTERM, signal.SIGUSR1]
+        self._names = [signal.SIGTERM]
+        if hasattr(signal, "SIGUSR1"):  # not on Windows
+            self._names.append(signal.SIGUSR1)
         # What a background job ignores, or a notebook treats in its own way, stays so.
         if not self._alone or signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._names.append(signal.SIGINT)

@@ -36,7 +36,8 @@ def export(config: ExportConfig) -> Path:
     if config.merge != has_adapters and (config.merge or is_adapter):
         problem = "holds no LoRA adapters" if config.merge else "is exported already, unless merged"
         raise ValueError(f"merge: {folder} {problem}")
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
+    code = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(str(folder), option="checkpoint", of_adapters=True, **code)
     if is_adapter:
         _merge(folder, tokenizer, config)
     elif config.merge:

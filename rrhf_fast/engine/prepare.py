@@ -28,7 +28,7 @@ from rrhf_fast.engine.output_dir import (
 )
 from rrhf_fast.engine.profile import WARMUP
 from rrhf_fast.engine.summary import describe
-from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
+from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
@@ -125,6 +125,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if stored is not None:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
         fill_weights(lm, stored)
+        check_finite(lm, config.model_name_or_path)
     if config.use_peft:
         init_lora(lm, config.seed)
     planner_options = {

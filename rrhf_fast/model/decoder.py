@@ -8,6 +8,7 @@ train on wrong log-probs without a word.
 """
 
 import copyreg
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,8 +68,10 @@ def load_model(
     that names the model.
 
     Raises:
-        ValueError: nothing of that name can be loaded as a causal language model from safetensors.
+        ValueError: nothing of that name can be loaded as a causal language model from safetensors,
+            or a weight is not finite.
     """
+    _refuse_adapters(name_or_path, option)
     try:
         # dtype: transformers 5 keeps the checkpoint's own, but the optimizer needs float32 weights.
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -83,15 +87,40 @@ def load_model(
         names = ", ".join(missing[:3])
         problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
         raise ValueError(f"{option}: {name_or_path}: {problem}")
+    check_finite(model, name_or_path, option)
     # RRHF compares log-probs of responses, so they must be a function of the weights alone: eval
     # mode turns dropout off.
     return model.eval()
 
 
+@torch.no_grad()
+def check_finite(
+    model: PreTrainedModel, name_or_path: str, option: str = "model_name_or_path"
+) -> None:
+    """Raise ValueError, with the name of the first weight that holds NaN or infinity. Of a sharded
+    model each rank looks at its part."""
+    for name, parameter in model.named_parameters():
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if part.numel() == 0 or not part.is_floating_point():
+            continue
+        low, high = (value.item() for value in part.aminmax())
+        if not math.isfinite(low + high):
+            what = "NaN" if math.isnan(low) else "infinite values"
+            problem = f"its weights are damaged: {name} holds {what}"
+            raise ValueError(f"{option}: {name_or_path}: {problem}")
+
+
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    option: str = "model_name_or_path",
+    of_adapters: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError, with the option's name, if there is none."""
+    """The model's tokenizer, or, if `of_adapters`, that of LoRA adapters. Raises ValueError, with
+    the option's name, if there is none."""
+    if not of_adapters:
+        _refuse_adapters(name_or_path, option)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
@@ -99,6 +128,15 @@ def load_tokenizer(
         if Path(name_or_path).exists():
             problem = f"no tokenizer ({problem})"
         raise ValueError(f"{option}: {name_or_path}: {problem}") from error
+
+
+def _refuse_adapters(name_or_path: str, option: str) -> None:
+    folder = Path(name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        how = f"python -m rrhf_fast.export --checkpoint {folder} --merge true --output_dir MERGED"
+        raise ValueError(
+            f"{option}: {folder} holds LoRA adapters and no model: merge them by {how}"
+        )
 
 
 def read_head(model: PreTrainedModel) -> Head:

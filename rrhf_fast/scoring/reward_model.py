@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rrhf_fast.data.chat import with_answer
-from rrhf_fast.model.decoder import load_tokenizer, max_positions
+from rrhf_fast.model.decoder import check_finite, load_tokenizer, max_positions
 from rrhf_fast.sampling.local import inference_dtype
 from rrhf_fast.scoring.config import ScorerConfig
 
@@ -37,6 +37,7 @@ class RewardModel:
         if missing := sorted(info["missing_keys"]):
             problem = f"weights are missing and would be random ({', '.join(missing[:3])})"
             raise ValueError(f"{where}: {problem}, so this is no reward model")
+        check_finite(model, name, option)
         if model.config.num_labels != 1:
             problem = f"expected a head of 1 label, found {model.config.num_labels}"
             raise ValueError(f"{where}: {problem}")

@@ -58,8 +58,9 @@ class LossConfig:
     margin: float = 0.0
     """Added inside the hinge, in units of p."""
     compat: Literal["none", "official"] = "none"
-    """"official" reproduces the released code: lengths are the query's padded width, the SFT part
-    is a mean over it."""
+    """"official" reproduces the released code's loss: every response's length is the width of the
+    query's padded rows, prompt plus longest response (end token included), and the SFT part is a
+    mean over that width."""
 
 
 @dataclass

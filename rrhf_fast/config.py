@@ -91,7 +91,11 @@ class TrainConfig(LossConfig, DataConfig):
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: str = "linear"
-    """Any schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup, ..."""
+    """Any schedule of transformers.get_scheduler that follows no metric: linear, cosine,
+    cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: dict = field(default_factory=dict)
+    """Its own arguments, for example {"min_lr_rate": 0.1} of cosine_with_min_lr, or
+    {"num_decay_steps": 100} of warmup_stable_decay."""
     warmup_steps: float = 0.03
     """Optimizer steps of warm-up; below 1, a share of all steps."""
     weight_decay: float = 0.0

@@ -18,11 +18,11 @@ def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
     """The released RRHF code's computation for one query: scalar loss.
 
     k rows padded to the longest, the prompt repeated in each, logits of every position, a
-    log-softmax over the full vocabulary, scores divided by the padded width (in this project:
-    `--compat official`).
+    log-softmax over the full vocabulary, scores and the SFT part divided by the padded width (in
+    this project: `--compat official`).
     """
     batch = build_padded([query]).to(lm.device)
-    width = batch.input_ids.shape[1]
+    width = query.padded_width
     labels = torch.full_like(batch.input_ids, -100)
     labels.view(-1)[batch.edge_rows] = batch.edge_targets
     logits = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -33,7 +33,7 @@ def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
     gaps = scores.unsqueeze(1) - scores.unsqueeze(0)  # [i, j] = p_i - p_j
     wrong = (batch.rewards.unsqueeze(1) < batch.rewards.unsqueeze(0)) & (gaps > 0)
     best = batch.rewards.argmax()
-    return gaps[wrong].sum() - picked[best].mean()
+    return gaps[wrong].sum() - picked[best].sum() / width
 
 
 def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], **options):

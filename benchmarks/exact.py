@@ -51,7 +51,7 @@ def exact_of(
             for ids in (query.prompt_ids, *query.response_ids)
         )
         logps = [reference.response_logps(model, prompt, ids) for ids in responses]
-        width = query.padded_width - 1
+        width = query.padded_width
         scores = np.array([logp.sum().item() for logp in logps]) / width
         near = NEAR_TIES[dtype] * min(map(len, logps)) / width
         rewards = without_near_ties(query.rewards, scores, near)

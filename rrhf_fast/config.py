@@ -98,8 +98,9 @@ class LossConfig:
     margin: float = 0.0
     """Added inside the hinge, in units of p."""
     compat: Literal["none", "official"] = "none"
-    """"official" reproduces the released code: lengths are the query's padded width, the SFT part
-    is a mean over it."""
+    """"official" reproduces the released code's loss: every response's length is the width of the
+    query's padded rows, prompt plus longest response (end token included), and the SFT part is a
+    mean over that width."""
 
 
 @dataclass
@@ -130,7 +131,11 @@ class TrainConfig(LossConfig, RowsConfig, DataConfig):
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: str = "linear"
-    """Any schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup, ..."""
+    """Any schedule of transformers.get_scheduler that follows no metric: linear, cosine,
+    cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: dict = field(default_factory=dict)
+    """Its own arguments, for example {"min_lr_rate": 0.1} of cosine_with_min_lr, or
+    {"num_decay_steps": 100} of warmup_stable_decay."""
     warmup_steps: float = 0.03
     """Optimizer steps of warm-up; below 1, a share of all steps."""
     weight_decay: float = 0.0

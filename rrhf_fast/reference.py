@@ -119,7 +119,7 @@ def rrhf_loss(
     scalars.
 
     `padded_width` stands in for every response's length, as in the released code (prompt + longest
-    response - 1).
+    response, end token included).
     """
     p = torch.stack([score(logp, length_penalty, padded_width) for logp in logps])
     rank = rank_loss(p, rewards, margin)

@@ -1,17 +1,15 @@
 """AdamW, in the precision asked for, and its learning-rate schedule."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.trainer_utils import SchedulerType
 
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.engine.adamw_bf16 import AdamWBF16
+from rrhf_fast.engine.schedule import build_schedule
 
 
 def build_optimizer(
@@ -21,8 +19,8 @@ def build_optimizer(
     `num_steps` steps.
 
     Raises:
-        ValueError: an unknown `lr_scheduler_type`, or one that needs options that this command does
-            not have; `optim adamw_8bit` without torchao.
+        ValueError: an unknown `lr_scheduler_type`, or `lr_scheduler_kwargs` that it does not take;
+            `optim adamw_8bit` without torchao.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -35,28 +33,10 @@ def build_optimizer(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    warmup = (
-        config.warmup_steps
-        if config.warmup_steps >= 1
-        else math.ceil(config.warmup_steps * num_steps)
-    )
     for group in optimizer.param_groups:
         # What resuming at a later point of a schedule needs. A copy: torchao changes its in place.
         group["initial_lr"] = float(group["lr"])
-    try:
-        schedule = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=int(warmup),
-            # These schedules count from a point before the first step, where warm-up has rate 0.
-            num_training_steps=num_steps + 1,
-            scheduler_specific_kwargs={"last_epoch": 0},
-        )
-    except (ValueError, TypeError) as error:
-        names = ", ".join(sorted(kind.value for kind in SchedulerType))
-        problem = f"{config.lr_scheduler_type!r} is none that works by name ({error})"
-        raise ValueError(f"lr_scheduler_type: {problem}; there are {names}") from error
-    return optimizer, schedule
+    return optimizer, build_schedule(optimizer, config, num_steps)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, grad_norm: float, max_norm: float) -> None:

@@ -68,8 +68,8 @@ def rrhf_loss(
         rank_weight, sft_weight: of the two parts.
         sft_reduction: "sum" (the paper) or "mean" over the best response's tokens.
         margin: added inside the hinge, in units of p.
-        padded_widths: [G], stands in for |y_i| in p and in the mean, as in the released code
-            (`--compat official`).
+        padded_widths: [G] tokens, stands in for |y_i| in p and in the mean. The released code has
+            prompt + longest response there, end token included (`--compat official`).
         backend: "triton" (float32 only), "torch", or "auto": the kernel for float32 CUDA tensors,
             torch for all others.
 

@@ -238,7 +238,7 @@ class RRHFModel(nn.Module):
                 output_size=len(lengths),
             )
             longest = torch.zeros_like(group_sizes).scatter_reduce_(0, query_of, lengths, "amax")
-            widths = pack.prompt_lengths + longest - 1
+            widths = pack.prompt_lengths + longest
         return {
             "path_edges": pack.path_edges,
             "path_offsets": pack.path_offsets,

@@ -108,7 +108,7 @@ class IterateConfig(RowsConfig, EvaluationOptions):
             steps = self.steps_per_round
             options |= {"max_steps": steps, "save_steps": steps, "save_total_limit": 1}
             # A schedule that decays would end with every round.
-            options["lr_scheduler_type"] = "constant_with_warmup"
+            options |= {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}}
             if number > 1:
                 before = folder.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
                 options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}

@@ -19,10 +19,12 @@ def make_model(folder, *, tied, dtype=torch.float32):
         vocab_size=576, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
     )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    config.eos_token_id = tokenizer.eos_token_id  # else training adds it to where generation stops
+    config.pad_token_id = tokenizer.pad_token_id
     lm = LlamaForCausalLM(config).to(dtype)
     lm.generation_config.temperature, lm.generation_config.do_sample = 0.7, True
     lm.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -121,3 +123,66 @@ def test_mistakes(tmp_path, capsys):
     os.unlink(checkpoint / ".metadata")
     assert main([*arguments[:3], str(tmp_path / "model")]) == 2
     assert not (tmp_path / "model").exists()
+
+
+HOLDS_TOKENS = {
+    "whole embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved with the adapters": {},
+    "single tokens": {"trainable_token_indices": [576, 577]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", HOLDS_TOKENS)
+def test_adapters_of_a_model_with_added_tokens(kind, tied, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make_model(tmp_path / "base", tied=tied)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<{i}>" for i in range(578 - len(tokenizer))])
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(lm, peft.LoraConfig(**settings | HOLDS_TOKENS[kind]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapters, merged = tmp_path / "adapters", tmp_path / "merged"
+    model.save_pretrained(adapters, save_embedding_layers=kind != "single tokens" or "auto")
+    tokenizer.save_pretrained(adapters)
+    options = ["--merge", "true", "--output_dir", str(merged)]
+    assert main(["--checkpoint", str(adapters), *options]) == 0
+    with torch.no_grad():
+        expected = model.eval()(torch.arange(538, 578)[None]).logits
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        torch.testing.assert_close(found(torch.arange(538, 578)[None]).logits, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_adapters_of_embeddings_that_cannot_be_merged(tied, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    lm = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "base", tied=tied))
+    lm.resize_token_embeddings(578, mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    adapters = tmp_path / "adapters"
+    peft.get_peft_model(lm, config).save_pretrained(adapters)
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(adapters)
+    options = ["--merge", "true", "--output_dir", str(tmp_path / "merged")]
+    assert main(["--checkpoint", str(adapters), *options]) == 2
+    why = "the head shares" if tied else "2 tokens more than its base, and they do not hold lm_head"
+    assert why in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_that_do_not_fit(tmp_path, capsys):
+    pytest.importorskip("peft")
+    model = make_model(tmp_path / "base", tied=False)
+    trained(tmp_path, model, use_peft=True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(demo.MODEL_DIR)
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    options = ["--merge", "true", "--output_dir", str(tmp_path / "merged")]
+    assert main(["--checkpoint", str(tmp_path / "out"), *options]) == 2
+    assert f"do not fit {demo.MODEL_DIR}" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    assert main(["--checkpoint", str(tmp_path / "out"), *options]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err.splitlines()[-1]

@@ -364,6 +364,22 @@ def test_only_weights_trained_in_float32_have_copies():
     assert len(wrap(shared).copied) == 2 * 7 - 2
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_on_frozen_inputs_are_trained(compile):
+    expected = step(wrap(tiny(), compile=compile))
+    lm = tiny()
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("proj" in name)
+    model = wrap(lm, compile=compile)
+    for pack in packs():
+        model(pack).loss.backward()
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0.02, atol=0.02)
+        else:
+            assert parameter.grad is None
+
+
 def test_adapters_have_none():
     pytest.importorskip("peft")
     lm = tiny()

@@ -112,8 +112,8 @@ def estimate(
     largest, rest = max(layers), count - sum(size for size, _ in layers)
     masters = 4 * count / num_gpus
     if num_gpus == 1:
-        # Autocast keeps a copy of each float32 weight until the backward has used it; frozen
-        # weights are in the arithmetic's dtype.
+        # Each float32 weight has a copy: those of the decoder's layers always, the head's while it
+        # is used. Frozen weights are in the arithmetic's dtype.
         gathered = 0 if dtype == torch.float32 else dtype.itemsize * trained
         masters = 4 * trained + dtype.itemsize * (count - trained)
     elif config.reshard_after_forward:

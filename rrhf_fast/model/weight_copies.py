@@ -32,8 +32,7 @@ class CopiedLinear(nn.Linear):
     def update(self) -> None:
         """Make the copy equal to the weight and, where gradients are wanted, have one to add to."""
         weight = self.weight
-        # An assignment to `.data` changes the address alone; a change by way of `.data` shows in
-        # nothing.
+        # An assignment to `.data` changes the address alone. A write into `.data` shows in neither.
         found = (weight._version, weight.data_ptr())
         if found != self.copied:
             self.weight_copy = self.weight_copy.to(weight.device)
@@ -54,7 +53,8 @@ class CopiedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x @ copy.T + bias; the weight is there to be told of its gradient's place in the graph."""
+    """x @ copy.T + bias. The weight takes part so that there is a backward also where x, such as
+    frozen embeddings, has no gradient; its own is added to `gradient`, and none is returned."""
 
     @staticmethod
     def forward(ctx, x, weight, copy, bias, gradient):

@@ -430,3 +430,4 @@ def test_state_of_other_keys_is_staged(monkeypatch):
         assert {name: t.tolist() for name, t in found.items()} == {
             name: t.tolist() for name, t in state.items()
         }
+    assert stager.state_dict_cache is None  # pinned memory of no use is given back

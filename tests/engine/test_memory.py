@@ -21,6 +21,7 @@ from rrhf_fast.engine.memory import (
 from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.lora import add_lora
+from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.train import main
 
@@ -47,6 +48,21 @@ def test_weights_gradients_and_moments_are_those_of_a_step():
     add_lora(adapted, TrainConfig())
     adapted = estimate(adapted, config, torch.bfloat16, 1)
     assert adapted.optimizer < found.optimizer / 2 and adapted.weights < found.weights
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_copies_of_weights_are_counted(use_peft):
+    config, lm = TrainConfig(use_peft=use_peft), empty_model(MODEL)
+    options = {"max_length": 64, "compute_dtype": torch.bfloat16}
+    model = RRHFModel(AutoModelForCausalLM.from_pretrained(MODEL), config, **options)
+    copies = sum(layer.weight_copy.nbytes for layer in model.copied)
+    if use_peft:
+        add_lora(lm, config)
+        copies = 0  # adapters have none
+    counted = estimate(lm, config, torch.bfloat16, 1).gathered
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert copies <= counted == 2 * trained and (use_peft or copies > 0.1 * counted)
+    assert estimate(lm, config, torch.float32, 1).gathered == 0
 
 
 def saved_bytes(lm, num_tokens):

@@ -3,11 +3,14 @@ of a weight per optimizer step, and no trace in what is saved."""
 
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +20,8 @@ from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.engine.adamw_bf16 import AdamWBF16
+from rrhf_fast.engine.distributed import World
+from rrhf_fast.engine.prepare import prepare
 from rrhf_fast.model import layers, weight_copies
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
@@ -113,7 +118,8 @@ def test_gradients_are_nearer_to_float64_than_those_of_autocast(kind, packing):
         else:
             assert torch.equal(found[name], expected[name]), name
         assert after[name] <= 1.05 * before[name] < 0.05, name
-    for names, factor in ((weights, 1.0), (biases, 1.05)):
+    # No pack's gradient is rounded: of weights all of them, and few enough biases for chance.
+    for names, factor in ((weights, 0.99), (biases, 1.05)):
         before, after = (
             sum((run[name] - exact[name]).square().sum() for name in names) ** 0.5
             for run in (expected, found)
@@ -296,9 +302,8 @@ def test_a_change_of_the_weights_reaches_the_copies(compile):
 
 def test_gradients_may_be_cleared_at_any_time():
     """Also between a forward and its backward, and with others there already."""
-    model, pack = wrap(tiny()), packs()[0]
+    model = wrap(tiny())
     expected = step(model)
-    model.zero_grad()
     for number, pack in enumerate(packs()):
         loss = model(pack).loss
         if number == 0:
@@ -359,6 +364,22 @@ def test_only_weights_trained_in_float32_have_copies():
     assert len(wrap(shared).copied) == 2 * 7 - 2
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_on_frozen_inputs_are_trained(compile):
+    expected = step(wrap(tiny(), compile=compile))
+    lm = tiny()
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("proj" in name)
+    model = wrap(lm, compile=compile)
+    for pack in packs():
+        model(pack).loss.backward()
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0.02, atol=0.02)
+        else:
+            assert parameter.grad is None
+
+
 def test_adapters_have_none():
     pytest.importorskip("peft")
     lm = tiny()
@@ -376,6 +397,25 @@ def test_a_deep_copy_is_a_model_of_its_own():
             parameter.mul_(1.5)
     found = step(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(
+        torch.device("cpu"),
+        mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard")),
+    )
+    dist.destroy_process_group()
+
+
+def test_a_run_has_copies_unless_it_is_sharded(tmp_path, one_rank):
+    config = TrainConfig(dtype="bfloat16", max_steps=1)
+    for world, has_copies in ((World(torch.device("cpu")), True), (one_rank, False)):
+        run = prepare(replace(config, output_dir=str(tmp_path / f"{has_copies}")), world)
+        assert bool(run.model.copied) == has_copies
+        kinds = [type(module) for module in run.model.modules()]
+        assert (CopiedLinear in kinds) == has_copies
 
 
 def test_a_run_trains_with_copies_and_resumes(tmp_path):

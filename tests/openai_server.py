@@ -103,6 +103,10 @@ class Handler(BaseHTTPRequestHandler):
             answer = "Well. " + json.dumps(dict.fromkeys(criteria, grade))
             if "never" in text or ("once" in text and request["seed"] == 0):
                 answer = '{"relevance": 3, "correctness": "high"'
+        if fault == "says":
+            answer = number
+        if fault in ODD and number == "judge":
+            answer = GRADES
         if fault == "think":  # a judge that thinks for so many tokens of 4 letters
             answer = "<think>\n" + "hmm " * int(number) + "{draft}\n</think>\n" + GRADES
         if fault == "newer":  # takes no max_tokens, and only temperature 1

@@ -22,6 +22,8 @@ PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}]
 ODD = {
     "null": ({"content": None}, "stop"),
     "no-content": ({"role": "assistant"}, "stop"),
+    "no-parts": ({"content": []}, "stop"),
+    "image": ({"content": [{"type": "image_url", "image_url": {"url": "a"}}]}, "stop"),
     "number": ({"content": 7}, "stop"),
     "refusal": ({"content": None, "refusal": "I can't help with that."}, "stop"),
     "refusal-part": ({"content": [{"type": "refusal", "refusal": "I can't."}]}, "stop"),

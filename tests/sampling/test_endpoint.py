@@ -1,6 +1,7 @@
 """Endpoints whose answers hold no text, or which do not take what they are sent."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ FILTERED = "a content filter ended the answer (finish_reason content_filter)"
 REASONS = {
     "null": TEXTLESS,
     "no-content": TEXTLESS,
+    "no-parts": TEXTLESS,
+    "image": TEXTLESS,
     "number": TEXTLESS,
     "refusal": "the model refused: I can't help with that.",
     "refusal-part": "the model refused: I can't.",
@@ -283,7 +286,7 @@ def test_any_json_is_an_answer_or_a_failure(choice, body, chat):
         assert all(type(count) is int for count in answer.usage.values())
 
 
-@pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"completion_tokens": -1}, []])
+@pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"completion_tokens": True}, []])
 def test_usage_that_counts_nothing_counts_for_nothing(usage):
     body = {"choices": [{"message": {"content": "a"}, "finish_reason": 3}], "usage": usage}
     answer = read_answer(json.dumps(body).encode(), True, 2)
@@ -298,3 +301,14 @@ def test_a_key_is_not_repeated(remote, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very\nsecret")
     with pytest.raises(ValueError, match="OPENAI_API_KEY holds what no HTTP header can"):
         sample(asking(remote, model="echo"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_file(tmp_path, remote, killed_at_random):
+    rows = [{"prompt": f"{'hard' if i % 3 else 'easy'} {i}"} for i in range(40)]
+    config = replace(asking(remote, model="thought"), data=write(tmp_path / "many.jsonl", rows))
+    config.max_concurrency = 1
+    sample(config)
+    other = replace(config, output=config.output + "-killed")
+    assert killed_at_random(sample, other, kills=4, seed=int.from_bytes(os.urandom(4))) == 4
+    assert Path(other.output).read_bytes() == Path(config.output).read_bytes()

@@ -121,6 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "too-large" and "long" in text:
             problem = "'max_tokens' or 'max_completion_tokens' is too large: this model's window is"
             return self.reply(400, {"error": {"message": f"{problem} 4096", "param": "max_tokens"}})
+        if fault == "repeats" and "long" in text:
+            problem = f"Extra inputs are not permitted: {request}"
+            return self.reply(400, {"error": {"message": problem, "request": request}})
         if "long" in text:
             answer = "Human: " + answer
         with LOCK, open(sys.argv[1], "a") as log:

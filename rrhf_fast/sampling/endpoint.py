@@ -43,7 +43,7 @@ class Endpoint:
                 change, and what to set it to.
 
         Raises:
-            ValueError: the openai package is missing, or the key, or the key is none.
+            ValueError: the openai package or the key is missing, or no header can hold the key.
         """
         try:
             import openai
@@ -151,7 +151,9 @@ class Endpoint:
         """What a response of status 400 or 422 comes to."""
         reason, said = self._reason(error), _said(error)
         for parameter, (option, cure) in self._cures.items():
-            if _UNSUPPORTED.search(said) and re.search(rf"['\"`]{parameter}\\?['\"`]", said):
+            # In quotes, and no key of a request that the server repeats.
+            named = re.search(rf"['\"`]{parameter}\\?['\"`](?!\s*:)", said)
+            if named and _UNSUPPORTED.search(said):
                 problem = f"the endpoint does not take this {parameter}: {reason}"
                 return ValueError(f"{option}: {problem} (set it to {cure})")
         return Refused(reason)

@@ -130,6 +130,20 @@ def test_texts_of_a_list_of_parts_are_joined(remote):
         assert len(row["responses"][0].removeprefix("Human: ")) == len("answer 123456")
 
 
+def test_thoughts_in_a_text_are_kept(remote):
+    sample(asking(remote, model="think:3"))
+    for row in read(remote.output):
+        assert "<think>\nhmm hmm hmm " in row["responses"][0]
+
+
+@pytest.mark.parametrize("stop, reason", [([], "length"), (["s"], "stop")])
+def test_what_a_stop_string_cuts_has_ended(stop, reason, remote):
+    remote.stop_strings = stop
+    sample(asking(remote, model="echo", max_new_tokens=1))
+    first = read(remote.output)[0]
+    assert first["responses"] == ["an" if stop else "answ"] and first["finish_reasons"] == [reason]
+
+
 def test_failures_survive_a_kill(remote, openai_server):
     whole = replace(asking(remote, model="thought"), output=remote.output + "-whole")
     sample(whole)
@@ -211,6 +225,11 @@ def test_a_parameter_that_no_request_may_have_names_its_option(options, problem,
     assert not Path(remote.output + ".journal").exists()
 
 
+def test_a_request_that_is_repeated_names_no_option(remote):
+    counts = sample(asking(remote, model="repeats"))
+    assert (counts["responses"], counts["failures"]) == (3, 1)
+
+
 def test_a_limit_by_the_wrong_name_names_its_option(remote):
     remote.token_limit_parameter = "max_tokens"
     with pytest.raises(ValueError, match=r"token_limit_parameter: .*\(set it to auto\)"):
@@ -286,7 +305,7 @@ def test_any_json_is_an_answer_or_a_failure(choice, body, chat):
         assert all(type(count) is int for count in answer.usage.values())
 
 
-@pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"completion_tokens": True}, []])
+@pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"prompt_tokens": True}, []])
 def test_usage_that_counts_nothing_counts_for_nothing(usage):
     body = {"choices": [{"message": {"content": "a"}, "finish_reason": 3}], "usage": usage}
     answer = read_answer(json.dumps(body).encode(), True, 2)

@@ -134,7 +134,7 @@ def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
     extra = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
     chat, tools = policy.chat or isinstance(draft.prompt, list), None
     if chat:
-        tools = draft.tools
+        tools = draft.tools or None  # some endpoints refuse an empty list
         kwargs = config.chat_template_kwargs | extra.get("chat_template_kwargs", {})
         if kwargs := kwargs | (draft.chat_template_kwargs or {}):
             extra["chat_template_kwargs"] = kwargs

@@ -260,7 +260,7 @@ def test_tools_and_arguments_of_the_template_are_sent(tmp_path, remote, openai_s
     own = {"enable_thinking": True}
     remote.chat_template_kwargs = {"enable_thinking": False, "language": "de"}
     config = asking(remote, model="echo", extra_body={"chat_template_kwargs": {"language": "fr"}})
-    ask(tmp_path, config, draft("0"), draft("1", tools=tools, chat_template_kwargs=own))
+    ask(tmp_path, config, draft("0", tools=[]), draft("1", tools=tools, chat_template_kwargs=own))
     first, second = sorted(openai_server.answered, key=lambda asked: asked["text"])
     assert "tools" not in first and second["tools"] == tools
     assert first["chat_template_kwargs"] == {"enable_thinking": False, "language": "fr"}

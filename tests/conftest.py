@@ -61,7 +61,16 @@ class Server:
     @property
     def answered(self) -> list[dict]:
         """The body of each request that got its answer; `text` is what was asked."""
-        text = self.log.read_text() if self.log.exists() else ""
+        return self._read(self.log)
+
+    @property
+    def refused(self) -> list[dict]:
+        """The answer to each request that was refused for its form."""
+        return self._read(Path(f"{self.log}.refused"))
+
+    @staticmethod
+    def _read(path: Path) -> list[dict]:
+        text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
 

@@ -1,7 +1,8 @@
 """A real HTTP server on loopback with OpenAI's two completion calls and the faults of real ones.
 
 `python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The
-requested model's name says how it behaves; LOG receives each request that it answered in full.
+requested model's name says how it behaves; LOG receives each request that it answered in full, and
+LOG.refused what it says to requests of a form that it does not take.
 """
 
 import hashlib
@@ -13,9 +14,59 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+THOUGHT = {"role": "assistant", "reasoning_content": "hmm, let me think"}
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}]
+# What a model of this name answers to prompts that hold "hard": a message and its finish_reason, or
+# a whole body.
+ODD = {
+    "null": ({"content": None}, "stop"),
+    "no-content": ({"role": "assistant"}, "stop"),
+    "no-parts": ({"content": []}, "stop"),
+    "image": ({"content": [{"type": "image_url", "image_url": {"url": "a"}}]}, "stop"),
+    "number": ({"content": 7}, "stop"),
+    "refusal": ({"content": None, "refusal": "I can't help with that."}, "stop"),
+    "refusal-part": ({"content": [{"type": "refusal", "refusal": "I can't."}]}, "stop"),
+    "filter": ({"content": None}, "content_filter"),
+    "filter-midway": ({"content": "It begins and"}, "content_filter"),
+    "abort": ({"content": "It begins and"}, "abort"),
+    "thought": (THOUGHT | {"content": None}, "length"),
+    "thought-newer": ({"content": None, "reasoning": "hmm", "role": "assistant"}, "length"),
+    "thought-bare": (THOUGHT, "length"),
+    "thought-empty": (THOUGHT | {"content": ""}, "length"),
+    "thought-parts": ({"content": PARTS}, "length"),
+    "thought-only": (THOUGHT | {"content": None}, "stop"),
+    "thought-hidden": ({"content": ""}, "length"),
+    "tool": ({"content": None, "tool_calls": [TOOL_CALL]}, "tool_calls"),
+    "surrogate": ({"content": "a \ud800"}, "stop"),
+    "no-message": (None, "stop"),
+    "no-choices": {"choices": []},
+    "null-choices": {"choices": None},
+    "odd-choices": {"choices": ["text"]},
+    "nothing": {},
+    "list": [],
+    "error": {"error": {"message": "the provider is overloaded", "code": 502}},
+    "error-string": {"error": "out of order"},
+}
+
+GRADES = '{"relevance": 4, "correctness": 4, "coherence": 5, "safety": 5}'
+
 LOCK = threading.Lock()
 SEEN: Counter = Counter()  # how often each request body came
 ANSWERED = 0
+
+
+def unsupported(request: dict) -> dict:
+    """OpenAI's words for it."""
+    if "max_tokens" in request:
+        name = "max_tokens"
+        message = "Unsupported parameter: 'max_tokens' is not supported with this model. "
+        message += "Use 'max_completion_tokens' instead."
+    else:
+        name = "temperature"
+        message = "Unsupported value: 'temperature' does not support this value with this model. "
+        message += "Only the default (1) value is supported."
+    return {"error": {"message": message, "type": "invalid_request_error", "param": name}}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,6 +90,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(["429", "500", "slow", "garbage", "drop", "null"][int(digest, 16) % 6])
         if fault == "garbage":
             return self.fail("garbage")
+        if fault == "echoes-key":
+            key = self.headers["Authorization"]
+            return self.reply(401, {"error": {"message": f"no such key: {key}"}})
         if fault == "wrong-key":
             return self.reply(401, {"error": {"message": "no such key"}})
         if fault == "refuses" and "forbidden" in text:
@@ -51,12 +105,43 @@ class Handler(BaseHTTPRequestHandler):
             answer = "Well. " + json.dumps(dict.fromkeys(criteria, grade))
             if "never" in text or ("once" in text and request["seed"] == 0):
                 answer = '{"relevance": 3, "correctness": "high"'
+        if fault == "says":
+            answer = number
+        if fault in ODD and number == "judge":
+            answer = GRADES
+        if fault == "think":  # a judge that thinks for so many tokens of 4 letters
+            answer = "<think>\n" + "hmm " * int(number) + "{draft}\n</think>\n" + GRADES
+        if fault == "newer":  # takes no max_tokens, and only temperature 1
+            answer += " " + GRADES
+            if "max_tokens" in request or request.get("temperature", 1) != 1:
+                return self.reply(400, unsupported(request))
+        if fault == "no-seed" and "seed" in request:
+            problem = {"type": "extra_forbidden", "loc": ["body", "seed"], "input": request["seed"]}
+            return self.reply(422, {"detail": [problem]})
+        if fault == "too-large" and "long" in text:
+            problem = "'max_tokens' or 'max_completion_tokens' is too large: this model's window is"
+            return self.reply(400, {"error": {"message": f"{problem} 4096", "param": "max_tokens"}})
+        if fault == "repeats" and "long" in text:
+            problem = f"Extra inputs are not permitted: {request}"
+            return self.reply(400, {"error": {"message": problem, "request": request}})
         if "long" in text:
             answer = "Human: " + answer
         with LOCK, open(sys.argv[1], "a") as log:
             log.write(json.dumps(request | {"text": text}) + "\n")
-        key = "message" if chat else "text"
-        value = {"role": "assistant", "content": answer} if chat else answer
+        limit = request.get("max_completion_tokens") or request.get("max_tokens") or 10**6
+        reason = "length" if len(answer) > 4 * limit else "stop"
+        message = {"role": "assistant", "content": answer[: 4 * limit]}
+        if fault == "parts":
+            half = len(answer) // 2
+            texts = [{"type": "text", "text": part} for part in (answer[:half], answer[half:])]
+            message["content"] = [*PARTS, *texts]
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        if "hard" in text and fault in ODD:
+            if not isinstance(ODD[fault], tuple):
+                return self.reply(200, ODD[fault])
+            message, reason = ODD[fault]
+            usage["completion_tokens_details"] = {"reasoning_tokens": 3 * (fault[:2] == "th")}
+        value = {"message": message} if chat else {"text": message and message.get("content")}
         self.reply(
             200,
             {
@@ -64,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
                 "object": "chat.completion" if chat else "text_completion",
                 "created": 1,
                 "model": request["model"],
-                "choices": [{"index": 0, key: value, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+                "choices": [{"index": 0, "finish_reason": reason} | value],
+                "usage": usage,
             },
         )
 
@@ -91,6 +176,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, body: dict | bytes):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if status in (400, 422):
+            with LOCK, open(sys.argv[1] + ".refused", "ab") as log:
+                log.write(body + b"\n")
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -68,11 +68,14 @@ class Policy:
     num_responses: int | None = None
     """Responses a prompt: default 1 for greedy and openai, else 4; provided keeps all."""
     max_new_tokens: int = 128
-    """Tokens of a response, its end token included."""
-    temperature: float = 1.0
-    """Divides the logits; greedy and beam do not use it."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Tokens of a response, its end token included; of an endpoint's model that thinks, its
+    thoughts too."""
+    temperature: float | None = 1.0
+    """Divides the logits; greedy and beam do not use it. Openai: null sends none, for models that
+    refuse all but their default."""
+    top_p: float | None = 1.0
+    """Sample from the likeliest tokens that hold this share of the probability. Openai: null sends
+    none."""
     top_k: int = 0
     """Sample from this many of the likeliest tokens; 0 for all."""
     num_beams: int | None = None
@@ -89,9 +92,11 @@ class Policy:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; local servers need none."""
     chat: bool = True
-    """Send a string prompt as one user message; false sends it as it is to /completions."""
+    """Send a string prompt as one user message; false sends it as it is to /completions. Messages
+    that end with the assistant's are to be continued, which vLLM does and OpenAI's API refuses."""
     extra_body: dict = field(default_factory=dict)
-    """Further fields of each request, for what only some servers know."""
+    """Further fields of each request, for what only some servers know, such as {reasoning_effort:
+    low}."""
 
     @property
     def count(self) -> int:
@@ -103,10 +108,17 @@ class Policy:
         check_types(self)
         for name in ("num_responses", "max_new_tokens", "num_beams", "num_beam_groups"):
             expect(self, name, lambda value: value is None or value >= 1, "at least 1")
-        expect(self, "temperature", lambda value: value > 0, "more than 0 (or method greedy)")
-        expect(self, "top_p", lambda value: 0 < value <= 1, "more than 0, at most 1")
+        remote = self.method == "openai"
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) is None and not remote:
+                raise ValueError(f"{name}: expected a number (null is for method openai)")
+        if self.temperature is not None and not (remote and self.temperature == 0):
+            expect(self, "temperature", lambda value: value > 0, "more than 0 (or method greedy)")
+        expect(self, "top_p", lambda value: value is None or 0 < value <= 1, "above 0, at most 1")
         for name in ("top_k", "diversity_penalty"):
             expect(self, name, lambda value: value >= 0, "0 or more")
+        if not isinstance(self.extra_body.get("chat_template_kwargs", {}), dict):
+            raise ValueError("extra_body: chat_template_kwargs: expected names and values")
         if self.method == "greedy" and self.count > 1:
             raise ValueError(f"num_responses: greedy gives 1, found {self.count}")
         if (self.num_beams or self.count) < self.count:
@@ -129,6 +141,17 @@ class EndpointConfig:
     an answer that cannot be read."""
     max_concurrency: int = 8
     """Requests under way at once."""
+    token_limit_parameter: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
+    """What chat requests call their token limit. Auto: max_tokens, or max_completion_tokens from
+    when the endpoint refuses the former."""
+    send_seed: bool = True
+    """Send a seed with each request. False for endpoints that refuse one."""
+
+    def validate_endpoint(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        expect(self, "timeout", lambda value: value > 0, "more than 0")
+        expect(self, "max_retries", lambda value: value >= 0, "0 or more")
+        expect(self, "max_concurrency", lambda value: value >= 1, "at least 1")
 
 
 @dataclass
@@ -181,12 +204,11 @@ class SampleConfig(RowsConfig, EndpointConfig):
         for name in ("data", "output", "policies"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
-        for name in ("batch_size", "max_prompt_length", "max_concurrency"):
+        self.validate_endpoint()
+        for name in ("batch_size", "max_prompt_length"):
             expect(self, name, lambda value: value is None or value >= 1, "at least 1")
         check_kwargs(self.chat_template_kwargs)
-        for name in ("max_retries", "seed"):
-            expect(self, name, lambda value: value >= 0, "0 or more")
-        expect(self, "timeout", lambda value: value > 0, "more than 0")
+        expect(self, "seed", lambda value: value >= 0, "0 or more")
         for i, policy in enumerate(self.policies):
             try:
                 policy.validate()

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from rrhf_fast.data.journal import Journal, fingerprint
 from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
 from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.sampling.answer import EndedThinking, Refused
 from rrhf_fast.sampling.config import Policy, SampleConfig, identity
-from rrhf_fast.sampling.endpoint import Endpoint, Refused, ask_all
+from rrhf_fast.sampling.endpoint import Endpoint, ask_all
 from rrhf_fast.sampling.local import LocalModel, seed_of
 
 
@@ -21,7 +22,7 @@ def sample(config: SampleConfig) -> Counter:
 
     A row keeps its fields and gains `responses`, `sources` and `finish_reasons` ("stop", "length"
     or null), `as_generated` where local models answered messages, and `failures` where an endpoint
-    refused. A run that was killed goes on where it was.
+    gave no text. A run that was killed goes on where it was.
 
     Returns:
         What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
@@ -91,23 +92,26 @@ def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
 def _ask_endpoint(
     journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
 ) -> None:
-    endpoint = Endpoint(policy.base_url, policy.api_key_env, config)
+    cures = {name: (f"policies[{number}].{name}", "null") for name in ("temperature", "top_p")}
+    cures |= {"top_k": (f"policies[{number}].top_k", "0")}
+    cures |= {"seed": ("send_seed", "false"), "stop": ("stop_strings", "[]")}
+    if config.token_limit_parameter != "auto":
+        cures[config.token_limit_parameter] = ("token_limit_parameter", "auto")
+    endpoint = Endpoint(policy.base_url, policy.api_key_env, config, cures)
     model = policy.model or config.model_name_or_path
-    options = {"temperature": policy.temperature, "top_p": policy.top_p}
-    options["max_tokens"] = policy.max_new_tokens
-    # top_k is not OpenAI's own, but local servers have it.
-    options["extra_body"] = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
-    if config.stop_strings:
-        options["stop"] = config.stop_strings
 
     def ask(row: int, copy: int) -> dict:
-        prompt, seed = drafts[row].prompt, seed_of(config.seed, number, row, copy) % 2**31
+        seed = seed_of(config.seed, number, row, copy) % 2**31 if config.send_seed else None
         try:
-            answer = endpoint.ask(model, prompt, chat=policy.chat, seed=seed, **options)
-        except Refused as error:
-            return {"error": str(error)}
+            answer = endpoint.ask(model, seed=seed, **_request(policy, drafts[row], config))
+        except Refused as refusal:
+            cure = ""
+            if isinstance(refusal, EndedThinking):
+                cure = f" (raise the token limit, policies[{number}].max_new_tokens)"
+            return {"error": f"{refusal}{cure}", "usage": refusal.usage}
         text = cut_at(config.stop_strings, answer.text)
-        reason = "length" if answer.finish_reason == "length" else "stop"
+        cut_off = answer.finish_reason == "length" and text == answer.text
+        reason = "length" if cut_off else "stop"
         return {"text": text, "finish_reason": reason, "usage": answer.usage}
 
     work = {
@@ -123,6 +127,31 @@ def _ask_endpoint(
         problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
         journal.forget(work)
         raise ValueError(f"policies[{number}]: {problem}")
+
+
+def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
+    """What an endpoint is asked for this row: arguments of `Endpoint.ask`."""
+    # Further fields are not OpenAI's own, but local servers have them.
+    extra = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
+    chat, tools = policy.chat or isinstance(draft.prompt, list), None
+    if chat:
+        tools = draft.tools or None  # some endpoints refuse an empty list
+        kwargs = config.chat_template_kwargs | extra.get("chat_template_kwargs", {})
+        if kwargs := kwargs | (draft.chat_template_kwargs or {}):
+            extra["chat_template_kwargs"] = kwargs
+    if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
+        # The answer continues the last message.
+        extra = {"continue_final_message": True, "add_generation_prompt": False} | extra
+    return {
+        "prompt": draft.prompt,
+        "chat": chat,
+        "tools": tools,
+        "max_tokens": policy.max_new_tokens,
+        "temperature": policy.temperature,
+        "top_p": policy.top_p,
+        "stop": config.stop_strings or None,
+        "extra_body": extra or None,
+    }
 
 
 def source_of(policy: Policy) -> str:

@@ -32,6 +32,14 @@ class ScorerConfig(EndpointConfig):
     """The judge's address, for example http://localhost:8000/v1; default OpenAI's."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the judge's key; local servers need none."""
+    judge_max_new_tokens: int = 256
+    """Tokens of a judgement; raise it for a judge that thinks, whose thoughts count too."""
+    judge_temperature: float | None = 0.0
+    """Of a judge's first try; what is malformed is asked for again at 1. Null sends none, for
+    models that refuse all but their default."""
+    judge_extra_body: dict = field(default_factory=dict)
+    """Further fields of each request to the judge, such as {reasoning_effort: low} or
+    {chat_template_kwargs: {enable_thinking: false}}."""
 
     model_name_or_path: str | None = None
     """The policy."""
@@ -61,11 +69,16 @@ class ScorerConfig(EndpointConfig):
             raise ValueError(
                 f"{', '.join(kinds)}: expected exactly one, found {' and '.join(named) or 'none'}"
             )
-        for name in ("batch_size", "max_tokens_per_pack", "reward_max_length", "max_concurrency"):
+        self.validate_endpoint()
+        for name in (
+            "batch_size",
+            "max_tokens_per_pack",
+            "reward_max_length",
+            "judge_max_new_tokens",
+        ):
             expect(self, name, lambda value: value >= 1, "at least 1")
         check_kwargs(self.chat_template_kwargs)
-        expect(self, "max_retries", lambda value: value >= 0, "0 or more")
-        expect(self, "timeout", lambda value: value > 0, "more than 0")
+        expect(self, "judge_temperature", lambda value: value is None or value >= 0, "0 or more")
         if self.policy_as_reward and self.model_name_or_path is None:
             raise ValueError("model_name_or_path: missing (the policy whose log-probs are needed)")
 

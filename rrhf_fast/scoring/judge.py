@@ -3,7 +3,8 @@
 import json
 import re
 
-from rrhf_fast.sampling.endpoint import Endpoint, Refused
+from rrhf_fast.sampling.answer import Answer, EndedThinking, Refused
+from rrhf_fast.sampling.endpoint import Endpoint
 from rrhf_fast.scoring.config import ScorerConfig
 from rrhf_fast.scoring.reward_model import Prompt, plain_text
 
@@ -30,32 +31,64 @@ Answer with one JSON object and nothing else, for example
 {{"relevance": 3, "correctness": 2, "coherence": 4, "safety": 5}}"""
 
 
+# A thought in front of an answer, as models write it and not every server takes it out.
+_THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(?P<end></\1>|\Z)", re.DOTALL)
+_TOO_SHORT = "raise the judge's token limit, judge_max_new_tokens"
+
+
 class Judge:
     """Asks an endpoint to judge one response at a time; threads may share it."""
 
     def __init__(self, config: ScorerConfig):
-        self.endpoint = Endpoint(config.base_url, config.api_key_env, config)
-        self.model, self.max_retries = config.judge_model, config.max_retries
+        cures = {
+            "temperature": ("judge_temperature", "null"),
+            "seed": ("send_seed", "false"),
+        }
+        if config.token_limit_parameter != "auto":
+            cures[config.token_limit_parameter] = ("token_limit_parameter", "auto")
+        self.endpoint = Endpoint(config.base_url, config.api_key_env, config, cures)
+        self.config = config
 
     def judge(self, prompt: Prompt, response: str) -> dict:
-        """{"score", "criteria", "usage"}; or {"error", "answer", "usage"} for an answer that stays
-        malformed over all retries, or a request that is refused. Raises EndpointDown."""
+        """{"score", "criteria", "usage"}; or {"error", "usage"}, and "answer" if there is one, for
+        an answer that stays malformed over all retries, or has no text, or a request that is
+        refused. Raises EndpointDown."""
         text = RUBRIC.format(prompt=plain_text(prompt), response=response)
         usage: dict[str, int] = {}
-        for attempt in range(self.max_retries + 1):
+        for attempt in range(self.config.max_retries + 1):
             try:
-                # What was malformed once is asked for again with some chance to differ.
-                temperature = 0.0 if attempt == 0 else 1.0
-                answer = self.endpoint.ask(
-                    self.model, text, temperature=temperature, max_tokens=256, seed=attempt
-                )
-            except Refused as error:
-                return {"error": str(error), "usage": usage}
-            usage = {name: usage.get(name, 0) + count for name, count in answer.usage.items()}
-            criteria = parse_judgement(answer.text)
+                answer = self._ask(text, attempt)
+            except Refused as refusal:
+                cure = f" ({_TOO_SHORT})" if isinstance(refusal, EndedThinking) else ""
+                return {"error": f"{refusal}{cure}", "usage": _sum(usage, refusal.usage)}
+            usage = _sum(usage, answer.usage)
+            record = {"answer": answer.text[:500], "usage": usage}
+            thought = _THOUGHT.match(answer.text)
+            if thought and not thought["end"]:
+                return {"error": f"ended while thinking ({_TOO_SHORT})"} | record
+            criteria = parse_judgement(answer.text[thought.end() if thought else 0 :])
             if criteria is not None:
                 return {"score": sum(criteria.values()), "criteria": criteria, "usage": usage}
-        return {"error": "malformed judgement", "answer": answer.text[:500], "usage": usage}
+        cut_off = f", cut off ({_TOO_SHORT})" if answer.finish_reason == "length" else ""
+        return {"error": f"malformed judgement{cut_off}"} | record
+
+    def _ask(self, text: str, attempt: int) -> Answer:
+        config = self.config
+        temperature = config.judge_temperature
+        if attempt and temperature is not None:
+            temperature = 1.0  # what was malformed once gets some chance to differ
+        return self.endpoint.ask(
+            config.judge_model,
+            text,
+            max_tokens=config.judge_max_new_tokens,
+            temperature=temperature,
+            seed=attempt if config.send_seed else None,
+            extra_body=config.judge_extra_body or None,
+        )
+
+
+def _sum(usage: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return {name: usage.get(name, 0) + more.get(name, 0) for name in usage | more}
 
 
 def parse_judgement(text: str) -> dict[str, float] | None:

@@ -334,7 +334,7 @@ def test_an_unknown_layout_is_told_what_serves(tmp_path):
         load_rows(path)
     message = str(caught.value)
     assert r"found the fields text, 'lab\nel'" in message and "\n" not in message
-    assert "--columns" in message and "README.md" in message
+    assert "--columns" in message and "docs/data.md" in message
     assert message.endswith("rows with fewer than 2 good ones)")
 
 

@@ -63,8 +63,14 @@ def test_a_checkpoint_becomes_a_model(tmp_path, tied):
     model = export(tmp_path)
     assert torch.equal(logits(model), logits(tmp_path / "out"))
     assert not torch.allclose(logits(model), logits(source), atol=1e-2)
-    for name in ("generation_config.json", "chat_template.jinja"):
-        assert (model / name).read_text() == (Path(source) / name).read_text(), name
+    name = "chat_template.jinja"
+    assert (model / name).read_text() == (Path(source) / name).read_text()
+    before, after = (
+        json.loads((Path(folder) / "generation_config.json").read_text())
+        for folder in (source, model)
+    )
+    learned = {"eos_token_id": [before["eos_token_id"], 1], "pad_token_id": 2}
+    assert after == before | learned  # the tokenizer's, which the config did not name
     assert sorted(p.name for p in model.iterdir()) == sorted(p.name for p in Path(source).iterdir())
 
 

@@ -44,7 +44,12 @@ from rrhf_fast.engine.output_dir import (
     read_state,
 )
 from rrhf_fast.engine.prepare import Run
-from rrhf_fast.engine.save import SaveFailed, trained_tensors, write_config
+from rrhf_fast.engine.save import (
+    SaveFailed,
+    trained_tensors,
+    write_config,
+    write_generation_config,
+)
 
 # DCP says this of every run that no launcher started.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -201,7 +206,7 @@ class Checkpoints:
         staging.mkdir()
         with run.model.generation():  # an attention that others have
             write_config(run.model.lm, staging, run.save_dtype)
-        run.model.lm.generation_config.save_pretrained(staging)
+        write_generation_config(run.model.lm, staging)
         run.tokenizer.save_pretrained(staging)
         lengths = {name: run.output_dir / name for name in GROWING_FILES}
         state = {

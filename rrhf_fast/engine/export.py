@@ -10,7 +10,7 @@ import transformers
 
 from rrhf_fast.config import ExportConfig, TrainConfig
 from rrhf_fast.engine.output_dir import is_complete, read_state
-from rrhf_fast.engine.save import write_model
+from rrhf_fast.engine.save import take_generation_config, write_model
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.sharded import empty_model, named_tensors
@@ -51,13 +51,17 @@ def export(config: ExportConfig) -> Path:
 def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> None:
     """Write a checkpoint's model, or its adapters alone."""
     run = TrainConfig(**read_state(folder)["config"])
-    dtype = torch.float32 if run.use_peft else transformers.AutoConfig.from_pretrained(folder).dtype
+    options = {"trust_remote_code": config.trust_remote_code}
+    dtype = torch.float32
+    if not run.use_peft:
+        dtype = transformers.AutoConfig.from_pretrained(folder, **options).dtype
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     source = run.model_name_or_path if run.use_peft else str(folder)
-    lm = empty_model(source, trust_remote_code=config.trust_remote_code)
+    lm = empty_model(source, **options)
     if run.use_peft:
         add_lora(lm, run)
+    take_generation_config(lm, folder)
     trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     weights = {
         name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
@@ -80,6 +84,7 @@ def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     lm = PeftModel.from_pretrained(load_model(base, **options), adapters).merge_and_unload()
+    take_generation_config(lm, adapters)
     weights = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in named_tensors(lm).items()

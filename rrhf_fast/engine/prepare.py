@@ -16,7 +16,7 @@ from rrhf_fast.data.forest import forest_tokens
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import RowReport, load_rows
-from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.data.tokenise import TokenisedQuery, end_token_ids, tokenise_rows
 from rrhf_fast.engine.distributed import World, shard_model
 from rrhf_fast.engine.evaluate import RewardFn, load_reward_fn
 from rrhf_fast.engine.memory import activation_line, fitting_tokens
@@ -27,6 +27,7 @@ from rrhf_fast.engine.output_dir import (
     read_state,
 )
 from rrhf_fast.engine.profile import WARMUP
+from rrhf_fast.engine.save import learn_end_tokens
 from rrhf_fast.engine.summary import describe
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
@@ -96,6 +97,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if config.eval_fraction > 0:
         queries, held_out = _hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
+    learn_end_tokens(lm, tokenizer, end_token_ids(tokenizer, [query.row for query in queries]))
     num_tokens = _resolve_pack(config, world, queries + held_out)
     config = replace(config, max_tokens_per_pack=num_tokens)
 

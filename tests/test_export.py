@@ -19,12 +19,10 @@ def make_model(folder, *, tied, dtype=torch.float32):
         vocab_size=576, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-    config.eos_token_id = tokenizer.eos_token_id  # else training adds it to where generation stops
-    config.pad_token_id = tokenizer.pad_token_id
     lm = LlamaForCausalLM(config).to(dtype)
     lm.generation_config.temperature, lm.generation_config.do_sample = 0.7, True
     lm.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -65,8 +63,14 @@ def test_a_checkpoint_becomes_a_model(tmp_path, tied):
     model = export(tmp_path)
     assert torch.equal(logits(model), logits(tmp_path / "out"))
     assert not torch.allclose(logits(model), logits(source), atol=1e-2)
-    for name in ("generation_config.json", "chat_template.jinja"):
-        assert (model / name).read_text() == (Path(source) / name).read_text(), name
+    name = "chat_template.jinja"
+    assert (model / name).read_text() == (Path(source) / name).read_text()
+    before, after = (
+        json.loads((Path(folder) / "generation_config.json").read_text())
+        for folder in (source, model)
+    )
+    learned = {"eos_token_id": [before["eos_token_id"], 1], "pad_token_id": 2}
+    assert after == before | learned  # the tokenizer's, which the config did not name
     assert sorted(p.name for p in model.iterdir()) == sorted(p.name for p in Path(source).iterdir())
 
 

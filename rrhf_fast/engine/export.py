@@ -55,11 +55,14 @@ def export(config: ExportConfig) -> Path:
 def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> None:
     """Write a checkpoint's model, or its adapters alone."""
     run = TrainConfig(**read_state(folder)["config"])
-    dtype = torch.float32 if run.use_peft else transformers.AutoConfig.from_pretrained(folder).dtype
+    options = {"trust_remote_code": config.trust_remote_code}
+    dtype = torch.float32
+    if not run.use_peft:
+        dtype = transformers.AutoConfig.from_pretrained(folder, **options).dtype
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     source = run.model_name_or_path if run.use_peft else str(folder)
-    lm = empty_model(source, trust_remote_code=config.trust_remote_code)
+    lm = empty_model(source, **options)
     if run.use_peft:
         add_lora(lm, run)
     take_generation_config(lm, folder)

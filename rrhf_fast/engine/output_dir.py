@@ -23,6 +23,10 @@ def check_output_dir(config: TrainConfig) -> None:
     if config.output_dir is None:
         return
     output_dir = Path(config.output_dir)
+    model = config.model_name_or_path
+    if config.use_peft and model is not None and Path(model).resolve() == output_dir.resolve():
+        problem = f"{output_dir} is the model that the adapters belong to (choose another)"
+        raise ValueError(f"output_dir: {problem}")
     folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     for folder in folders:
         if not is_ours(folder):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # An answer that no template has a reason to change, to see what goes around one.
 _PROBE = "rrhf-probe-answer"
+_OTHER = "rrhf-other-text"
+_OTHER_TEMPLATE = " (if the tokenizer has another one for tools, name it: "
+_OTHER_TEMPLATE += "--chat_template_kwargs '{chat_template: tool_use}')"
 _BY_HAND = "to train on it as it is, render the messages yourself and give the prompt as a string"
 # Arguments of `apply_chat_template` that are decided here.
 _OURS = (
@@ -114,14 +117,22 @@ class ChatTemplate:
             )
             raise BadRow("not behind the generation prompt", row.where, f"{name}: {problem}")
         start = max(len(opening.text), len(before.rstrip(" ")))
+        if not text[start : len(text) - len(opening.behind)].strip():
+            raise _changed(row, f"leaves nothing of {name} behind {_tail(opening.text)}")
         return Conversation(text, start, opening.behind)
 
     def _remedy(self, row: Row, answer: str) -> str:
         """Arguments under which generation prompt and conversation agree, if the usual ones do."""
         for name, value in product(("enable_thinking", "thinking"), (False, True)):
-            other = replace(row, chat_template_kwargs={name: value})
-            opening = self._render(other, row.prompt, add_generation_prompt=True)
-            if self._answered(other, answer).startswith(opening):
+            other = replace(
+                row, chat_template_kwargs=(row.chat_template_kwargs or {}) | {name: value}
+            )
+            try:
+                opening = self._render(other, row.prompt, add_generation_prompt=True)
+                agree = self._answered(other, answer).startswith(opening)
+            except BadRow:  # a value that the template does not take
+                continue
+            if agree:
                 return f"--chat_template_kwargs '{{{name}: {str(value).lower()}}}' makes them agree"
         return f"{_BY_HAND}; the model's own samples need no such agreement"
 
@@ -145,17 +156,36 @@ class ChatTemplate:
 
     def _check_dropped(self, row: Row, answered: str) -> None:
         """Refuse what a template takes and ignores."""
-        first = row.prompt[0]
-        if first["role"] == "system" and first["content"].strip() not in answered:
-            problem = (
-                "prompt: the chat template drops or changes the system message (say it in the "
-            )
-            problem += "user's first message)"
-            raise BadRow("system message dropped", row.where, problem)
-        if row.tools and answered == self._answered(replace(row, tools=None), _PROBE):
-            problem = "tools: the chat template ignores them (if the tokenizer has another one for "
-            problem += "tools, name it: --chat_template_kwargs '{chat_template: tool_use}')"
-            raise BadRow("tools ignored", row.where, problem)
+
+        def is_ignored(other: Row) -> bool:
+            """Whether a row with something else there renders to the same."""
+            try:
+                return self._answered(other, _PROBE) == answered
+            except BadRow:
+                return False
+
+        for i, message in enumerate(row.prompt):
+            content, role = message.get("content"), message["role"]
+            # What an assistant said earlier may lose its thoughts.
+            looks_lost = content and role != "assistant" and content.strip() not in answered
+            if looks_lost and is_ignored(_replaced(row, i, content=_OTHER)):
+                problem = (
+                    f"prompt: the chat template drops the {role} message, prompt[{i}] (say it "
+                )
+                problem += "in a user's message)"
+                raise BadRow(f"{role} message dropped", row.where, problem)
+            if message.get("tool_calls") and is_ignored(_replaced(row, i, tool_calls=None)):
+                problem = f"prompt: the chat template ignores the tool calls of prompt[{i}]"
+                raise BadRow("tool calls ignored", row.where, problem + _OTHER_TEMPLATE)
+        if row.tools and is_ignored(replace(row, tools=None)):
+            problem = "tools: the chat template ignores them"
+            raise BadRow("tools ignored", row.where, problem + _OTHER_TEMPLATE)
+
+
+def _replaced(row: Row, i: int, **entries: Any) -> Row:
+    """The row with other entries in message i; None takes one away."""
+    message = {key: value for key, value in (row.prompt[i] | entries).items() if value is not None}
+    return replace(row, prompt=[*row.prompt[:i], message, *row.prompt[i + 1 :]])
 
 
 def with_answer(messages: list[dict], answer: str) -> list[dict]:
@@ -163,7 +193,7 @@ def with_answer(messages: list[dict], answer: str) -> list[dict]:
     assistant's."""
     *earlier, last = messages
     if last["role"] == "assistant":
-        return [*earlier, last | {"content": last["content"] + answer}]
+        return [*earlier, last | {"content": (last.get("content") or "") + answer}]
     return [*messages, {"role": "assistant", "content": answer}]
 
 

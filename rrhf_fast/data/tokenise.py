@@ -108,7 +108,8 @@ def tokenise_rows(
         for texts, prompt_ids, responses in _encode_rows(tokenizer, batch, endings):
             row = texts.row
             try:
-                prompt = _fit_prompt(prompt_ids, prefix, max_prompt_length, counts)
+                is_text = isinstance(row.prompt, str)
+                prompt = _fit_prompt(prompt_ids, prefix, is_text, max_prompt_length, counts)
                 room = max_length - len(prompt)
                 _check_prompt(prompt, room, max_length, row)
             except BadRow as error:
@@ -306,14 +307,14 @@ def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> tuple[_Texts,
         return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id), []
     opening = template.open(row)
     end = endings.token(opening.behind)
-    end_text = tokenizer.convert_ids_to_tokens(end)
+    end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted({end, tokenizer.eos_token_id})))
     good, bad = {}, []
     for i, response in enumerate(row.responses):
         if row.as_generated is not None and row.as_generated[i]:
             good[i] = response
             continue
-        answer = response.removesuffix(end_text)  # the template puts one there
         try:
+            answer = _without_ends(response, end_texts)
             good[i] = template.answer(row, opening, answer, f"responses[{i}]")
         except BadRow as error:
             bad.append(error)
@@ -322,6 +323,13 @@ def _texts(row: Row, template: ChatTemplate, endings: _Endings) -> tuple[_Texts,
             good[i] = good[i].without_last_space()
     row = row.pick(list(good)) if bad else row
     return _Texts(row, opening.text, list(good.values()), end), bad
+
+
+def _without_ends(response: str, ends: tuple[str, ...]) -> str:
+    """The response without end tokens of its own: the template puts one there."""
+    while (text := response.rstrip()).endswith(ends):
+        response = text.removesuffix(next(end for end in ends if text.endswith(end)))
+    return response
 
 
 def _encode_rows(
@@ -362,16 +370,19 @@ def _num_common(a: list[int], b: list[int]) -> int:
 
 
 def _fit_prompt(
-    ids: list[int], prefix: list[int], max_length: int | None, counts: TokenCounts
+    ids: list[int], prefix: list[int], is_text: bool, max_length: int | None, counts: TokenCounts
 ) -> np.ndarray:
-    """The tokenizer's prefix once (a chat template or the text may bring it), and the prompt's
-    tail."""
+    """The prompt's tail, behind the tokenizer's prefix: of a text once, also if the text brings it,
+    and of messages as often as the chat template renders it."""
+    head = prefix if is_text or ids[: len(prefix)] == prefix else []
     while prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]
-    if max_length is not None and len(prefix) + len(ids) > max_length:
-        ids = ids[len(prefix) + len(ids) - max_length :]
+        if not is_text:
+            break
+    if max_length is not None and len(head) + len(ids) > max_length:
+        ids = ids[len(head) + len(ids) - max_length :]
         counts.cut["prompts"] += 1
-    return np.array(prefix + ids, dtype=np.int32)
+    return np.array(head + ids, dtype=np.int32)
 
 
 def _fit_response(ids: list[int], end: int, limit: int, counts: TokenCounts) -> np.ndarray:

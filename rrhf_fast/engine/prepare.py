@@ -126,8 +126,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
                 parameter.data = parameter.data.to(model.compute_dtype)
     if stored is not None:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
-        fill_weights(lm, stored)
-        check_finite(lm, config.model_name_or_path)
+        with world.together():
+            fill_weights(lm, stored)
+            check_finite(lm, config.model_name_or_path)
     if config.use_peft:
         init_lora(lm, config.seed)
     planner_options = {

@@ -3,6 +3,7 @@
 from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.engine.summary import counted
 from rrhf_fast.model.decoder import load_tokenizer, max_positions
 from rrhf_fast.model.sharded import empty_model
 
@@ -19,7 +20,7 @@ def shown_rows(config: TrainConfig) -> str:
     tokenizer = load_tokenizer(name, **code)
     window = max_positions(empty_model(name, **code)) or config.max_length
     queries, _ = tokenise_rows(
-        rows[: config.show_tokens],
+        rows if config.on_bad_rows == "skip" else rows[: config.show_tokens],
         tokenizer,
         report,
         max_length=min(config.max_length, window),
@@ -28,7 +29,10 @@ def shown_rows(config: TrainConfig) -> str:
         chat_template_kwargs=config.chat_template_kwargs,
         on_bad_rows=config.on_bad_rows,
     )
-    return "\n\n".join(_shown(query, tokenizer) for query in queries)
+    shown = [_shown(query, tokenizer) for query in queries[: config.show_tokens]]
+    if report.unused:
+        shown.append(f"unused fields: {counted(report.unused)}")
+    return "\n\n".join(shown)
 
 
 def _shown(query: TokenisedQuery, tokenizer) -> str:

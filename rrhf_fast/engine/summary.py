@@ -58,7 +58,7 @@ def describe(
     if text := warn_of_text([query.row.prompt for query in queries], has_template):
         lines["prompts"] = text
     if report.unused:
-        lines["unused"] = f"fields: {_counted(report.unused)}"
+        lines["unused"] = f"fields: {counted(report.unused)}"
     shared = count_shared([q.row for q in held_out], [q.row for q in queries])
     if shared:
         lines["leak"] = (
@@ -95,7 +95,7 @@ def warn_of_text(prompts: Sequence[str | list[dict]], has_template: bool) -> str
     )
 
 
-def _counted(rows_with: Counter) -> str:
+def counted(rows_with: Counter) -> str:
     """Names, each with its number of rows, the most frequent first, and not too many."""
     shown = [f"{listed([name])} ({count} rows)" for name, count in rows_with.most_common(12)]
     more = len(rows_with) - len(shown)

@@ -308,7 +308,11 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
     """exp of minus the mean log-prob of the samples' tokens under the reference, given the
     prompt."""
     kept = [
-        [generated(logps, reason) for logps, reason in zip(row, reasons, strict=True)]
+        [
+            generated(logps, reason)
+            for logps, reason in zip(row, reasons, strict=True)
+            if not isinstance(logps, str)
+        ]
         for row, reasons in zip(reference(side.drafts), side.finish_reasons, strict=True)
     ]
     sums = [sum(float(logps.sum()) for logps in row) for row in kept]
@@ -319,10 +323,11 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
 def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
-    pairs = [
-        pairs_in_order(np.array([logps.mean() for logps in found]), np.array(row.scores))
-        for row, found in zip(rows, model(rows), strict=True)
-    ]
+    pairs = []
+    for row, found in zip(rows, model(rows), strict=True):
+        keep = [i for i, logps in enumerate(found) if not isinstance(logps, str)]
+        p, scores = [found[i].mean() for i in keep], [row.scores[i] for i in keep]
+        pairs.append(pairs_in_order(np.array(p), np.array(scores)))
     return ByPrompt(*zip(*pairs, strict=True))
 
 

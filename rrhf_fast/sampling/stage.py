@@ -206,6 +206,9 @@ def _merge(
         out |= {"failures": failures} if failures else {}
         if isinstance(draft.prompt, list) and any(as_generated):
             out["as_generated"] = as_generated
+            # What they were drawn under, so that they are trained behind the same prompt.
+            kwargs = config.chat_template_kwargs | (draft.chat_template_kwargs or {})
+            out |= {"chat_template_kwargs": kwargs} if kwargs else {}
         rows.append(draft.others | out)
     return rows, counts
 

@@ -7,8 +7,8 @@ import torch
 
 from rrhf_fast.config import LossConfig
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import Draft, Row, RowReport
-from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.data.rows import BadRow, Draft, Row, RowReport
+from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer, max_positions
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.sampling.local import inference_dtype
@@ -38,26 +38,25 @@ class LogProbs:
         )
 
     @torch.no_grad()
-    def __call__(self, drafts: Sequence[Draft | Row]) -> list[list[np.ndarray]]:
+    def __call__(self, drafts: Sequence[Draft | Row]) -> list[list[np.ndarray | str]]:
         """For each row and each of its responses the log-probs [R] of its tokens, the end token
-        last.
+        last; with `--on_bad_rows skip` the reason where there are none, say because the chat
+        template changes the response.
 
         A prompt keeps its tail of half the window, a response what that leaves.
         """
-        found: list[list[np.ndarray]] = [[] for _ in drafts]
-        numbers = [i for i, draft in enumerate(drafts) if draft.responses]
-        rows = [drafts[i] for i in numbers]
-        rows = [row.as_row() if isinstance(row, Draft) else row for row in rows]
-        if not rows:
-            return found
-        queries, _ = tokenise_rows(
-            rows,
-            self.tokenizer,
-            RowReport(),
-            max_length=self.max_length,
-            max_prompt_length=self.max_length // 2,
-            chat_template_kwargs=self.config.chat_template_kwargs,
-        )
+        rows = [draft.as_row() if isinstance(draft, Draft) else draft for draft in drafts]
+        found: list[list[np.ndarray | str]] = [[""] * len(row.responses) for row in rows]
+        places = [(number, range(len(row.responses))) for number, row in enumerate(rows)]
+        places = [place for place in places if place[1]]
+        try:
+            queries = self._tokenise([rows[number] for number, _ in places])
+        except BadRow:
+            if self.config.on_bad_rows == "error":
+                raise
+            places = [(number, self._usable(rows[number], found[number])) for number, _ in places]
+            places = [place for place in places if place[1]]
+            queries = self._tokenise([rows[number].pick(keep) for number, keep in places])
         planner = PackPlanner(
             queries,
             packing=self.config.packing,
@@ -70,9 +69,34 @@ class LogProbs:
             pack = planner.build(ids).to(self.model.device)
             logps = self.model.edge_logps(pack)[pack.path_edges].float().cpu().numpy()
             parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))
-            for i in ids:
-                found[numbers[i]] = [next(parts) for _ in queries[i].response_ids]
+            for number, keep in (places[i] for i in ids):
+                for i in keep:
+                    found[number][i] = next(parts)
         return found
+
+    def _tokenise(self, rows: Sequence[Row]) -> list[TokenisedQuery]:
+        if not rows:
+            return []
+        queries, _ = tokenise_rows(
+            rows,
+            self.tokenizer,
+            RowReport(),
+            max_length=self.max_length,
+            max_prompt_length=self.max_length // 2,
+            chat_template_kwargs=self.config.chat_template_kwargs,
+        )
+        return queries
+
+    def _usable(self, row: Row, reasons: list[np.ndarray | str]) -> list[int]:
+        """The responses of a row that can be tokenised; the others' `reasons` are noted."""
+        keep = []
+        for i in range(len(row.responses)):
+            try:
+                self._tokenise([row.pick([i])])
+                keep.append(i)
+            except BadRow as error:
+                reasons[i] = error.args[2]
+        return keep
 
 
 def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:

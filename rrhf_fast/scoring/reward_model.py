@@ -120,7 +120,9 @@ class RewardModel:
 def plain_text(prompt: Prompt) -> str:
     """A prompt as one text; messages are parted by empty lines."""
     return (
-        prompt if isinstance(prompt, str) else "\n\n".join(turn["content"] or "" for turn in prompt)
+        prompt
+        if isinstance(prompt, str)
+        else "\n\n".join(turn.get("content") or "" for turn in prompt)
     )
 
 

@@ -61,8 +61,13 @@ def score(config: ScoreConfig) -> Counter:
             results = _reward_fn(journal, drafts, pairs, config)
         else:
             logps = _logps(journal, "model_name_or_path", drafts, config)
-            results = [_checked(logps[row][i][0]) for row, i in pairs]
+            results = [_checked(logps[row][i]) for row, i in pairs]
         ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
+        if ratios is not None:
+            results = [
+                {"error": ratios[row][i]} if isinstance(ratios[row][i], str) else result
+                for (row, i), result in zip(pairs, results, strict=True)
+            ]
         rows, counts = _merge(drafts, pairs, results, ratios, config.kl_coef)
         if pairs and not counts["scored"]:
             reason = next(row["unscored"] for row in rows if "unscored" in row)[0]["error"]
@@ -158,7 +163,11 @@ def _reward_fn(
     return [_checked(scores[i]) for i in range(len(pairs))]
 
 
-def _checked(value: float) -> dict:
+def _checked(value: float | list[float] | str) -> dict:
+    """A score, the first of `_logps`, or the reason why there is none."""
+    if isinstance(value, str):
+        return {"error": value}
+    value = value[0] if isinstance(value, list) else value
     return {"score": value} if math.isfinite(value) else {"error": f"a score of {value}"}
 
 
@@ -179,8 +188,9 @@ def _judge(
 
 def _logps(
     journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
-) -> list[list[list[float]]]:
-    """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model."""
+) -> list[list[list[float] | str]]:
+    """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model, or
+    the reason why there are none."""
     name, model = getattr(config, option), None
 
     def work(batch: Sequence[int]) -> list:
@@ -192,7 +202,9 @@ def _logps(
             reasons = drafts[row].finish_reasons or [None] * len(responses)
             out.append(
                 [
-                    [float(logps.mean()), float(generated(logps, reason).sum())]
+                    logps
+                    if isinstance(logps, str)
+                    else [float(logps.mean()), float(generated(logps, reason).sum())]
                     for logps, reason in zip(responses, reasons, strict=True)
                 ]
             )
@@ -205,15 +217,18 @@ def _logps(
 
 def _log_ratios(
     journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
-) -> list[list[float]]:
-    """[row][response] -> log(policy / reference)."""
+) -> list[list[float | str]]:
+    """[row][response] -> log(policy / reference), or the reason why there is none."""
     policy = _logps(journal, "model_name_or_path", drafts, config)
     if config.model_name_or_path == config.reference_model_name_or_path:
         reference = policy
     else:
         reference = _logps(journal, "reference_model_name_or_path", drafts, config)
     return [
-        [p[1] - r[1] for p, r in zip(policy[row], reference[row], strict=True)]
+        [
+            next((x for x in (p, r) if isinstance(x, str)), None) or p[1] - r[1]
+            for p, r in zip(policy[row], reference[row], strict=True)
+        ]
         for row in range(len(drafts))
     ]
 

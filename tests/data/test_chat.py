@@ -372,8 +372,67 @@ def test_a_system_message_that_the_template_drops():
     assert_trained_is_rendered(make_tokenizer(CHATML), row(messages, "cat", "dog"))
     drops = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", TURN)
     drops = drops.replace(TURN, "{% if m.role != 'system' %}" + TURN + "{% endif %}")
-    with pytest.raises(BadRow, match="^f:1: prompt: the chat template drops .* system message"):
+    with pytest.raises(BadRow, match="^f:1: prompt: the chat template drops the system message"):
         trained(make_tokenizer(drops), row(messages, "cat", "dog"))
+
+
+SKIPS = "{% if m.role in ('user', 'assistant') %}"
+SKIPS = CHATML.replace("<|im_start|>{{ m.role }}", SKIPS + "<|im_start|>{{ m.role }}").replace(
+    "<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"
+)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_messages_that_a_template_drops(role):
+    messages = [*user("Hi"), {"role": role, "content": 'It is "42"'}, *user()]
+    assert_trained_is_rendered(make_tokenizer(CHATML), row(messages, "cat", "dog"))
+    with pytest.raises(BadRow, match=rf"^f:1: prompt: .* drops the {role} message, prompt\[1\]"):
+        trained(make_tokenizer(SKIPS), row(messages, "cat", "dog"))
+    quotes = CHATML.replace(
+        "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    )
+    assert_trained_is_rendered(make_tokenizer(quotes), row(messages, "cat", "dog"))
+
+
+def test_tool_calls_that_a_template_ignores():
+    messages = [*user("Hi"), CALL, *user()]
+    shows = CHATML.replace(
+        "<|im_end|>", "{{ m.tool_calls[0].function.name if m.tool_calls else '' }}<|im_end|>"
+    )
+    assert_trained_is_rendered(make_tokenizer(shows), row(messages, "cat", "dog"))
+    with pytest.raises(BadRow, match=r"^f:1: prompt: .* ignores the tool calls of prompt\[1\]"):
+        trained(make_tokenizer(CHATML), row(messages, "cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    "ending", ["<|im_end|>", "<|im_end|>\n", "<|im_end|><eos>", "\n<eos>", "<|im_end|>\n<|im_end|>"]
+)
+def test_end_tokens_that_an_answer_brings(ending):
+    tokenizer = make_tokenizer(CHATML)
+    (ids, _), start = trained(tokenizer, row(user(), "cat" + ending, "dog"))
+    assert tokenizer.decode(ids[start:]).replace("\n", "") == "cat<|im_end|>"
+    with pytest.raises(BadRow, match=r"^f:1: responses\[0\]: nothing but the end token"):
+        trained(tokenizer, row(user(), ending, "dog"))
+
+
+def test_an_answer_that_is_all_in_the_generation_prompt():
+    for template, answer in (
+        (chatml("{{ m.content }}", NO_THOUGHT), NO_THOUGHT),
+        (chatml("A:{{ m.content | replace('A:', '') }}", "A:"), "A:"),
+    ):
+        with pytest.raises(BadRow, match=r"leaves nothing of responses\[0\]"):
+            trained(make_tokenizer(template), row(user(), answer, "dog"))
+
+
+def test_no_prefix_that_the_template_does_not_render():
+    tokenizer = make_tokenizer(CHATML, prefix=("[gMASK]", "<sop>"))
+    assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"))
+    (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"), max_prompt_length=5)
+    assert start == 5 and tokenizer.decode(ids[start:]) == "cat<|im_end|>"
+    tokenizer.chat_template = "[gMASK]<sop>" + CHATML
+    (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"), max_prompt_length=5)
+    assert start == 5 and tokenizer.decode(ids[:2]) == "[gMASK]<sop>"
 
 
 # --- What a model wrote itself

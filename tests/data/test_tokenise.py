@@ -115,7 +115,8 @@ def test_nothing_in_a_row_is_formatted_as_a_template():
     tokenizer = make_tokenizer(template=TEMPLATE)
     trap = "{{ 7 * 7 }}{% for %}"
     (query,), _, _ = tokenise(tokenizer, row([{"role": "user", "content": trap}], (trap, "a")))
-    assert text(tokenizer, query.prompt_ids) == f"<s><|user|>{trap}<|end|><|assistant|>"
+    # A BOS of messages is the template's affair, as `apply_chat_template` has it.
+    assert text(tokenizer, query.prompt_ids) == f"<|user|>{trap}<|end|><|assistant|>"
     assert text(tokenizer, query.response_ids[0]) == trap + TURN
 
 

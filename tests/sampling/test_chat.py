@@ -47,7 +47,15 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
         return result
 
     monkeypatch.setattr(LocalModel, "_response", record)
-    rows = [{"prompt": user(f"Say {i}"), "responses": ["cat"], "id": i} for i in range(4)]
+    rows = [
+        {
+            "prompt": user(f"Say {i}"),
+            "responses": ["cat"],
+            "id": i,
+            "chat_template_kwargs": {"id": i},
+        }
+        for i in range(4)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policies = [Policy(num_responses=8, max_new_tokens=12), Policy(method="provided")]
     config = SampleConfig(
@@ -55,6 +63,7 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
         output=str(folder / "sampled.jsonl"),
         model_name_or_path=str(folder / "model"),
         policies=policies,
+        chat_template_kwargs={"quiet": True},
     )
     sample(config)
     drafts, _ = load_drafts(config.output)
@@ -62,6 +71,7 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
     with_special, special = 0, set(tokenizer.convert_tokens_to_ids([*SPECIAL]))
     template = LocalModel(config.model_name_or_path, drafts, config, "model").tokenizer
     for draft in drafts:
+        assert draft.chat_template_kwargs == {"quiet": True, "id": draft.others["id"]}
         *samples, provided = draft.as_generated
         assert all(samples) and provided is False
         own = draft.pick(range(len(samples)))

@@ -10,7 +10,7 @@ from rrhf_fast.data.layouts import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_ser
 from rrhf_fast.data.messages import answer_text, from_cell
 
 # Rows that differ in one of these have different prompts.
-_PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs")
+_PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs", "input", "history", "context")
 
 
 @dataclass
@@ -81,6 +81,9 @@ def _add(
     rest = {field: value for field, value in record.items() if field not in used}
     if rest.get("prompt") is None:
         rest["prompt"] = rest.pop(group_by)
+        if group_by == "instruction" and isinstance(rest["prompt"], str) and rest.get("input"):
+            # As in the Alpaca layout.
+            rest["prompt"] += "\n" + check_text(rest.pop("input"), "input", where)
     if unused is not None:
         spare = [field for field in rest if field not in ("prompt", *COMMON)]
         found = [field for field in spare if rest.pop(field) not in (None, "")]

@@ -24,6 +24,17 @@ PAIR_SCORES = tuple(
     for name in ("score", "rating", "reward")
     for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
 )
+# Where an unknown layout may keep a question: then what two answers have in common is none.
+QUESTIONS = (
+    "messages",
+    "conversation",
+    "conversations",
+    "dialog",
+    "dialogue",
+    "history",
+    "context",
+)
+QUESTIONS += ("instruction", "question", "query", "input", "input_text", "text", "post", "article")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -149,8 +160,15 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
     sides = ("chosen", "rejected")
     answers = [from_cell(record[side]) for side in sides]
     answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
-    if prompt is None and all(isinstance(answer, str) for answer in answers):
-        prompt, *answers = _split_texts(*map(check_text, answers, sides, [where] * 2))
+    if all(isinstance(answer, str) for answer in answers):
+        texts = list(map(check_text, answers, sides, [where] * 2))
+        transcripts = all(text.lstrip().startswith(HUMAN.strip()) for text in texts)
+        if prompt is None or (isinstance(prompt, str) and transcripts):
+            used = used if prompt is None else used - {name, "prompt"}
+            prompt, *answers = _split_texts(*texts)
+            _check_split(record, prompt, answers, where)
+        elif isinstance(prompt, str) and all(_repeats(text, prompt) for text in texts):
+            answers = [text.removeprefix(prompt) for text in texts]
     for i, side in enumerate(sides):
         if isinstance(answers[i], list):
             *history, answers[i] = check_messages(answers[i], side, where)
@@ -195,6 +213,27 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
         elif chosen[at] != " ":  # a space belongs to the word after it, a line break does not
             at += 1
     return chosen[:at] or None, chosen[at:], rejected[at:]
+
+
+def _repeats(answer: str, prompt: str) -> bool:
+    """Whether an answer begins with the prompt, and not by chance, as one to "Hi" may."""
+    rest = answer.removeprefix(prompt)
+    is_repeated = rest != answer and rest[:1].isspace() and rest.strip()
+    return bool(is_repeated) and len(prompt.split()) > 1
+
+
+def _check_split(record: dict, prompt: str | None, answers: list[str], where: str) -> None:
+    """Refuse texts whose common beginning is not all of the prompt, or not only that."""
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if HUMAN in answer:
+            problem = f"{side}: expected an answer, found further turns behind it ({HUMAN!r}); the "
+            problem += "two transcripts part before their last turn"
+            raise BadRow("further turns", where, problem)
+    if ASSISTANT not in (prompt or ""):
+        other = next((name for name in QUESTIONS if record.get(name)), None)
+        if other is not None:
+            problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
+            raise BadRow("missing field", where, problem)
 
 
 def _shared_length(a: str, b: str) -> int:
@@ -269,6 +308,10 @@ def _models(items: list[dict]) -> list[str] | None:
 
 def _ultrafeedback(record: dict, where: str) -> Canonical:
     prompt, name = _prompt_of(record, ("instruction", "prompt"))
+    used = {name, "completions"}
+    if name == "instruction" and isinstance(prompt, str) and record.get("input"):
+        prompt += "\n" + check_text(record["input"], "input", where)
+        used.add("input")
     items = _items(record, "completions", where)
     kinds = {
         "overall_score": [item.get("overall_score") for item in items],
@@ -284,7 +327,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
         [item.get("response") for item in items],
         kinds[kind],
         _models(items),
-        {name, "completions"},
+        used,
         [f"completions[{i}].response" for i in range(len(items))],
         [f"completions[{i}].{kind}" for i in range(len(items))],
     )
@@ -348,7 +391,7 @@ def _shp(record: dict, where: str) -> Canonical:
         first = float(_choice(record, "labels", where))  # 1: A is preferred
         numbers = all(isinstance(v, int | float) for v in scores)
         # Where votes and label disagree, the label states the preference.
-        if not numbers or (scores[0] > scores[1]) != (first == 1.0):
+        if not numbers or scores[0] == scores[1] or (scores[0] > scores[1]) != (first == 1.0):
             scores, score_names = [first, 1.0 - first], ["labels", "labels"]
     return Canonical(
         record["history"],

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rrhf_fast.data.columns import Columns
@@ -348,6 +348,7 @@ rows = st.tuples(texts, st.lists(st.tuples(texts, numbers), min_size=2, max_size
 @given(rows)
 def test_a_row_reads_alike_in_each_layout(row):
     prompt, ((a, x), (b, y)) = row
+    assume(not (a.startswith(prompt) and b.startswith(prompt)))  # then a pair repeats the prompt
     own = {"prompt": prompt, "responses": [a, b], "scores": [x, y]}
     head = f"\n\nHuman: {prompt}\n\nAssistant:"
     written = {

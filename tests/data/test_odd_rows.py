@@ -1,0 +1,69 @@
+"""Rows whose prompt is easily taken for another: repeated, unnamed, in two fields, or merged."""
+
+import json
+
+import pytest
+
+from rrhf_fast.data.rows import BadRow, load_rows, parse_row
+
+HH = "\n\nHuman: Why?\n\nAssistant:"
+
+
+def pair(chosen, rejected, **more):
+    return parse_row({"chosen": chosen, "rejected": rejected} | more, "f:1")
+
+
+def test_a_prompt_that_both_answers_repeat_stands_once():
+    row = pair("Q: Why? So.", "Q: Why? No.", prompt="Q: Why?")
+    assert (row.prompt, row.responses) == ("Q: Why?", [" So.", " No."])
+    chance = pair("Hi there!", "Hi you!", prompt="Hi")
+    assert (chance.prompt, chance.responses) == ("Hi", ["Hi there!", "Hi you!"])
+    one = pair("Why? So.", "No.", prompt="Why?")
+    assert (one.prompt, one.responses) == ("Why?", ["Why? So.", "No."])
+
+
+def test_transcripts_beside_a_prompt():
+    row = pair(HH + " So.", HH + " No.", prompt="Why?")
+    assert (row.prompt, row.responses) == (HH, [" So.", " No."])
+
+
+def test_transcripts_that_part_early_are_refused():
+    with pytest.raises(BadRow, match="^f:1: chosen: expected an answer, found further turns"):
+        pair(HH + " So.\n\nHuman: And?\n\nAssistant: x", HH + " No.")
+
+
+@pytest.mark.parametrize("name", ["messages", "context", "instruction_text", "question"])
+def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
+    texts = ("I think yes", "I think no")
+    if name == "question":  # a layout that is known
+        assert pair(*texts, question="Q").prompt == "Q"
+    elif name == "instruction_text":  # a name that says nothing
+        assert pair(*texts, **{name: "Q"}).prompt == "I think"
+    else:
+        with pytest.raises(BadRow, match=f"^f:1: prompt: missing, and {name} may be it"):
+            pair(*texts, **{name: "Q"})
+
+
+def test_equal_votes_leave_the_choice_to_the_label():
+    ref = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 5, "score_B": 5}
+    assert parse_row(ref | {"labels": 1}, "f:1").scores == [1.0, 0.0]
+    assert parse_row(ref | {"labels": 0}, "f:1").scores == [0.0, 1.0]
+
+
+def test_an_input_is_part_of_the_question(tmp_path):
+    items = [{"response": "a", "overall_score": 2}, {"response": "b", "overall_score": 1}]
+    row = parse_row({"instruction": "Translate.", "input": "chat", "completions": items}, "f:1")
+    assert row.prompt == "Translate.\nchat"
+    rows = [
+        {"instruction": "Translate.", "input": text, "output": answer, "score": score}
+        for text, answer, score in (
+            ("chat", "cat", 2), ("chien", "dog", 2), ("chat", "pet", 1), ("chien", "cat", 1),
+        )
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, _ = load_rows(str(path), group_by="instruction")
+    assert [(row.prompt, row.responses) for row in found] == [
+        ("Translate.\nchat", ["cat", "pet"]),
+        ("Translate.\nchien", ["dog", "cat"]),
+    ]

@@ -31,8 +31,10 @@ Answer with one JSON object and nothing else, for example
 {{"relevance": 3, "correctness": 2, "coherence": 4, "safety": 5}}"""
 
 
-# A thought in front of an answer, as models write it and not every server takes it out.
-_THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(?P<end></\1>|\Z)", re.DOTALL)
+# Around a thought in front of an answer, which not every server takes out; what opens it may stand
+# in the model's prompt.
+_OPENS = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
+_CLOSES = re.compile(r"</(?:think|thinking|thought|reasoning)>")
 _TOO_SHORT = "raise the judge's token limit, judge_max_new_tokens"
 
 
@@ -63,10 +65,13 @@ class Judge:
                 return {"error": f"{refusal}{cure}", "usage": _sum(usage, refusal.usage)}
             usage = _sum(usage, answer.usage)
             record = {"answer": answer.text[:500], "usage": usage}
-            thought = _THOUGHT.match(answer.text)
-            if thought and not thought["end"]:
+            opened = _OPENS.match(answer.text)
+            closes = re.compile(f"</{opened[1]}>") if opened else _CLOSES
+            *thoughts, verdict = closes.split(answer.text)
+            if opened and not thoughts:
                 return {"error": f"ended while thinking ({_TOO_SHORT})"} | record
-            criteria = parse_judgement(answer.text[thought.end() if thought else 0 :])
+            is_whole = answer.finish_reason != "length" or verdict.rstrip("`\n ").endswith("}")
+            criteria = parse_judgement(verdict) if is_whole else None
             if criteria is not None:
                 return {"score": sum(criteria.values()), "criteria": criteria, "usage": usage}
         cut_off = f", cut off ({_TOO_SHORT})" if answer.finish_reason == "length" else ""

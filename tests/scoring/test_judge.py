@@ -75,6 +75,9 @@ def test_a_judgement_stands_behind_the_thought(judged, openai_server):
         (f"<thinking>hmm</thinking>{GRADES}", 18),
         (f"{GRADES} <think>", 18),
         (f"<think>{GRADES}</think>", None),
+        # What opens the thought may stand in the judge's prompt.
+        (f"hmm {GRADES}</think>\n\n{GRADES}", 18),
+        (f"The format is {GRADES}, hmm</think>\n\nI cannot judge this.", None),
         (f"<think>{GRADES}</think> 5 out of 5", None),
         (f"<think>{GRADES}</thinking>", "ended while thinking " + CURE),
         (f"<think>{GRADES}", "ended while thinking " + CURE),
@@ -89,6 +92,19 @@ def test_thoughts_are_no_judgement(answer, total, judged):
         with pytest.raises(ValueError) as error:
             score(judged)
         assert str(error.value).endswith(total or "malformed judgement")
+
+
+@pytest.mark.parametrize(
+    ("more", "is_judged"), [("", True), (" " * 999, True), ("so " * 999, False)]
+)
+def test_what_is_cut_off_is_a_judgement_only_at_its_end(more, is_judged, judged):
+    """A thought without its marks, cut off, may have named grades in passing."""
+    judged.judge_model = f"says:hmm {GRADES}" + more
+    if is_judged:
+        assert scored(judged)["scores"] == [18] * 3
+    else:
+        with pytest.raises(ValueError, match="malformed judgement, cut off"):
+            score(judged)
 
 
 def test_a_judgement_that_was_cut_off_says_so(judged):

@@ -64,6 +64,18 @@ def read_records(source: str) -> Records:
         yield from _hub(name, parts, source)
 
 
+def local_files(source: str) -> list[Path]:
+    """The files that a source may read, sorted; none for a dataset of the hub."""
+    name, _ = _split_source(source)
+    path = Path(name)
+    found = [path]
+    if path.is_dir():
+        found = path.rglob("*")
+    elif not path.exists() and glob.has_magic(name):
+        found = map(Path, glob.glob(name, recursive=True))
+    return sorted(file for file in found if file.is_file())
+
+
 def _split_source(source: str) -> tuple[str, list[str]]:
     """Split "name:config:split" after the longest path that exists, which may hold colons."""
     pieces = source.split(":")

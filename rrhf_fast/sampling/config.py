@@ -8,11 +8,13 @@ from typing import Literal
 
 from rrhf_fast.config import RowsConfig, check_types, expect
 from rrhf_fast.data.chat import check_kwargs
+from rrhf_fast.data.files import local_files
 
 # Options that change where a result goes or when it is there, not what it is.
 _NO_MATTER = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
 # Options that name files or folders, whose content may change while the name stays.
-_NAMES = ("data", "eval_data", "ranking_data", "baseline", "model_name_or_path")
+_ROWS = ("data", "eval_data", "ranking_data")
+_NAMES = ("baseline", "model_name_or_path")
 _NAMES += ("reference_model_name_or_path", "reward_model_name_or_path")
 # What a model is made of; other files of its folder may come and go.
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
@@ -24,6 +26,10 @@ def identity(config: object) -> dict:
     named = {name: found[name] for name in _NAMES if found.get(name)}
     if found.get("reward_fn"):
         named["reward_fn"] = _module_file(found["reward_fn"])
+    for name in _ROWS:
+        sources = [found[name]] if isinstance(found.get(name), str) else found.get(name) or []
+        if files := [file for source in sources for file in local_files(source)]:
+            found[f"content of {name}"] = [[str(file), _content(file)] for file in files]
     named["policies"] = [policy["model"] for policy in found.get("policies", []) if policy["model"]]
     for name, places in named.items():
         places = [places] if isinstance(places, str) else places
@@ -39,7 +45,8 @@ def _content(path: Path) -> str | list | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         return None
-    files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES)
+    files = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
+    files = sorted(file for file in files if file.suffix in _MODEL_FILES)
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -50,7 +50,7 @@ def count_shared(rows: Iterable[Row | Draft], others: Iterable[Row | Draft]) -> 
 
 
 def prompt_key(row: Row | Draft) -> str:
-    """Return a key that is equal for equal prompts, tools and arguments of the chat template. A
-    string equals a user's message."""
-    parts = [as_messages(row.prompt), row.tools, row.chat_template_kwargs]
-    return json.dumps(parts, sort_keys=True, default=str)
+    """Equal for rows that ask the same, whatever system message, tools and arguments of the chat
+    template they ask it under. A string asks the same as a user's message."""
+    asked = [message for message in as_messages(row.prompt) if message["role"] != "system"]
+    return json.dumps([[m["role"], (m.get("content") or "").strip()] for m in asked])

@@ -75,6 +75,9 @@ class ChatTemplate:
     def open(self, row: Row) -> Opening:
         """What the row's messages render to. Where the last message is the assistant's, the answer
         continues it. Raises `BadRow` where the template rejects the messages or drops something."""
+        if row.prompt[-1].get("tool_calls"):
+            problem = "prompt: its last message calls tools, so a tool's result has to follow"
+            raise BadRow("ends with a tool call", row.where, problem)
         answered = self._answered(row, _PROBE)
         if answered.count(_PROBE) != 1:
             raise _changed(row, f"renders {_PROBE!r} as {_tail(answered)}")

@@ -21,10 +21,18 @@ class Cell(str):
     below parse it as one."""
 
 
+# How messages begin that Python printed.
+PRINTED = tuple(f"{{'{key}':" for key in ("role", "content", "from", "value"))
+
+
 def check_text(text: object, name: str, where: str) -> str:
-    """Return the text as a plain string. Raises BadRow unless it is a string of valid Unicode."""
+    """Return the text as a plain string. Raises BadRow unless it is a string of valid Unicode, and
+    where it is messages as Python prints them, which a table of pandas holds."""
     if not isinstance(text, str):
         raise BadRow("wrong type", where, f"{name}: expected a string, found {show(text)}")
+    if text.lstrip(" [").startswith(PRINTED):
+        problem = f"{name}: messages as Python prints them, expected JSON (json.dumps, or Parquet)"
+        raise BadRow("wrong type", where, problem)
     check_unicode(text, name, where)
     return str(text)
 

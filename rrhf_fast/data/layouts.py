@@ -134,7 +134,8 @@ def _filled(record: dict, name: str) -> object:
 def _prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
     """Return the first of these fields that is present, and its name."""
     name = next((name for name in names if record.get(name) is not None), "prompt")
-    return from_cell(record.get(name)), name
+    prompt = from_cell(record.get(name))
+    return [prompt] if isinstance(prompt, dict) else prompt, name
 
 
 def _own(record: dict, where: str) -> Canonical:

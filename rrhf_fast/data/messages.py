@@ -1,6 +1,7 @@
 """Chat messages as datasets store them -> messages as chat templates expect them."""
 
 import json
+import re
 
 from rrhf_fast.data.checks import BadRow, Cell, check_text, check_unicode, from_json, show
 
@@ -122,15 +123,27 @@ def check_kwargs(kwargs: object, where: str) -> dict | None:
     return kwargs
 
 
+_OBJECTS = re.compile(r'\s*(\[\s*)?\{\s*"')
+
+
 def from_cell(value: object) -> object:
-    """Parse a CSV cell that holds messages as JSON; other values stay as they are."""
-    if not isinstance(value, Cell) or not value.startswith("[{"):
+    """Parse messages that are written as JSON, in a CSV cell or in a text of any file; other values
+    stay as they are."""
+    if not isinstance(value, str) or not _OBJECTS.match(value):
         return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return found if all(isinstance(item, dict) for item in found) else value
+    items = found if isinstance(found, list) else [found]
+    if isinstance(value, Cell) and isinstance(found, list):
+        return found if all(isinstance(item, dict) for item in items) else value
+    return found if all(map(_is_message, items)) else value
+
+
+def _is_message(item: object) -> bool:
+    keys = item.keys() if isinstance(item, dict) else ()
+    return {"role", "content"} <= set(keys) or {"from", "value"} <= set(keys)
 
 
 def _from_sharegpt(message: dict, name: str, where: str) -> dict:

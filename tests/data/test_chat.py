@@ -405,6 +405,13 @@ def test_tool_calls_that_a_template_ignores():
         trained(make_tokenizer(CHATML), row(messages, "cat", "dog"))
 
 
+@pytest.mark.parametrize("content", ["", None])
+def test_a_prompt_that_ends_with_a_tool_call(content):
+    with pytest.raises(BadRow, match="^f:1: prompt: its last message calls tools, so a tool's"):
+        messages = [*user("Hi"), CALL | {"content": content}]
+        trained(make_tokenizer(CHATML), row(messages, "cat", "dog"))
+
+
 @pytest.mark.parametrize(
     "ending", ["<|im_end|>", "<|im_end|>\n", "<|im_end|><eos>", "\n<eos>", "<|im_end|>\n<|im_end|>"]
 )

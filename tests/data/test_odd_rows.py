@@ -67,3 +67,33 @@ def test_an_input_is_part_of_the_question(tmp_path):
         ("Translate.\nchat", ["cat", "pet"]),
         ("Translate.\nchien", ["dog", "cat"]),
     ]
+
+
+MESSAGES = [{"role": "user", "content": "Why?"}]
+ANSWER = {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize("dump", [json.dumps, lambda value: "  " + json.dumps(value, indent=1)])
+def test_messages_that_are_written_as_text(dump):
+    row = {"prompt": dump(MESSAGES), "chosen": dump([ANSWER]), "rejected": dump(ANSWER)}
+    found = parse_row(row, "f:1")
+    assert found.prompt == MESSAGES and found.responses == ["So.", "So."]
+    (message,) = MESSAGES
+    assert parse_row(row | {"prompt": dump(message)}, "f:1").prompt == MESSAGES
+    whole = {"chosen": dump([*MESSAGES, ANSWER]), "rejected": dump([*MESSAGES, ANSWER])}
+    assert parse_row(whole, "f:1").prompt == MESSAGES
+    own = {"prompt": dump(MESSAGES), "responses": ["a", "b"], "scores": [1, 0]}
+    assert parse_row(own, "f:1").prompt == MESSAGES
+
+
+@pytest.mark.parametrize("text", ["[{", '[{"a": 1}]', "[{x}]", '{"role": "x"}', "[{'a': 1}]"])
+def test_texts_that_only_look_like_messages(text):
+    assert pair("a", "b", prompt=text).prompt == text
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen"])
+def test_messages_that_python_printed_are_refused(name):
+    row = {"prompt": "Why?", "chosen": "a", "rejected": "b"}
+    for value in (MESSAGES, MESSAGES[0]):
+        with pytest.raises(BadRow, match=f"^f:1: {name}: messages as Python prints them"):
+            parse_row(row | {name: str(value)}, "f:1")

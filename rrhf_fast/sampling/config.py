@@ -103,7 +103,7 @@ class Policy:
     that end with the assistant's are to be continued, which vLLM does and OpenAI's API refuses."""
     extra_body: dict = field(default_factory=dict)
     """Further fields of each request, for what only some servers know, such as {reasoning_effort:
-    low}."""
+    low}; {chat_template_kwargs: {}} where an endpoint refuses those of the options and rows."""
 
     @property
     def count(self) -> int:

@@ -136,8 +136,11 @@ def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
     chat, tools = policy.chat or isinstance(draft.prompt, list), None
     if chat:
         tools = draft.tools or None  # some endpoints refuse an empty list
-        kwargs = config.chat_template_kwargs | extra.get("chat_template_kwargs", {})
-        if kwargs := kwargs | (draft.chat_template_kwargs or {}):
+        own = extra.pop("chat_template_kwargs", None)
+        kwargs = config.chat_template_kwargs | (own or {}) | (draft.chat_template_kwargs or {})
+        kwargs.pop("chat_template", None)  # a name among the local tokenizer's
+        # An endpoint that refuses them is sent none where the policy has an empty dict.
+        if kwargs and own != {}:
             extra["chat_template_kwargs"] = kwargs
     if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
         # The answer continues the last message.

@@ -258,13 +258,23 @@ def draft(prompt, **fields):
 def test_tools_and_arguments_of_the_template_are_sent(tmp_path, remote, openai_server):
     tools = [{"type": "function", "function": {"name": "look_up"}}]
     own = {"enable_thinking": True}
-    remote.chat_template_kwargs = {"enable_thinking": False, "language": "de"}
+    remote.chat_template_kwargs = {
+        "enable_thinking": False, "language": "de", "chat_template": "mine",
+    }  # fmt: skip
     config = asking(remote, model="echo", extra_body={"chat_template_kwargs": {"language": "fr"}})
     ask(tmp_path, config, draft("0", tools=[]), draft("1", tools=tools, chat_template_kwargs=own))
     first, second = sorted(openai_server.answered, key=lambda asked: asked["text"])
     assert "tools" not in first and second["tools"] == tools
     assert first["chat_template_kwargs"] == {"enable_thinking": False, "language": "fr"}
     assert second["chat_template_kwargs"] == {"enable_thinking": True, "language": "fr"}
+
+
+def test_a_policy_can_send_no_arguments_of_the_template(tmp_path, remote, openai_server):
+    remote.chat_template_kwargs = {"enable_thinking": False}
+    config = asking(remote, model="echo", extra_body={"chat_template_kwargs": {}})
+    ask(tmp_path, config, draft("0", chat_template_kwargs={"a": 1}))
+    (asked,) = openai_server.answered
+    assert "chat_template_kwargs" not in asked
 
 
 def test_completions_get_nothing_for_a_template(tmp_path, remote, openai_server):

@@ -4,6 +4,7 @@ A layout is recognised by its fields. `LAYOUTS` lists them all, each with an exa
 README.md shows the same table. `--columns` maps everything else.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import mean
@@ -24,7 +25,7 @@ PAIR_SCORES = tuple(
     for name in ("score", "rating", "reward")
     for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
 )
-# Where an unknown layout may keep a question: then what two answers have in common is none.
+# Where an unknown layout may keep a question, for the error about a missing prompt.
 QUESTIONS = (
     "messages",
     "conversation",
@@ -157,7 +158,7 @@ def _pair(record: dict, where: str) -> Canonical:
 
 def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
     """Convert `chosen` and `rejected`, each a text, a message, or messages that may begin with the
-    prompt. Without a prompt, their common beginning is the prompt."""
+    prompt. Without a prompt, transcripts' common turns are the prompt."""
     sides = ("chosen", "rejected")
     answers = [from_cell(record[side]) for side in sides]
     answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
@@ -201,18 +202,11 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    """Split two texts into (prompt, answer, answer): after the last "Assistant:" of their common
-    beginning, or else before the first word that differs."""
-    shared = _shared_length(chosen, rejected)
-    at = chosen.rfind(ASSISTANT, 0, shared)
-    if at >= 0:
-        at += len(ASSISTANT)
-    else:
-        at = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
-        if at < 0:
-            at = shared if shared < min(len(chosen), len(rejected)) else 0
-        elif chosen[at] != " ":  # a space belongs to the word after it, a line break does not
-            at += 1
+    """Split two transcripts into (prompt, answer, answer) after the last line of their common
+    beginning that starts with "Assistant:"; the prompt is None if there is none."""
+    shared = chosen[: _shared_length(chosen, rejected)]
+    marks = [mark.end() for mark in re.finditer(f"^{ASSISTANT.strip()}", shared, re.MULTILINE)]
+    at = marks[-1] if marks else 0
     return chosen[:at] or None, chosen[at:], rejected[at:]
 
 
@@ -230,11 +224,12 @@ def _check_split(record: dict, prompt: str | None, answers: list[str], where: st
             problem = f"{side}: expected an answer, found further turns behind it ({HUMAN!r}); the "
             problem += "two transcripts part before their last turn"
             raise BadRow("further turns", where, problem)
-    if ASSISTANT not in (prompt or ""):
+    if prompt is None:
+        problem = f"prompt: missing, and the texts share no {ASSISTANT.strip()!r} to end it"
         other = next((name for name in QUESTIONS if record.get(name)), None)
         if other is not None:
             problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
-            raise BadRow("missing field", where, problem)
+        raise BadRow("missing field", where, problem + what_serves(record))
 
 
 def _shared_length(a: str, b: str) -> int:
@@ -520,7 +515,7 @@ LAYOUTS = (
             "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
             "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",
         },
-        "prompt: what both begin with, up to the last `Assistant:`; other texts part before the "
-        "first word that differs, messages before the last",
+        "prompt: what both begin with, up to the last `Assistant:`, or messages before the last; "
+        "other texts need a prompt",
     ),
 )

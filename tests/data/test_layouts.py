@@ -98,10 +98,6 @@ TRANSCRIPT = "\n\nHuman: Hi.\n\nAssistant: I say hi.\n\nHuman: Why?\n\nAssistant
         (TRANSCRIPT + " I do.", TRANSCRIPT + " I don't.", TRANSCRIPT, [" I do.", " I don't."]),
         (TRANSCRIPT + " I do.", TRANSCRIPT + " I do.", TRANSCRIPT, [" I do."] * 2),
         (TRANSCRIPT + " Yes", TRANSCRIPT + " Yes, so.", TRANSCRIPT, [" Yes", " Yes, so."]),
-        ("Q: a\nA: yes", "Q: a\nA: no", "Q: a\nA:", [" yes", " no"]),
-        ("A word: native", "A word: national", "A word:", [" native", " national"]),
-        ("Sum:\nten", "Sum:\ntwo", "Sum:\n", ["ten", "two"]),
-        ("一加一是二", "一加一是三", "一加一是", ["二", "三"]),
     ],
 )
 def test_a_prompt_that_both_texts_begin_with(chosen, rejected, prompt, responses):

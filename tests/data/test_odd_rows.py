@@ -22,6 +22,21 @@ def test_a_prompt_that_both_answers_repeat_stands_once():
     assert (one.prompt, one.responses) == ("Why?", ["Why? So.", "No."])
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("I think yes", "I think no"),
+        ("Q: a\nA: x", "Q: a\nA: y"),
+        ("Sum:\nten", "Sum:\ntwo"),
+        ("My Assistant: a", "My Assistant: b"),
+        ("一加一是二", "一加一是三"),
+    ],
+)
+def test_only_transcripts_tell_their_prompt(texts):
+    with pytest.raises(BadRow, match="^f:1: prompt: missing.*chosen, rejected.*--columns"):
+        pair(*texts)
+
+
 def test_transcripts_beside_a_prompt():
     row = pair(HH + " So.", HH + " No.", prompt="Why?")
     assert (row.prompt, row.responses) == (HH, [" So.", " No."])
@@ -38,7 +53,8 @@ def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
     if name == "question":  # a layout that is known
         assert pair(*texts, question="Q").prompt == "Q"
     elif name == "instruction_text":  # a name that says nothing
-        assert pair(*texts, **{name: "Q"}).prompt == "I think"
+        with pytest.raises(BadRow, match=f"prompt: missing.*{name}.*--columns"):
+            pair(*texts, **{name: "Q"})
     else:
         with pytest.raises(BadRow, match=f"^f:1: prompt: missing, and {name} may be it"):
             pair(*texts, **{name: "Q"})

@@ -169,7 +169,7 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
             used = used if prompt is None else used - {name, "prompt"}
             prompt, *answers = _split_texts(*texts)
             _check_split(record, prompt, answers, where)
-        elif isinstance(prompt, str) and all(_repeats(text, prompt) for text in texts):
+        elif isinstance(prompt, str) and prompt and all(_repeats(text, prompt) for text in texts):
             answers = [text.removeprefix(prompt) for text in texts]
     for i, side in enumerate(sides):
         if isinstance(answers[i], list):
@@ -211,10 +211,10 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
 
 
 def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with the prompt, and not by chance, as one to "Hi" may."""
-    rest = answer.removeprefix(prompt)
-    is_repeated = rest != answer and rest[:1].isspace() and rest.strip()
-    return bool(is_repeated) and len(prompt.split()) > 1
+    """Whether an answer begins with the prompt, and goes on. A single word may be there by chance,
+    as in an answer to "Hi"."""
+    is_word = prompt.isascii() and prompt.strip().isalnum()
+    return answer.startswith(prompt) and not is_word and bool(answer[len(prompt) :].strip())
 
 
 def _check_split(record: dict, prompt: str | None, answers: list[str], where: str) -> None:

@@ -18,6 +18,11 @@ def test_a_prompt_that_both_answers_repeat_stands_once():
     assert (row.prompt, row.responses) == ("Q: Why?", [" So.", " No."])
     chance = pair("Hi there!", "Hi you!", prompt="Hi")
     assert (chance.prompt, chance.responses) == ("Hi", ["Hi there!", "Hi you!"])
+    for prompt in ("Why?", "Q: Why?\n", "Why: ", HH, "为什么"):
+        row = pair(prompt + " So", prompt + "No", prompt=prompt)
+        assert (row.prompt, row.responses) == (prompt, [" So", "No"])
+        bare = pair(prompt + "x", prompt, prompt=prompt) if prompt != HH else None
+        assert bare is None or bare.responses == [prompt + "x", prompt]
     one = pair("Why? So.", "No.", prompt="Why?")
     assert (one.prompt, one.responses) == ("Why?", ["Why? So.", "No."])
 

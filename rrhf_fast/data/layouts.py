@@ -168,9 +168,12 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
         if prompt is None or (isinstance(prompt, str) and transcripts):
             used = used if prompt is None else used - {name, "prompt"}
             prompt, *answers = _split_texts(*texts)
-            _check_split(record, prompt, answers, where)
+            if prompt is None:
+                raise _no_prompt(record, where)
         elif isinstance(prompt, str) and prompt and all(_repeats(text, prompt) for text in texts):
             answers = [text.removeprefix(prompt) for text in texts]
+        if isinstance(prompt, str) and re.search(f"^{ASSISTANT.strip()}", prompt, re.MULTILINE):
+            _check_turns(answers, where)
     for i, side in enumerate(sides):
         if isinstance(answers[i], list):
             *history, answers[i] = check_messages(answers[i], side, where)
@@ -217,19 +220,21 @@ def _repeats(answer: str, prompt: str) -> bool:
     return answer.startswith(prompt) and not is_word and bool(answer[len(prompt) :].strip())
 
 
-def _check_split(record: dict, prompt: str | None, answers: list[str], where: str) -> None:
-    """Refuse texts whose common beginning is not all of the prompt, or not only that."""
+def _check_turns(answers: list[str], where: str) -> None:
+    """Refuse answers in a transcript that hold later turns of the human, which would be learned."""
     for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if HUMAN in answer:
-            problem = f"{side}: expected an answer, found further turns behind it ({HUMAN!r}); the "
-            problem += "two transcripts part before their last turn"
+        if re.search(f"^{HUMAN.strip()}", answer, re.MULTILINE):
+            problem = f"{side}: expected an answer, found further turns behind it"
+            problem += f" ({HUMAN.strip()!r}); the two transcripts part before their last turn"
             raise BadRow("further turns", where, problem)
-    if prompt is None:
-        problem = f"prompt: missing, and the texts share no {ASSISTANT.strip()!r} to end it"
-        other = next((name for name in QUESTIONS if record.get(name)), None)
-        if other is not None:
-            problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
-        raise BadRow("missing field", where, problem + what_serves(record))
+
+
+def _no_prompt(record: dict, where: str) -> BadRow:
+    problem = f"prompt: missing, and the texts share no {ASSISTANT.strip()!r} to end it"
+    other = next((name for name in QUESTIONS if record.get(name)), None)
+    if other is not None:
+        problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
+    return BadRow("missing field", where, problem + what_serves(record))
 
 
 def _shared_length(a: str, b: str) -> int:

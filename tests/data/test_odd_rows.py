@@ -50,6 +50,10 @@ def test_transcripts_beside_a_prompt():
 def test_transcripts_that_part_early_are_refused():
     with pytest.raises(BadRow, match="^f:1: chosen: expected an answer, found further turns"):
         pair(HH + " So.\n\nHuman: And?\n\nAssistant: x", HH + " No.")
+    with pytest.raises(BadRow, match="^f:1: rejected: expected an answer, found further turns"):
+        pair(" So.", "x\n\nHuman: B\n\nAssistant: y", prompt=HH)
+    with pytest.raises(BadRow, match="^f:1: rejected: expected an answer, found further turns"):
+        pair("Human: a\nAssistant: b", "Human: a\nAssistant: x\nHuman: B\nAssistant: y")
 
 
 @pytest.mark.parametrize("name", ["messages", "context", "instruction_text", "question"])

@@ -195,6 +195,22 @@ def test_rows_of_one_prompt_are_joined_in_order_of_first_appearance(tmp_path):
     ]
 
 
+def test_lists_of_one_are_joined_with_the_responses(tmp_path):
+    said = [
+        {"sources": ["a"], "as_generated": [True], "finish_reasons": ["stop"]},
+        {"sources": "b", "finish_reasons": ["length"]},
+    ]
+    records = [{"prompt": "p", "response": str(i), "score": i} | said[i] for i in range(2)]
+    path = write(tmp_path / "rows.jsonl", *records)
+    (row,), _ = load_rows(path, group_by="prompt")
+    assert (row.sources, row.as_generated) == (["a", "b"], [True, False])
+    (draft,), _ = load_drafts(path, group_by="prompt")
+    assert draft.as_generated == [True, False]
+    path = write(tmp_path / "two.jsonl", records[0] | {"sources": ["a", "b"]})
+    with pytest.raises(BadRow, match="sources: expected one for each of the 1 responses, found 2"):
+        load_rows(path, group_by="prompt")
+
+
 def test_columns_of_rows_of_one_response(tmp_path):
     records = [{"q": "p", "a": {"text": str(i)}, "text": "x", "votes": i} for i in range(2)]
     path = write(tmp_path / "rows.jsonl", *records)

@@ -147,7 +147,8 @@ def _own(record: dict, where: str) -> Canonical:
         responses=record.get("responses"),
         scores=record.get("scores"),
         sources=_filled(record, "sources"),
-        used={"prompt", "query", "responses", "scores", "sources"},
+        used={name, "responses", "scores", "sources"}
+        | ({"query"} if record.get("query") == record.get(name) else set()),
     )
 
 

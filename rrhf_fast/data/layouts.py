@@ -197,7 +197,7 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
     for fields in PAIR_SCORES:
         found = [record.get(field) for field in fields]
         if all(field in record for field in fields) and any(v not in (None, "") for v in found):
-            scores, score_names = found, list(fields)
+            scores, score_names = list(map(_number, found)), list(fields)
             used = used | set(fields)
             break
     return Canonical(
@@ -327,7 +327,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
         prompt,
         name,
         [item.get("response") for item in items],
-        kinds[kind],
+        list(map(_number, kinds[kind])),
         _models(items),
         used,
         [f"completions[{i}].response" for i in range(len(items))],
@@ -349,7 +349,7 @@ def _mean_rating(annotations: object) -> float | None:
 def _nectar(record: dict, where: str) -> Canonical:
     prompt, name = _prompt_of(record, ("prompt", "question"))
     items = _items(record, "answers", where)
-    ranks = [item.get("rank") for item in items]
+    ranks = [_number(item.get("rank")) for item in items]
     return Canonical(
         prompt,
         name,
@@ -360,6 +360,14 @@ def _nectar(record: dict, where: str) -> Canonical:
         [f"answers[{i}].answer" for i in range(len(items))],
         [f"answers[{i}].rank" for i in range(len(items))],
     )
+
+
+def _number(value: object) -> object:
+    """Read a number that is given as text; anything else is left to be refused by name."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _choice(record: dict, name: str, where: str) -> int:
@@ -387,7 +395,7 @@ def _safe_rlhf(record: dict, where: str) -> Canonical:
 
 def _shp(record: dict, where: str) -> Canonical:
     names, score_names = ["human_ref_A", "human_ref_B"], ["score_A", "score_B"]
-    scores = [record.get(name) for name in score_names]
+    scores = [_number(record.get(name)) for name in score_names]
     used = {"history", *names, *score_names, "labels"}
     if record.get("labels") not in (None, ""):
         first = float(_choice(record, "labels", where))  # 1: A is preferred

@@ -70,7 +70,7 @@ def test_scores_of_a_pair(fields, scores):
 def test_a_pair_with_one_score_missing_or_bad_is_a_bad_row():
     for value, kind in (
         (None, "missing score"),
-        ("8", "wrong type"),
+        ("x", "wrong type"),
         (math.nan, "non-finite score"),
     ):
         with pytest.raises(BadRow, match="score_rejected: ") as caught:
@@ -148,6 +148,18 @@ def test_nectar_ranks_may_tie_or_be_missing(tmp_path):
     (row,), report = load_rows(path, on_bad_rows="skip")
     assert (row.scores, row.sources) == ([-1.0, -1.0, -3.0], None)
     assert report.bad_responses == {"missing score": 1} and report.unused == {"turns": 1}
+
+
+def test_numbers_may_be_given_as_text():
+    answers = [{"answer": "a", "rank": "1"}, {"answer": "b", "rank": "2.0"}]
+    assert parse_row({"prompt": "p", "answers": answers}, "f:1").scores == [-1.0, -2.0]
+    rated = [{"response": "a", "overall_score": "8"}, {"response": "b", "overall_score": " 3.5"}]
+    assert parse_row({"prompt": "p", "completions": rated}, "f:1").scores == [8.0, 3.5]
+    assert parse_row(PAIR | {"score_chosen": "8", "score_rejected": "3"}, "f:1").scores == [8, 3]
+    votes = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    assert parse_row(votes | {"score_A": "12", "score_B": "3"}, "f:1").scores == [12.0, 3.0]
+    with pytest.raises(BadRow, match=r"answers\[0\].rank: expected a number, found str 'first'"):
+        parse_row({"prompt": "p", "answers": [{"answer": "a", "rank": "first"}]}, "f:1")
 
 
 def test_alpaca_history_and_sharegpt_turns():

@@ -18,7 +18,7 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -33,6 +33,8 @@ NO_ARRAY = "expected a JSON object on each line, found what looks like a JSON ar
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {"eval": "test", "evaluation": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+# What `datasets` writes beside rows.
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json")
 
 Records = Iterator[tuple[str, object]]
 
@@ -113,7 +115,7 @@ def _folder(path: Path, parts: list[str], source: str) -> Records:
 
 def _is_rows(path: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not hidden and path.name != "dataset_infos.json" and _kind(path) in KINDS
+    return not hidden and path.name not in _NO_ROWS and _kind(path) in KINDS
 
 
 def _of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
@@ -127,7 +129,7 @@ def _of_split(path: Path, files: list[Path], parts: list[str], source: str) -> l
     splits = sorted(by_split.keys() - {None})
     if not parts and (not splits or splits == ["train"] or len(by_split) == 1):
         return files
-    split = parts[0] if parts else "train"
+    split = _named_split(parts, splits)
     if split not in splits:
         found = f"only {', '.join(splits)}" if splits else "its files tell none by their names"
         raise ValueError(f"{source}: no split {split!r}, {found}")
@@ -135,6 +137,15 @@ def _of_split(path: Path, files: list[Path], parts: list[str], source: str) -> l
         odd = by_split[None][0].name
         raise ValueError(f"{source}: {odd} tells no split, and others do (say which: {path}:train)")
     return by_split[split]
+
+
+def _named_split(parts: list[str], splits: Collection[str]) -> str:
+    """The requested split: the one of exactly this name, else one of another name for it."""
+    split = parts[0] if parts else "train"
+    if split in splits:
+        return split
+    kind = _SPLITS.get(split.lower(), split)
+    return next((name for name in splits if _SPLITS.get(name.lower(), name) == kind), split)
 
 
 def _file(path: Path) -> Records:
@@ -304,7 +315,7 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     if len(parts) > 1:
         raise ValueError(f"{source}: a saved dataset has no configurations (expected name:split)")
     if isinstance(saved, datasets.DatasetDict):
-        split = parts[0] if parts else "train"
+        split = _named_split(parts, saved)
         if split not in saved:
             raise ValueError(f"{source}: no split {split!r}, only {', '.join(saved)}")
         saved = saved[split]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from rrhf_fast.data.checks import BadRow, check_score, check_text
+from rrhf_fast.data.checks import BadRow, Cell, check_length, check_score, check_text, from_json
 from rrhf_fast.data.layouts import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
 from rrhf_fast.data.messages import answer_text, from_cell
 
@@ -20,6 +20,8 @@ class _Group:
     responses: list
     scores: list
     sources: list
+    flags: list  # as_generated
+    reasons: list  # finish_reasons
 
 
 def grouped(
@@ -51,6 +53,10 @@ def grouped(
             out["scores"] = group.scores
         if all(isinstance(source, str) for source in group.sources):
             out["sources"] = group.sources
+        if any(flag is not None for flag in group.flags):  # a row that does not say is none
+            out["as_generated"] = [False if flag is None else flag for flag in group.flags]
+        if all(reason is not None for reason in group.reasons):
+            out["finish_reasons"] = group.reasons
         yield group.where, out
 
 
@@ -76,8 +82,10 @@ def _add(
             problem = f"score: missing (a number was expected){what_serves(record)}"
             raise BadRow("missing score", where, problem)
         score = check_score(record[score_name], score_name, where)
-    source = record.get("model") if record.get("sources") is None else record["sources"]
-    used = {name, score_name, "model", "sources"}
+    source = _only(record, "sources", where)
+    source = record.get("model") if source is None else source
+    flag, reason = (_only(record, field, where) for field in ("as_generated", "finish_reasons"))
+    used = {name, score_name, "model", "sources", "as_generated", "finish_reasons"}
     rest = {field: value for field, value in record.items() if field not in used}
     if rest.get("prompt") is None:
         rest["prompt"] = rest.pop(group_by)
@@ -91,9 +99,22 @@ def _add(
     parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
     group = groups.get(id_ := json.dumps(parts, sort_keys=True, default=str))
     if group is None:
-        groups[id_] = _Group(where, rest, [response], [score], [source])
+        groups[id_] = _Group(where, rest, [response], [score], [source], [flag], [reason])
         return
     group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
     group.responses.append(response)
     group.scores.append(score)
     group.sources.append(source)
+    group.flags.append(flag)
+    group.reasons.append(reason)
+
+
+def _only(record: dict, name: str, where: str) -> object:
+    """Return what a field says about the row's one response, alone or in a list of one."""
+    value = record.get(name)
+    if isinstance(value, Cell):
+        value = from_json(value, name, where) if value.lstrip().startswith("[") else value or None
+    if isinstance(value, list):
+        check_length(name, value, 1, where)
+        value = value[0]
+    return value

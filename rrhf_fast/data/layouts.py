@@ -4,6 +4,7 @@ A layout is recognised by its fields. `LAYOUTS` lists them all, each with an exa
 README.md shows the same table. `--columns` maps everything else.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import mean
@@ -24,7 +25,7 @@ PAIR_SCORES = tuple(
     for name in ("score", "rating", "reward")
     for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
 )
-# Where an unknown layout may keep a question: then what two answers have in common is none.
+# Where an unknown layout may keep a question, for the error about a missing prompt.
 QUESTIONS = (
     "messages",
     "conversation",
@@ -146,7 +147,8 @@ def _own(record: dict, where: str) -> Canonical:
         responses=record.get("responses"),
         scores=record.get("scores"),
         sources=_filled(record, "sources"),
-        used={"prompt", "query", "responses", "scores", "sources"},
+        used={name, "responses", "scores", "sources"}
+        | ({"query"} if record.get("query") == record.get(name) else set()),
     )
 
 
@@ -157,7 +159,7 @@ def _pair(record: dict, where: str) -> Canonical:
 
 def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
     """Convert `chosen` and `rejected`, each a text, a message, or messages that may begin with the
-    prompt. Without a prompt, their common beginning is the prompt."""
+    prompt. Without a prompt, transcripts' common turns are the prompt."""
     sides = ("chosen", "rejected")
     answers = [from_cell(record[side]) for side in sides]
     answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
@@ -167,9 +169,12 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
         if prompt is None or (isinstance(prompt, str) and transcripts):
             used = used if prompt is None else used - {name, "prompt"}
             prompt, *answers = _split_texts(*texts)
-            _check_split(record, prompt, answers, where)
-        elif isinstance(prompt, str) and all(_repeats(text, prompt) for text in texts):
+            if prompt is None:
+                raise _no_prompt(record, where)
+        elif isinstance(prompt, str) and prompt and all(_repeats(text, prompt) for text in texts):
             answers = [text.removeprefix(prompt) for text in texts]
+        if isinstance(prompt, str) and re.search(f"^{ASSISTANT.strip()}", prompt, re.MULTILINE):
+            _check_turns(answers, where)
     for i, side in enumerate(sides):
         if isinstance(answers[i], list):
             *history, answers[i] = check_messages(answers[i], side, where)
@@ -192,7 +197,7 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
     for fields in PAIR_SCORES:
         found = [record.get(field) for field in fields]
         if all(field in record for field in fields) and any(v not in (None, "") for v in found):
-            scores, score_names = found, list(fields)
+            scores, score_names = list(map(_number, found)), list(fields)
             used = used | set(fields)
             break
     return Canonical(
@@ -201,40 +206,36 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    """Split two texts into (prompt, answer, answer): after the last "Assistant:" of their common
-    beginning, or else before the first word that differs."""
-    shared = _shared_length(chosen, rejected)
-    at = chosen.rfind(ASSISTANT, 0, shared)
-    if at >= 0:
-        at += len(ASSISTANT)
-    else:
-        at = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
-        if at < 0:
-            at = shared if shared < min(len(chosen), len(rejected)) else 0
-        elif chosen[at] != " ":  # a space belongs to the word after it, a line break does not
-            at += 1
+    """Split two transcripts into (prompt, answer, answer) after the last line of their common
+    beginning that starts with "Assistant:"; the prompt is None if there is none."""
+    shared = chosen[: _shared_length(chosen, rejected)]
+    marks = [mark.end() for mark in re.finditer(f"^{ASSISTANT.strip()}", shared, re.MULTILINE)]
+    at = marks[-1] if marks else 0
     return chosen[:at] or None, chosen[at:], rejected[at:]
 
 
 def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with the prompt, and not by chance, as one to "Hi" may."""
-    rest = answer.removeprefix(prompt)
-    is_repeated = rest != answer and rest[:1].isspace() and rest.strip()
-    return bool(is_repeated) and len(prompt.split()) > 1
+    """Whether an answer begins with the prompt, and goes on. A single word may be there by chance,
+    as in an answer to "Hi"."""
+    is_word = prompt.isascii() and prompt.strip().isalnum()
+    return answer.startswith(prompt) and not is_word and bool(answer[len(prompt) :].strip())
 
 
-def _check_split(record: dict, prompt: str | None, answers: list[str], where: str) -> None:
-    """Refuse texts whose common beginning is not all of the prompt, or not only that."""
+def _check_turns(answers: list[str], where: str) -> None:
+    """Refuse answers in a transcript that hold later turns of the human, which would be learned."""
     for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if HUMAN in answer:
-            problem = f"{side}: expected an answer, found further turns behind it ({HUMAN!r}); the "
-            problem += "two transcripts part before their last turn"
+        if re.search(f"^{HUMAN.strip()}", answer, re.MULTILINE):
+            problem = f"{side}: expected an answer, found further turns behind it"
+            problem += f" ({HUMAN.strip()!r}); the two transcripts part before their last turn"
             raise BadRow("further turns", where, problem)
-    if ASSISTANT not in (prompt or ""):
-        other = next((name for name in QUESTIONS if record.get(name)), None)
-        if other is not None:
-            problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
-            raise BadRow("missing field", where, problem)
+
+
+def _no_prompt(record: dict, where: str) -> BadRow:
+    problem = f"prompt: missing, and the texts share no {ASSISTANT.strip()!r} to end it"
+    other = next((name for name in QUESTIONS if record.get(name)), None)
+    if other is not None:
+        problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
+    return BadRow("missing field", where, problem + what_serves(record))
 
 
 def _shared_length(a: str, b: str) -> int:
@@ -326,7 +327,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
         prompt,
         name,
         [item.get("response") for item in items],
-        kinds[kind],
+        list(map(_number, kinds[kind])),
         _models(items),
         used,
         [f"completions[{i}].response" for i in range(len(items))],
@@ -348,7 +349,7 @@ def _mean_rating(annotations: object) -> float | None:
 def _nectar(record: dict, where: str) -> Canonical:
     prompt, name = _prompt_of(record, ("prompt", "question"))
     items = _items(record, "answers", where)
-    ranks = [item.get("rank") for item in items]
+    ranks = [_number(item.get("rank")) for item in items]
     return Canonical(
         prompt,
         name,
@@ -359,6 +360,14 @@ def _nectar(record: dict, where: str) -> Canonical:
         [f"answers[{i}].answer" for i in range(len(items))],
         [f"answers[{i}].rank" for i in range(len(items))],
     )
+
+
+def _number(value: object) -> object:
+    """Read a number that is given as text; anything else is left to be refused by name."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _choice(record: dict, name: str, where: str) -> int:
@@ -386,7 +395,7 @@ def _safe_rlhf(record: dict, where: str) -> Canonical:
 
 def _shp(record: dict, where: str) -> Canonical:
     names, score_names = ["human_ref_A", "human_ref_B"], ["score_A", "score_B"]
-    scores = [record.get(name) for name in score_names]
+    scores = [_number(record.get(name)) for name in score_names]
     used = {"history", *names, *score_names, "labels"}
     if record.get("labels") not in (None, ""):
         first = float(_choice(record, "labels", where))  # 1: A is preferred
@@ -520,7 +529,7 @@ LAYOUTS = (
             "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
             "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",
         },
-        "prompt: what both begin with, up to the last `Assistant:`; other texts part before the "
-        "first word that differs, messages before the last",
+        "prompt: what both begin with, up to the last `Assistant:`, or messages before the last; "
+        "other texts need a prompt",
     ),
 )

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -104,6 +105,27 @@ def test_the_splits_of_a_folder(tmp_path):
     (tmp_path / "more.jsonl").write_bytes(lines([{"prompt": "more"}]))
     with pytest.raises(ValueError, match="more.jsonl tells no split"):
         prompts(str(tmp_path))
+
+
+def test_splits_have_several_names(tmp_path):
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([{"prompt": name}]))
+    (tmp_path / "dataset_info.json").write_text('{"features": {}}')
+
+    def prompts(source):
+        return [draft.prompt for draft in load_drafts(source)[0]]
+
+    assert prompts(str(tmp_path)) == ["train"]
+    for split in ("val", "validation", "valid", "dev"):
+        assert prompts(f"{tmp_path}:{split}") == ["val"]
+    assert prompts(f"{tmp_path}:eval") == prompts(f"{tmp_path}:test") == ["test"]
+
+
+def test_the_exact_name_of_a_split_comes_first(tmp_path):
+    rows = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("validation", "val")}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path)
+    for split, name in {"val": "val", "validation": "validation", "dev": "validation"}.items():
+        assert load_drafts(f"{tmp_path}:{split}")[0][0].prompt == name
 
 
 def test_a_folder_without_splits_has_none(tmp_path):

@@ -70,7 +70,7 @@ def test_scores_of_a_pair(fields, scores):
 def test_a_pair_with_one_score_missing_or_bad_is_a_bad_row():
     for value, kind in (
         (None, "missing score"),
-        ("8", "wrong type"),
+        ("x", "wrong type"),
         (math.nan, "non-finite score"),
     ):
         with pytest.raises(BadRow, match="score_rejected: ") as caught:
@@ -98,10 +98,6 @@ TRANSCRIPT = "\n\nHuman: Hi.\n\nAssistant: I say hi.\n\nHuman: Why?\n\nAssistant
         (TRANSCRIPT + " I do.", TRANSCRIPT + " I don't.", TRANSCRIPT, [" I do.", " I don't."]),
         (TRANSCRIPT + " I do.", TRANSCRIPT + " I do.", TRANSCRIPT, [" I do."] * 2),
         (TRANSCRIPT + " Yes", TRANSCRIPT + " Yes, so.", TRANSCRIPT, [" Yes", " Yes, so."]),
-        ("Q: a\nA: yes", "Q: a\nA: no", "Q: a\nA:", [" yes", " no"]),
-        ("A word: native", "A word: national", "A word:", [" native", " national"]),
-        ("Sum:\nten", "Sum:\ntwo", "Sum:\n", ["ten", "two"]),
-        ("一加一是二", "一加一是三", "一加一是", ["二", "三"]),
     ],
 )
 def test_a_prompt_that_both_texts_begin_with(chosen, rejected, prompt, responses):
@@ -154,6 +150,18 @@ def test_nectar_ranks_may_tie_or_be_missing(tmp_path):
     assert report.bad_responses == {"missing score": 1} and report.unused == {"turns": 1}
 
 
+def test_numbers_may_be_given_as_text():
+    answers = [{"answer": "a", "rank": "1"}, {"answer": "b", "rank": "2.0"}]
+    assert parse_row({"prompt": "p", "answers": answers}, "f:1").scores == [-1.0, -2.0]
+    rated = [{"response": "a", "overall_score": "8"}, {"response": "b", "overall_score": " 3.5"}]
+    assert parse_row({"prompt": "p", "completions": rated}, "f:1").scores == [8.0, 3.5]
+    assert parse_row(PAIR | {"score_chosen": "8", "score_rejected": "3"}, "f:1").scores == [8, 3]
+    votes = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    assert parse_row(votes | {"score_A": "12", "score_B": "3"}, "f:1").scores == [12.0, 3.0]
+    with pytest.raises(BadRow, match=r"answers\[0\].rank: expected a number, found str 'first'"):
+        parse_row({"prompt": "p", "answers": [{"answer": "a", "rank": "first"}]}, "f:1")
+
+
 def test_alpaca_history_and_sharegpt_turns():
     record = {"instruction": "b", "input": "", "chosen": "c", "rejected": "d", "system": "s"}
     row = parse_row(record | {"history": [["x", "y"]]}, "f:1")
@@ -197,6 +205,22 @@ def test_rows_of_one_prompt_are_joined_in_order_of_first_appearance(tmp_path):
         ["a", "c"],
         ["b", "d"],
     ]
+
+
+def test_lists_of_one_are_joined_with_the_responses(tmp_path):
+    said = [
+        {"sources": ["a"], "as_generated": [True], "finish_reasons": ["stop"]},
+        {"sources": "b", "finish_reasons": ["length"]},
+    ]
+    records = [{"prompt": "p", "response": str(i), "score": i} | said[i] for i in range(2)]
+    path = write(tmp_path / "rows.jsonl", *records)
+    (row,), _ = load_rows(path, group_by="prompt")
+    assert (row.sources, row.as_generated) == (["a", "b"], [True, False])
+    (draft,), _ = load_drafts(path, group_by="prompt")
+    assert draft.as_generated == [True, False]
+    path = write(tmp_path / "two.jsonl", records[0] | {"sources": ["a", "b"]})
+    with pytest.raises(BadRow, match="sources: expected one for each of the 1 responses, found 2"):
+        load_rows(path, group_by="prompt")
 
 
 def test_columns_of_rows_of_one_response(tmp_path):

@@ -18,8 +18,28 @@ def test_a_prompt_that_both_answers_repeat_stands_once():
     assert (row.prompt, row.responses) == ("Q: Why?", [" So.", " No."])
     chance = pair("Hi there!", "Hi you!", prompt="Hi")
     assert (chance.prompt, chance.responses) == ("Hi", ["Hi there!", "Hi you!"])
+    for prompt in ("Why?", "Q: Why?\n", "Why: ", HH, "为什么"):
+        row = pair(prompt + " So", prompt + "No", prompt=prompt)
+        assert (row.prompt, row.responses) == (prompt, [" So", "No"])
+        bare = pair(prompt + "x", prompt, prompt=prompt) if prompt != HH else None
+        assert bare is None or bare.responses == [prompt + "x", prompt]
     one = pair("Why? So.", "No.", prompt="Why?")
     assert (one.prompt, one.responses) == ("Why?", ["Why? So.", "No."])
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("I think yes", "I think no"),
+        ("Q: a\nA: x", "Q: a\nA: y"),
+        ("Sum:\nten", "Sum:\ntwo"),
+        ("My Assistant: a", "My Assistant: b"),
+        ("一加一是二", "一加一是三"),
+    ],
+)
+def test_only_transcripts_tell_their_prompt(texts):
+    with pytest.raises(BadRow, match="^f:1: prompt: missing.*chosen, rejected.*--columns"):
+        pair(*texts)
 
 
 def test_transcripts_beside_a_prompt():
@@ -30,6 +50,10 @@ def test_transcripts_beside_a_prompt():
 def test_transcripts_that_part_early_are_refused():
     with pytest.raises(BadRow, match="^f:1: chosen: expected an answer, found further turns"):
         pair(HH + " So.\n\nHuman: And?\n\nAssistant: x", HH + " No.")
+    with pytest.raises(BadRow, match="^f:1: rejected: expected an answer, found further turns"):
+        pair(" So.", "x\n\nHuman: B\n\nAssistant: y", prompt=HH)
+    with pytest.raises(BadRow, match="^f:1: rejected: expected an answer, found further turns"):
+        pair("Human: a\nAssistant: b", "Human: a\nAssistant: x\nHuman: B\nAssistant: y")
 
 
 @pytest.mark.parametrize("name", ["messages", "context", "instruction_text", "question"])
@@ -38,7 +62,8 @@ def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
     if name == "question":  # a layout that is known
         assert pair(*texts, question="Q").prompt == "Q"
     elif name == "instruction_text":  # a name that says nothing
-        assert pair(*texts, **{name: "Q"}).prompt == "I think"
+        with pytest.raises(BadRow, match=f"prompt: missing.*{name}.*--columns"):
+            pair(*texts, **{name: "Q"})
     else:
         with pytest.raises(BadRow, match=f"^f:1: prompt: missing, and {name} may be it"):
             pair(*texts, **{name: "Q"})

@@ -264,6 +264,8 @@ def test_fields_that_nothing_uses_are_counted(tmp_path):
     more = {"id": 3, "empty": None, "rewards": [1, 2], "tools": None, "finish_reasons": None}
     path = write(tmp_path / "rows.jsonl", GOOD | more, GOOD | {"id": 4}, GOOD | {"note": "x"})
     assert load_rows(path)[1].unused == {"id": 2, "note": 1}
+    queries = [GOOD | {"query": query} for query in (GOOD["prompt"], "another", None)]
+    assert load_rows(write(tmp_path / "queries.jsonl", *queries))[1].unused == {"query": 1}
 
 
 values = st.recursive(

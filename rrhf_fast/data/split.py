@@ -20,17 +20,17 @@ def hold_out(
     If every prompt has one row, exactly the rounded share is held out.
 
     Raises:
-        ValueError: all rows have the same prompt.
+        ValueError: all rows have the same prompt, or the share of the rows rounds to none or all.
     """
     rows_of: dict[str, list[int]] = {}
     for i, query in enumerate(queries):
         rows_of.setdefault(prompt_key(query.row), []).append(i)
-    if len(rows_of) < 2:
+    target = round(fraction * len(queries))
+    if len(rows_of) < 2 or not 0 < target < len(queries):
         problem = f"{fraction} of {len(queries)} rows leaves none to train on or none to hold out"
         raise ValueError(f"eval_fraction: {problem} (rows with one prompt stay together)")
     prompts = list(rows_of.values())
     order = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
-    target = min(max(round(fraction * len(queries)), 1), len(queries) - 1)
     chosen: set[int] = set()
     for rows in order:
         nearer = len(rows) < 2 * (target - len(chosen))

@@ -128,9 +128,11 @@ def prepare(config: TrainConfig, world: World) -> Run:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
         with world.together():
             fill_weights(lm, stored)
-            check_finite(lm, config.model_name_or_path)
     if config.use_peft:
         init_lora(lm, config.seed)
+    if stored is not None:
+        with world.together():
+            check_finite(lm, config.model_name_or_path)
     planner_options = {
         "packing": config.packing,
         "max_tokens_per_pack": config.max_tokens_per_pack,

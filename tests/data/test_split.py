@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rrhf_fast.data.rows import Row
@@ -31,6 +31,7 @@ def user(text):
 def test_prompts_stay_together(sizes, fraction, seed, random):
     queries = [query(f"p{i}") for i, size in enumerate(sizes) for _ in range(size)]
     random.shuffle(queries)
+    assume(0 < round(fraction * len(queries)) < len(queries))
     train, held_out = hold_out(queries, fraction, seed)
     assert train and held_out
     assert count_shared([q.row for q in held_out], [q.row for q in train]) == 0
@@ -39,9 +40,7 @@ def test_prompts_stay_together(sizes, fraction, seed, random):
         assert [id(q) for q in side] == [id(q) for q in queries if any(q is s for s in side)]
     again = hold_out(queries, fraction, seed)
     assert [list(map(id, side)) for side in again] == [list(map(id, s)) for s in (train, held_out)]
-    # Off by no more than a prompt, where it is no choice between nothing and all.
-    target = min(max(round(fraction * len(queries)), 1), len(queries) - 1)
-    assert abs(len(held_out) - target) <= max(sizes)
+    assert abs(len(held_out) - round(fraction * len(queries))) <= max(sizes)
 
 
 def test_the_rounded_share_where_each_prompt_has_one_row():
@@ -58,6 +57,12 @@ def test_the_seed_chooses():
         for prompt in {q.row.prompt for q in hold_out(queries, 0.5, seed)[1]}
     )
     assert len(chosen) == 20 and all(5 < count < 45 for count in chosen.values())
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_share_that_rounds_to_none_or_all(fraction):
+    with pytest.raises(ValueError, match=f"eval_fraction: {fraction} of 9 rows leaves none"):
+        hold_out([query(f"p{i}") for i in range(9)], fraction, 0)
 
 
 def test_one_prompt_cannot_be_split():

@@ -175,6 +175,7 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
             answers = [text.removeprefix(prompt) for text in texts]
         if isinstance(prompt, str) and re.search(f"^{ASSISTANT.strip()}", prompt, re.MULTILINE):
             _check_turns(answers, where)
+    histories = []  # that messages bring, where the prompt is none
     for i, side in enumerate(sides):
         if isinstance(answers[i], list):
             *history, answers[i] = check_messages(answers[i], side, where)
@@ -184,15 +185,24 @@ def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[
             if not history:
                 continue
             if not isinstance(prompt, list):
-                # A string prompt repeats one of the messages; otherwise it counts as unused.
-                if isinstance(prompt, str) and not any(
-                    prompt in str(m["content"]) for m in history
+                lead = [m for m in history if m["role"] == "system"]
+                rest = history[len(lead) :]
+                if isinstance(prompt, str) and (not rest or rest[0]["role"] == "assistant"):
+                    # What the user said first is in the prompt alone.
+                    history = [*lead, {"role": "user", "content": prompt}, *rest]
+                elif isinstance(prompt, str) and not any(
+                    m["role"] == "user" and prompt.strip() in str(m["content"]) for m in rest
                 ):
-                    used = used - {name, "prompt"}
-                prompt, name = history, side
+                    used = used - {name, "prompt"}  # no message repeats it
+                histories.append(history)
             elif history != check_messages(prompt, name, where):
                 problem = f"{side}: its first messages differ from the prompt"
                 raise BadRow("unequal prompts", where, problem)
+    if histories:
+        if histories[0] != histories[-1]:
+            problem = "rejected: its first messages differ from those of chosen"
+            raise BadRow("unequal prompts", where, problem)
+        prompt, name = histories[0], "chosen"
     scores, score_names = [1.0, 0.0], None
     for fields in PAIR_SCORES:
         found = [record.get(field) for field in fields]

@@ -122,3 +122,16 @@ def test_messages_that_python_printed_are_refused(name):
     for value in (MESSAGES, MESSAGES[0]):
         with pytest.raises(BadRow, match=f"^f:1: {name}: messages as Python prints them"):
             parse_row(row | {name: str(value)}, "f:1")
+
+
+def test_a_prompt_that_the_messages_go_on_from():
+    said = [{"role": "assistant", "content": "a1"}, {"role": "user", "content": "Q2"}]
+    row = pair([*said, ANSWER], [*said, ANSWER], prompt="Q1")
+    assert row.prompt == [{"role": "user", "content": "Q1"}, *said]
+    system = {"role": "system", "content": "Be brief."}
+    row = pair([system, ANSWER], [system, ANSWER], prompt="Q1")
+    assert row.prompt == [system, {"role": "user", "content": "Q1"}]
+    whole = pair([*MESSAGES, ANSWER], [*MESSAGES, ANSWER], prompt="Why?")
+    assert whole.prompt == MESSAGES
+    with pytest.raises(BadRow, match="^f:1: rejected: its first messages differ"):
+        pair([*MESSAGES, ANSWER], [system, *MESSAGES, ANSWER], prompt="Why?")

@@ -84,14 +84,19 @@ def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical
     layout = layout_of(record)
     canon = _own(record, where) if layout is None else layout.convert(record, where)
     if mapped:
-        _prefer(canon, mapped)
+        _prefer(canon, mapped, where)
     canon.common = {name: _filled(record, name) for name in COMMON}
     canon.used.update(COMMON)
     return canon
 
 
-def _prefer(canon: Canonical, mapped: dict) -> None:
+def _prefer(canon: Canonical, mapped: dict, where: str) -> None:
     """Let what `--columns` found take precedence over the layout."""
+    known = {"prompt", "responses", "scores", "sources", *COMMON}
+    if idle := sorted(mapped.keys() - known - canon.used):
+        problem = f"columns: {listed(idle)}: of no use in a record of this layout (response and "
+        problem += "score need --group_by, a pair needs score_chosen and score_rejected)"
+        raise BadRow("columns without use", where, problem)
     for name in {"responses", "scores", "sources"} & mapped.keys():
         setattr(canon, name, mapped[name])
     # A conversation in the pair is the whole prompt; a string beside it repeats one message.

@@ -135,3 +135,14 @@ def test_a_prompt_that_the_messages_go_on_from():
     assert whole.prompt == MESSAGES
     with pytest.raises(BadRow, match="^f:1: rejected: its first messages differ"):
         pair([*MESSAGES, ANSWER], [system, *MESSAGES, ANSWER], prompt="Why?")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"score": "s"}, {"score_chosen": "s"}, {"response": "chosen", "score": "s"}],
+)
+def test_columns_that_nothing_uses_are_refused(columns, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "s": 3}) + "\n")
+    with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* of no use"):
+        load_rows(str(path), columns=columns)

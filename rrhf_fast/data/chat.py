@@ -170,7 +170,8 @@ class ChatTemplate:
         for i, message in enumerate(row.prompt):
             content, role = message.get("content"), message["role"]
             # What an assistant said earlier may lose its thoughts.
-            looks_lost = content and role != "assistant" and content.strip() not in answered
+            is_there = isinstance(content, str) and content.strip() in answered
+            looks_lost = content and role != "assistant" and not is_there
             if looks_lost and is_ignored(_replaced(row, i, content=_OTHER)):
                 problem = (
                     f"prompt: the chat template drops the {role} message, prompt[{i}] (say it "

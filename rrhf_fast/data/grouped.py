@@ -11,6 +11,7 @@ from rrhf_fast.data.messages import answer_text, from_cell
 
 # Rows that differ in one of these have different prompts.
 _PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs", "input", "history", "context")
+_PARTS_OF_PROMPT += ("question", "query", "instruction", "passage", "document")
 
 
 @dataclass

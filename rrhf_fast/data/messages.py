@@ -51,9 +51,18 @@ def check_message(message: object, name: str, where: str) -> dict:
     free = role == "tool" or (calls_tools and content is None)
     if not isinstance(role, str) or not (isinstance(content, str) or free):
         raise _no_message(message, name, where)
+    if role != role.lower() or role in ("human", "gpt"):  # templates know neither
+        problem = f"{name}.role: expected user, assistant, system or tool, found {show(role)}"
+        raise BadRow("wrong role", where, problem)
     for key, value in message.items():
         check_unicode(value, f"{name}.{key}", where)
     return message
+
+
+def plain_content(message: dict) -> str:
+    """The content of a message as text: JSON of a tool's result, "" of none."""
+    content = message.get("content")
+    return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 def answer_text(answer: object, name: str, where: str) -> object:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rrhf_fast.data.messages import as_messages
+from rrhf_fast.data.messages import as_messages, plain_content
 from rrhf_fast.data.rows import Draft, Row
 from rrhf_fast.data.tokenise import TokenisedQuery
 
@@ -53,4 +53,4 @@ def prompt_key(row: Row | Draft) -> str:
     """Equal for rows that ask the same, whatever system message, tools and arguments of the chat
     template they ask it under. A string asks the same as a user's message."""
     asked = [message for message in as_messages(row.prompt) if message["role"] != "system"]
-    return json.dumps([[m["role"], (m.get("content") or "").strip()] for m in asked])
+    return json.dumps([[message["role"], plain_content(message).strip()] for message in asked])

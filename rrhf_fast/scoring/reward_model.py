@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rrhf_fast.data.chat import with_answer
+from rrhf_fast.data.messages import plain_content
 from rrhf_fast.model.decoder import check_finite, load_tokenizer, max_positions
 from rrhf_fast.sampling.local import inference_dtype
 from rrhf_fast.scoring.config import ScorerConfig
@@ -119,11 +120,7 @@ class RewardModel:
 
 def plain_text(prompt: Prompt) -> str:
     """A prompt as one text; messages are parted by empty lines."""
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else "\n\n".join(turn.get("content") or "" for turn in prompt)
-    )
+    return prompt if isinstance(prompt, str) else "\n\n".join(map(plain_content, prompt))
 
 
 def _counts_from_padding(model: torch.nn.Module) -> bool:

@@ -1,10 +1,15 @@
 """Rows whose prompt is easily taken for another: repeated, unnamed, in two fields, or merged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from rrhf_fast.data.rows import BadRow, load_rows, parse_row
+from rrhf_fast.data.rows import BadRow, RowReport, load_rows, parse_row
+from rrhf_fast.data.split import prompt_key
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.scoring.reward_model import plain_text
+from tests.data.test_chat import CHATML, make_tokenizer
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
 
@@ -146,3 +151,25 @@ def test_columns_that_nothing_uses_are_refused(columns, tmp_path):
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "s": 3}) + "\n")
     with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* of no use"):
         load_rows(str(path), columns=columns)
+
+
+@pytest.mark.parametrize("role", ["User", "human", "ASSISTANT", "gpt"])
+def test_roles_that_templates_do_not_know(role):
+    row = {"prompt": [{"role": role, "content": "Why?"}], "responses": ["a", "b"], "scores": [1, 0]}
+    with pytest.raises(BadRow, match=r"^f:1: prompt\[0\].role: expected user, .* found .*" + role):
+        parse_row(row, "f:1")
+
+
+def test_a_tools_result_that_is_no_text():
+    result = {"role": "tool", "content": {"degrees": 20}}
+    row = parse_row(
+        {"prompt": [*MESSAGES, result], "responses": ["a", "b"], "scores": [1, 0]}, "f:1"
+    )
+    assert prompt_key(row) != prompt_key(replace(row, prompt=MESSAGES))
+    assert plain_text(row.prompt) == 'Why?\n\n{"degrees": 20}'
+    shows = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if m.content is string else m.content | tojson }}"
+    )
+    for template in (CHATML, shows):
+        query = tokenise_rows([row], make_tokenizer(template), RowReport(), max_length=999)[0][0]
+        assert "degrees" in make_tokenizer().decode(query.prompt_ids)

@@ -1,7 +1,7 @@
 """Records in the layouts of published datasets -> one canonical record.
 
 A layout is recognised by its fields. `LAYOUTS` lists them all, each with an example record;
-README.md shows the same table. `--columns` maps everything else.
+docs/data.md shows the same table. `--columns` maps everything else.
 """
 
 import re
@@ -26,16 +26,9 @@ PAIR_SCORES = tuple(
     for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
 )
 # Where an unknown layout may keep a question, for the error about a missing prompt.
-QUESTIONS = (
-    "messages",
-    "conversation",
-    "conversations",
-    "dialog",
-    "dialogue",
-    "history",
-    "context",
-)
-QUESTIONS += ("instruction", "question", "query", "input", "input_text", "text", "post", "article")
+QUESTIONS = ("messages", "conversation", "conversations", "dialog", "dialogue", "history")
+QUESTIONS += ("context", "instruction", "question", "query", "input", "input_text", "text", "post")
+QUESTIONS += ("article",)
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 

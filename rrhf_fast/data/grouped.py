@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
 from rrhf_fast.data.checks import BadRow, Cell, check_length, check_score, check_text, from_json
-from rrhf_fast.data.layouts import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
 from rrhf_fast.data.messages import answer_text, from_cell
 
 # Rows that differ in one of these have different prompts.

@@ -4,47 +4,17 @@ A layout is recognised by its fields. `LAYOUTS` lists them all, each with an exa
 docs/data.md shows the same table. `--columns` maps everything else.
 """
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import mean
 
+from rrhf_fast.data.canonical import COMMON, Canonical, number, prompt_of
 from rrhf_fast.data.checks import BadRow, Cell, check_list, check_text, listed, show
 from rrhf_fast.data.messages import check_messages, from_cell
+from rrhf_fast.data.pairs import ASSISTANT, HUMAN, pair, pair_behind
 
-# Fields that any layout may have in addition to its own.
-COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 # Fields that hold one item per response.
 OF_RESPONSES = ("responses", "sources", "as_generated", "finish_reasons")
-# Names for the response and its score in rows of one response, which `--group_by` joins.
-RESPONSE_NAMES = ("response", "completion", "answer", "output")
-SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
-# A pair's scores: score_chosen, chosen_score, chosen-rating, ...
-PAIR_SCORES = tuple(
-    tuple(form.format(name=name, side=side) for side in ("chosen", "rejected"))
-    for name in ("score", "rating", "reward")
-    for form in ("{name}_{side}", "{side}_{name}", "{side}-{name}")
-)
-# Where an unknown layout may keep a question, for the error about a missing prompt.
-QUESTIONS = ("messages", "conversation", "conversations", "dialog", "dialogue", "history")
-QUESTIONS += ("context", "instruction", "question", "query", "input", "input_text", "text", "post")
-QUESTIONS += ("article",)
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-
-@dataclass
-class Canonical:
-    """A record in terms of the own format, its values not checked yet."""
-
-    prompt: object = None  # text, messages or None
-    prompt_name: str = "prompt"
-    responses: object = None  # a list of texts or messages, or None
-    scores: object = None  # a list of numbers, or None
-    sources: object = None
-    used: set[str] = field(default_factory=set)  # fields that this was made from
-    names: list[str] | None = None  # per response, for errors; default responses[i]
-    score_names: list[str] | None = None  # per score, likewise; default scores[i]
-    common: dict = field(default_factory=dict)  # the fields in COMMON
 
 
 @dataclass(frozen=True)
@@ -114,31 +84,14 @@ def layout_of(record: dict) -> Layout | None:
     return None
 
 
-def what_serves(record: dict) -> str:
-    """End an error about a missing field: which fields there are, and what to do."""
-    hint = "name yours with --columns, or see the table of layouts in docs/data.md"
-    if record.get("responses") is not None and record.get("scores") is None:
-        hint = f"score them with python -m rrhf_fast.score, {hint}"
-    elif any(name in record for name in RESPONSE_NAMES):
-        hint = f"for one response per row say --group_by prompt, else {hint}"
-    return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"
-
-
 def _filled(record: dict, name: str) -> object:
     """Get an optional field; an empty CSV cell counts as missing."""
     value = record.get(name)
     return None if isinstance(value, Cell) and not value.strip() else value
 
 
-def _prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
-    """Return the first of these fields that is present, and its name."""
-    name = next((name for name in names if record.get(name) is not None), "prompt")
-    prompt = from_cell(record.get(name))
-    return [prompt] if isinstance(prompt, dict) else prompt, name
-
-
 def _own(record: dict, where: str) -> Canonical:
-    prompt, name = _prompt_of(record, ("prompt", "query"))
+    prompt, name = prompt_of(record, ("prompt", "query"))
     return Canonical(
         prompt,
         name,
@@ -150,115 +103,10 @@ def _own(record: dict, where: str) -> Canonical:
     )
 
 
-def _pair(record: dict, where: str) -> Canonical:
-    prompt, name = _prompt_of(record, ("prompt", "query", "question", "input"))
-    return _pair_behind(record, where, prompt, name, {"prompt", name})
-
-
-def _pair_behind(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
-    """Convert `chosen` and `rejected`, each a text, a message, or messages that may begin with the
-    prompt. Without a prompt, transcripts' common turns are the prompt."""
-    sides = ("chosen", "rejected")
-    answers = [from_cell(record[side]) for side in sides]
-    answers = [[answer] if isinstance(answer, dict) else answer for answer in answers]
-    if all(isinstance(answer, str) for answer in answers):
-        texts = list(map(check_text, answers, sides, [where] * 2))
-        transcripts = all(text.lstrip().startswith(HUMAN.strip()) for text in texts)
-        if prompt is None or (isinstance(prompt, str) and transcripts):
-            used = used if prompt is None else used - {name, "prompt"}
-            prompt, *answers = _split_texts(*texts)
-            if prompt is None:
-                raise _no_prompt(record, where)
-        elif isinstance(prompt, str) and prompt and all(_repeats(text, prompt) for text in texts):
-            answers = [text.removeprefix(prompt) for text in texts]
-        if isinstance(prompt, str) and re.search(f"^{ASSISTANT.strip()}", prompt, re.MULTILINE):
-            _check_turns(answers, where)
-    histories = []  # that messages bring, where the prompt is none
-    for i, side in enumerate(sides):
-        if isinstance(answers[i], list):
-            *history, answers[i] = check_messages(answers[i], side, where)
-            if answers[i]["role"] != "assistant":
-                problem = f"{side}: the last message must be the assistant's"
-                raise BadRow("wrong type", where, problem)
-            if not history:
-                continue
-            if not isinstance(prompt, list):
-                lead = [m for m in history if m["role"] == "system"]
-                rest = history[len(lead) :]
-                if isinstance(prompt, str) and (not rest or rest[0]["role"] == "assistant"):
-                    # What the user said first is in the prompt alone.
-                    history = [*lead, {"role": "user", "content": prompt}, *rest]
-                elif isinstance(prompt, str) and not any(
-                    m["role"] == "user" and prompt.strip() in str(m["content"]) for m in rest
-                ):
-                    used = used - {name, "prompt"}  # no message repeats it
-                histories.append(history)
-            elif history != check_messages(prompt, name, where):
-                problem = f"{side}: its first messages differ from the prompt"
-                raise BadRow("unequal prompts", where, problem)
-    if histories:
-        if histories[0] != histories[-1]:
-            problem = "rejected: its first messages differ from those of chosen"
-            raise BadRow("unequal prompts", where, problem)
-        prompt, name = histories[0], "chosen"
-    scores, score_names = [1.0, 0.0], None
-    for fields in PAIR_SCORES:
-        found = [record.get(field) for field in fields]
-        if all(field in record for field in fields) and any(v not in (None, "") for v in found):
-            scores, score_names = list(map(_number, found)), list(fields)
-            used = used | set(fields)
-            break
-    return Canonical(
-        prompt, name, answers, scores, list(sides), used | set(sides), list(sides), score_names
-    )
-
-
-def _split_texts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    """Split two transcripts into (prompt, answer, answer) after the last line of their common
-    beginning that starts with "Assistant:"; the prompt is None if there is none."""
-    shared = chosen[: _shared_length(chosen, rejected)]
-    marks = [mark.end() for mark in re.finditer(f"^{ASSISTANT.strip()}", shared, re.MULTILINE)]
-    at = marks[-1] if marks else 0
-    return chosen[:at] or None, chosen[at:], rejected[at:]
-
-
-def _repeats(answer: str, prompt: str) -> bool:
-    """Whether an answer begins with the prompt, and goes on. A single word may be there by chance,
-    as in an answer to "Hi"."""
-    is_word = prompt.isascii() and prompt.strip().isalnum()
-    return answer.startswith(prompt) and not is_word and bool(answer[len(prompt) :].strip())
-
-
-def _check_turns(answers: list[str], where: str) -> None:
-    """Refuse answers in a transcript that hold later turns of the human, which would be learned."""
-    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if re.search(f"^{HUMAN.strip()}", answer, re.MULTILINE):
-            problem = f"{side}: expected an answer, found further turns behind it"
-            problem += f" ({HUMAN.strip()!r}); the two transcripts part before their last turn"
-            raise BadRow("further turns", where, problem)
-
-
-def _no_prompt(record: dict, where: str) -> BadRow:
-    problem = f"prompt: missing, and the texts share no {ASSISTANT.strip()!r} to end it"
-    other = next((name for name in QUESTIONS if record.get(name)), None)
-    if other is not None:
-        problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
-    return BadRow("missing field", where, problem + what_serves(record))
-
-
-def _shared_length(a: str, b: str) -> int:
-    """Count the characters that both texts begin with, by bisection."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
-
-
 def _sharegpt(record: dict, where: str) -> Canonical:
     name = "conversations"
     prompt = check_messages(from_cell(record[name]), name, where)
-    return _pair_behind(record, where, prompt, name, {name})
+    return pair_behind(record, where, prompt, name, {name})
 
 
 def _alpaca(record: dict, where: str) -> Canonical:
@@ -273,7 +121,7 @@ def _alpaca(record: dict, where: str) -> Canonical:
     if None not in sides or (
         record.get("output") is None and {"chosen", "rejected"} <= set(record)
     ):
-        return _pair_behind(record, where, prompt, "instruction", used)
+        return pair_behind(record, where, prompt, "instruction", used)
     canon = Canonical(prompt, "instruction", used=used | {"output"})
     output = record.get("output")
     if isinstance(output, Cell) and output.startswith("["):
@@ -317,7 +165,7 @@ def _models(items: list[dict]) -> list[str] | None:
 
 
 def _ultrafeedback(record: dict, where: str) -> Canonical:
-    prompt, name = _prompt_of(record, ("instruction", "prompt"))
+    prompt, name = prompt_of(record, ("instruction", "prompt"))
     used = {name, "completions"}
     if name == "instruction" and isinstance(prompt, str) and record.get("input"):
         prompt += "\n" + check_text(record["input"], "input", where)
@@ -335,7 +183,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
         prompt,
         name,
         [item.get("response") for item in items],
-        list(map(_number, kinds[kind])),
+        list(map(number, kinds[kind])),
         _models(items),
         used,
         [f"completions[{i}].response" for i in range(len(items))],
@@ -355,9 +203,9 @@ def _mean_rating(annotations: object) -> float | None:
 
 
 def _nectar(record: dict, where: str) -> Canonical:
-    prompt, name = _prompt_of(record, ("prompt", "question"))
+    prompt, name = prompt_of(record, ("prompt", "question"))
     items = _items(record, "answers", where)
-    ranks = [_number(item.get("rank")) for item in items]
+    ranks = [number(item.get("rank")) for item in items]
     return Canonical(
         prompt,
         name,
@@ -370,14 +218,6 @@ def _nectar(record: dict, where: str) -> Canonical:
     )
 
 
-def _number(value: object) -> object:
-    """Read a number that is given as text; anything else is left to be refused by name."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def _choice(record: dict, name: str, where: str) -> int:
     """Return a field that must be 0 or 1."""
     value = record[name]
@@ -388,7 +228,7 @@ def _choice(record: dict, name: str, where: str) -> int:
 
 
 def _safe_rlhf(record: dict, where: str) -> Canonical:
-    prompt, name = _prompt_of(record, ("prompt",))
+    prompt, name = prompt_of(record, ("prompt",))
     names = ["response_0", "response_1"]
     better = _choice(record, "better_response_id", where)
     return Canonical(
@@ -403,7 +243,7 @@ def _safe_rlhf(record: dict, where: str) -> Canonical:
 
 def _shp(record: dict, where: str) -> Canonical:
     names, score_names = ["human_ref_A", "human_ref_B"], ["score_A", "score_B"]
-    scores = [_number(record.get(name)) for name in score_names]
+    scores = [number(record.get(name)) for name in score_names]
     used = {"history", *names, *score_names, "labels"}
     if record.get("labels") not in (None, ""):
         first = float(_choice(record, "labels", where))  # 1: A is preferred
@@ -498,7 +338,7 @@ LAYOUTS = (
     Layout(
         "pairs",
         (("prompt", "chosen", "rejected"), ("query", "chosen", "rejected")),
-        _pair,
+        pair,
         {
             "prompt": "Why?",
             "chosen": "So it is.",
@@ -520,7 +360,7 @@ LAYOUTS = (
     Layout(
         "Orca DPO pairs",
         (("question", "chosen", "rejected"), ("input", "chosen", "rejected")),
-        _pair,
+        pair,
         {
             "system": "Be brief.",
             "question": "Why?",
@@ -532,7 +372,7 @@ LAYOUTS = (
     Layout(
         "transcripts (HH)",
         (("chosen", "rejected"),),
-        _pair,
+        pair,
         {
             "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
             "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from rrhf_fast.data.canonical import Canonical, what_serves
 from rrhf_fast.data.checks import (
     BadRow,
     check_flags,
@@ -27,7 +28,7 @@ from rrhf_fast.data.checks import (
 from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.files import NO_ARRAY, Records, read_records
 from rrhf_fast.data.grouped import grouped
-from rrhf_fast.data.layouts import Canonical, canonical, what_serves
+from rrhf_fast.data.layouts import canonical
 from rrhf_fast.data.messages import (
     answer_text,
     as_messages,

@@ -50,7 +50,8 @@ def exact_of(
             torch.from_numpy(ids).long().to(model.device)
             for ids in (query.prompt_ids, *query.response_ids)
         )
-        logps = [reference.response_logps(model, prompt, ids) for ids in responses]
+        with torch.no_grad():
+            logps = [reference.response_logps(model, prompt, ids) for ids in responses]
         width = query.padded_width
         scores = np.array([logp.sum().item() for logp in logps]) / width
         near = NEAR_TIES[dtype] * min(map(len, logps)) / width
@@ -58,10 +59,14 @@ def exact_of(
         found.queries.append(replace(query, rewards=rewards))
         is_wrong = (rewards[:, None] < rewards) & (scores[:, None] > scores)
         found.num_pairs += int(is_wrong.sum())
+        logps = [logp.requires_grad_() for logp in logps]
         loss, _, _ = reference.rrhf_loss(
             logps, torch.from_numpy(rewards), sft_reduction="mean", padded_width=width
         )
         (loss / len(queries)).backward()
+        # Again with gradients, so that the activations of one response only are kept.
+        for logp, ids in zip(logps, responses, strict=True):
+            reference.response_logps(model, prompt, ids).backward(logp.grad)
         found.loss += loss.item() / len(queries)
     found.gradient = [p.grad for p in model.parameters()]
     return found

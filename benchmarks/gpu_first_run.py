@@ -5,7 +5,8 @@ python benchmarks/gpu_first_run.py kernels --out DIR       # head and attention 
 python benchmarks/gpu_first_run.py step --out DIR          # whole steps by size of packs; profile
 python benchmarks/gpu_first_run.py report DIR              # the figures as Markdown
 
-Each command takes at most ten minutes and writes DIR/<command>.json anew after every part. A part
+Each command takes at most ten minutes and writes DIR/<command>.json anew after every part; --only
+picks parts, so that several checks can share one GPU, each command with a DIR of its own. A part
 that fails, hangs or crashes is recorded and the next one run. Where the head is wrong, nothing more
 is; where FlexAttention or the compiler fails, later parts go on without it. --device cpu runs the
 same parts at toy sizes.
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -104,7 +106,7 @@ COMMANDS = {
         ),
         _tests("kernels", 60),
         _tests("attention", 130),
-        _tests("ranks", 70, "tests/engine/test_profile.py"),
+        _tests("ranks", 70, "tests/gpu/test_optimizer.py", "tests/engine/test_profile.py"),
     ],
     "kernels": [
         BEST,
@@ -124,19 +126,13 @@ COMMANDS = {
     "step": [
         BEST,
         Part(
-            "packs", PARTS + "by_size", 170,
+            "packs", PARTS + "by_size", 110,
             {"shape": MODEL, "sizes": [2048, 8192, 16_384, 32_768], "rounds": 3,
              "engine_options": {}},
             {"shape": "tiny", "sizes": [256, 512], "rounds": 1},
         ),
         Part(
-            "profile", PARTS + "profile", 120,
-            {"preset": "paper", "max_tokens": PACK, "num_steps": 3, "folder": "profile",
-             "engine_options": {}},
-            {"preset": "smoke", "max_tokens": 512, "num_steps": 1, "num_queries": 2},
-        ),
-        Part(
-            "contenders", PARTS + "contenders", 150,
+            "contenders", PARTS + "contenders", 160,
             {"preset": "paper", "rounds": 3, "workloads": ["paper"], "max_tokens": PACK,
              "only": ["released method", "padded batches", "packed, prompts repeated",
                       "rrhf_fast"],
@@ -144,12 +140,23 @@ COMMANDS = {
             {"preset": "smoke", "rounds": 1, "max_tokens": 512, "num_queries": 2},
         ),
         Part(
-            "memory", PARTS + "peaks", 90,
+            "long prompts", PARTS + "contenders", 80,
+            {"preset": "paper", "rounds": 3, "workloads": ["long prompts"], "max_tokens": PACK,
+             "only": ["packed, prompts repeated", "rrhf_fast"], "engine_options": {}},
+            {"preset": "smoke", "rounds": 1, "max_tokens": 2048, "num_queries": 1},
+        ),
+        Part(
+            "memory", PARTS + "peaks", 100,
             {"preset": "paper", "rounds": 1, "max_tokens_per_pack": PACK,
-             "ways": ["released method", "packed, prompts repeated", "rrhf_fast",
-                      "checkpointed layers"]},
+             "ways": ["released method", "rrhf_fast", "checkpointed layers"]},
             {"preset": "smoke", "max_tokens_per_pack": 512, "num_queries": 1,
              "ways": ["released method", "rrhf_fast"]},
+        ),
+        Part(
+            "profile", PARTS + "profile", 80,
+            {"preset": "paper", "max_tokens": PACK, "num_steps": 3, "folder": "profile",
+             "engine_options": {}},
+            {"preset": "smoke", "max_tokens": 512, "num_steps": 1, "num_queries": 2},
         ),
     ],
 }  # fmt: skip
@@ -218,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
         command.add_argument("--attention", help="of the engine; default: as correctness.json says")
         command.add_argument("--eager", action="store_true", help="layers are not compiled")
+        command.add_argument("--only", nargs="+", metavar="PART", help="names, or how they begin")
+        command.add_argument("--patience", type=float, default=1.0, help="times each part's limit")
     commands.add_parser("report").add_argument("folder", type=Path)
     return parser
 
@@ -234,8 +243,14 @@ def _run(options: argparse.Namespace, missing: list[str]) -> int:
     }
     # As Ctrl-C: the part is ended and what it had is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_parts(COMMANDS[options.command], results, out)
+    run_parts(_parts(options), results, out)
     return int(any(record["status"] != OK for record in results["parts"].values()))
+
+
+def _parts(options: argparse.Namespace) -> list[Part]:
+    wanted = [""] if options.only is None else options.only
+    parts = [p for p in COMMANDS[options.command] if p.name.startswith(tuple(wanted))]
+    return [replace(part, seconds=part.seconds * options.patience) for part in parts]
 
 
 def _engine_options(options: argparse.Namespace, out: Path) -> dict:

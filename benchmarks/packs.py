@@ -111,6 +111,6 @@ def waits(step: Callable[[], object], num_packs: int) -> dict[str, float]:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    lines = [w for w in caught if "synchronizing" in str(w.message)]
+    lines = [w for w in caught if "called a synchronizing" in str(w.message)]
     places = Counter("/".join(w.filename.split("/")[-2:]) + f":{w.lineno}" for w in lines)
     return {place: count / num_packs for place, count in places.most_common()}

@@ -29,10 +29,15 @@ def speed_section(results: Path = RESULTS) -> str:
     def read(name: str) -> dict:
         return json.loads((results / f"{name}-cpu.json").read_text(), object_hook=_sound)
 
+    def on_gpu(name: str) -> dict:
+        return json.loads((results / "gpu" / f"{name}.json").read_text())["parts"]
+
     pandalm, vicuna = (
         read(f"step-{MODEL}-{rows}") for rows in ("pandalm_human", "vicuna_bench_gpt4")
     )
     parts = [
+        _gpu_steps(on_gpu("step")),
+        _gpu_head(on_gpu("kernels")),
         _step(pandalm),
         _workloads([pandalm, vicuna, read("step-paper")]),
         _memory(read("memory-paper")),
@@ -76,6 +81,83 @@ WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the fo
 
 {_command(figures)}
 """
+
+
+def _gpu_steps(parts: dict) -> str:
+    machine, sizes = parts["machine"]["figures"], parts["packs"]["figures"]
+    (tried,) = parts["contenders"]["figures"].values()
+    (case,) = tried["cases"]
+    rows = [
+        [
+            name,
+            f"{way['tokens']:,}",
+            f"{way['queries_per_second']:.0f}",
+            f"{way['tokens_per_second']:,.0f}",
+            f"{way['mfu']:.0%}",
+            _range(_sound(way)["times_released"]),
+        ]
+        for name, way in case["contenders"].items()
+    ]
+    worst = max(way["gradient_error"] for way in case["contenders"].values())
+    header = ["", "tokens encoded", "queries/s", "tokens/s", "MFU", "times the released method"]
+    by_size = [
+        [
+            f"{one['max_tokens_per_pack']:,}",
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['mfu']:.0%}",
+            f"{one['ms_per_pack']:.0f}",
+            f"{one['peak_gib']:.0f}",
+        ]
+        for one in sizes["cases"]
+    ]
+    size_header = ["tokens a pack", "tokens/s", "MFU", "ms a pack", "GiB at the peak"]
+    return f"""\
+On one {machine["device"]} (torch {machine["torch"]}, triton {machine["triton"]},
+{machine["date"]}): loss and gradient of {case["queries"]} queries of the paper's lengths (a prompt
+of 128 tokens, 6 responses of 64), {case["model"]} shape, {_plain(case["dtype"])}, packs of
+{tried["max_tokens_per_pack"]:,} tokens, medians of 3 interleaved rounds. MFU is the share of the
+{machine["tflops"]:.0f} TFLOP/s that a large matrix product reaches there. On two queries
+the gradients of all are within {worst:.2f} of float64, as far as bfloat16 goes.
+
+{_table(header, rows)}
+
+By the size of packs, after {sizes["cases"][-1]["graphs"]} graphs in all; at 2,048 the GPU waits for
+the host:
+
+{_table(size_header, by_size)}
+
+```bash
+python benchmarks/gpu_first_run.py step --only machine packs contenders --out benchmarks/results/gpu
+```
+"""
+
+
+def _gpu_head(parts: dict) -> str:
+    (cases,) = [part["figures"]["cases"] for part in parts.values()]
+    edges, hidden, vocab = cases[0]["shape"]
+    rows = [
+        [
+            name,
+            *(_head_cell(_sound(case["contenders"][name])) for case in cases),
+            f"{way['peak_extra_mb'] / 1024:.1f}",
+        ]
+        for name, way in cases[0]["contenders"].items()
+    ]
+    shares = [f"ms, {case['fraction']:.0%} with a gradient" for case in cases]
+    return f"""\
+The head alone on the same machine, forward and backward of {edges:,} predictions, hidden size
+{hidden:,}, vocabulary {vocab:,}; in brackets as a multiple of what the three matrix products take:
+
+{_table(["", *shares, "GiB beyond inputs"], rows)}
+
+```bash
+python benchmarks/gpu_first_run.py kernels --only "head Llama 3 8B" --out benchmarks/results/gpu
+```
+"""
+
+
+def _head_cell(way: dict) -> str:
+    return f"{way['ms']:.1f} ({way['over_products']['median']:.2f})"
 
 
 def _workloads(every: Sequence[dict]) -> str:

@@ -56,5 +56,5 @@ def test_columns_are_aligned():
 
 def test_figures_in_the_readme_name_their_machine():
     section = speed_section(RESULTS)
-    assert section.count("```bash") == section.count("python benchmarks/run.py")
-    assert "torch 2" in section and "threads" in section
+    assert section.count("```bash") == section.count("```bash\npython benchmarks/")
+    assert "H200 (torch 2" in section and "threads, torch 2" in section

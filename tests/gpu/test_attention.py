@@ -57,9 +57,10 @@ def states(spec, num_tokens, dtype=torch.bfloat16):
         (spec.num_kv_heads, spec.head_size),
         (spec.num_kv_heads, spec.value_size),
     ]
+    # Laid out as a decoder's projections are: other strides make other graphs.
     return [
-        torch.randn(1, heads, num_tokens, size, generator=g, device="cuda", dtype=dtype)
-        .requires_grad_()
+        torch.randn(1, num_tokens, heads, size, generator=g, device="cuda", dtype=dtype)
+        .transpose(1, 2).detach().requires_grad_()
         for heads, size in sizes
     ]  # fmt: skip
 

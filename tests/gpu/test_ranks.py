@@ -18,7 +18,8 @@ def metrics(folder, options, *, torchrun):
     command += ["-m", "rrhf_fast.train", "--output_dir", str(folder)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]

@@ -41,7 +41,7 @@ test-cuda-build:
 
 smoke: $(INSTALLED_TEST)
 	$(BIN)/python benchmarks/run.py all --preset smoke
-	$(BIN)/python -m benchmarks.experiments smallest --work runs/smallest --results runs/smallest
+	$(BIN)/python -m experiments smallest --work runs/smallest --results runs/smallest
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

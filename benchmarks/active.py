@@ -17,10 +17,10 @@ from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.backward import backward_active, backward_whole, is_worthwhile
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.evaluate import Totals
 
 # Of the queries, ranked backwards: all their responses have a gradient. Of the others the best one
 # alone has.

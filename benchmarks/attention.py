@@ -26,12 +26,12 @@ from benchmarks.results import Save, judge, no_save, recorded
 from benchmarks.tables import cell, text_table
 from benchmarks.timing import interleaved, peak_extra_mb, ratio
 from rrhf_fast import reference
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import Movable, PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_flex
 from rrhf_fast.model.attention import BACKENDS, Forest
 from rrhf_fast.model.backend import AttentionSpec
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import decode_forest
 from rrhf_fast.model.rrhf import RRHFModel
 

@@ -10,8 +10,8 @@ import torch
 
 from rrhf_fast.data.forest import PackedForest
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.profile import decoder_flops
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.profile import decoder_flops
 
 
 def flops_of_packs(

@@ -106,7 +106,7 @@ COMMANDS = {
         ),
         _tests("kernels", 60),
         _tests("attention", 130),
-        _tests("ranks", 70, "tests/gpu/test_optimizer.py", "tests/engine/test_profile.py"),
+        _tests("ranks", 70, "tests/gpu/test_optimizer.py", "tests/train/test_profile.py"),
     ],
     "kernels": [
         BEST,

@@ -19,11 +19,11 @@ from benchmarks.timing import seconds
 from benchmarks.workloads import PAPER, build_model, draw, fill
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.engine.backward import backward_whole
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.layers import count_graphs
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import backward_whole
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.evaluate import Totals
 
 
 def run(

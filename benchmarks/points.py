@@ -18,10 +18,10 @@ from benchmarks.workloads import Lengths, build_model, draw
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.backward import backward_active
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import backward_active
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.evaluate import Totals
 
 # One query at a time, its prompt once for each response.
 RELEASED, PADDED, REPEATED = "released method", "padded batches", "packed, prompts repeated"
@@ -76,7 +76,7 @@ def measure(point: Point) -> dict:
         return _measure(point)
     # A forked process has the imports at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rrhf_fast.engine.backward"])
+    context.set_forkserver_preload(["rrhf_fast.train.backward"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(_measure, point).result()
 

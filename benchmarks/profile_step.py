@@ -9,17 +9,17 @@ import torch
 
 from benchmarks.machine import compute_dtype
 from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, real
-from rrhf_fast.config import TrainConfig
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.engine.checkpoint import Progress
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.loop import Signals, take_step
-from rrhf_fast.engine.optimizer import build_optimizer
-from rrhf_fast.engine.prepare import Run
-from rrhf_fast.engine.profile import WARMUP, StepProfiler
-from rrhf_fast.engine.roofline import Breakdown
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.checkpoint import Progress
+from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.loop import Signals, take_step
+from rrhf_fast.train.optimizer import build_optimizer
+from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.profile import WARMUP, StepProfiler
+from rrhf_fast.train.roofline import Breakdown
 
 SHAPES = {
     "cpu": {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"},

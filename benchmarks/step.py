@@ -38,16 +38,16 @@ from benchmarks.workloads import (
     unpacked_tokens,
 )
 from rrhf_fast import TrainConfig
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import PackedForest
 from rrhf_fast.data.packs import Batch, PackPlanner
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.backward import backward_active, is_worthwhile
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.evaluate import Totals
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import backward_active, is_worthwhile
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.evaluate import Totals
 
 # Largest relative error of the loss, and of the whole gradient in the norm, against float64.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}

@@ -1,26 +1,49 @@
 """RRHF (arXiv 2304.05302), fast: rank responses instead of running reinforcement learning.
 
-    import rrhf_fast
-    result = rrhf_fast.train(rrhf_fast.TrainConfig(model_name_or_path=..., train_data=...))
-    loss = rrhf_fast.rrhf_loss(logps, rewards, mask=mask).loss     # in your own loop
+    from rrhf_fast import TrainConfig, train
+    result = train(TrainConfig(model_name_or_path=..., train_data=...))
 
-Names are loaded on first use, so importing the package is quick.
+    from rrhf_fast import rrhf_loss
+    loss = rrhf_loss(logps, rewards, mask=mask).loss     # in your own loop
+
+`train`, `sample`, `score`, `evaluate`, `iterate` and `export` are functions, of the folders of the
+same names. What needs PyTorch is loaded on first use, so importing the package is quick.
 """
 
 from importlib import import_module
 
+from rrhf_fast.evaluate import EvaluateConfig, evaluate
+from rrhf_fast.export import ExportConfig, export
+from rrhf_fast.iterate import IterateConfig, iterate
+from rrhf_fast.sample import Policy, SampleConfig, sample
+from rrhf_fast.score import ScoreConfig, score
+from rrhf_fast.train import TrainConfig, train
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "TrainConfig": "rrhf_fast.config",
-    "TrainResult": "rrhf_fast.engine.loop",
-    "train": "rrhf_fast.engine.loop",
+    "TrainResult": "rrhf_fast.train.loop",
     "RRHFLoss": "rrhf_fast.losses",
     "linear_logprob": "rrhf_fast.losses",
     "linear_rrhf_loss": "rrhf_fast.losses",
     "rrhf_loss": "rrhf_fast.losses",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "EvaluateConfig",
+    "ExportConfig",
+    "IterateConfig",
+    "Policy",
+    "SampleConfig",
+    "ScoreConfig",
+    "TrainConfig",
+    "evaluate",
+    "export",
+    "iterate",
+    "sample",
+    "score",
+    "train",
+    *_HOMES,
+]
 
 
 def __getattr__(name: str):

@@ -94,7 +94,7 @@ def killed_at_random():
     """Call function(config) in processes that are killed (SIGKILL) soon after their journal grew,
     until one comes to its end; returns how many were killed."""
     context = multiprocessing.get_context("forkserver")  # imports once, forks in an instant
-    context.set_forkserver_preload(["rrhf_fast.sampling.stage", "rrhf_fast.scoring.stage"])
+    context.set_forkserver_preload(["rrhf_fast.sample.run", "rrhf_fast.score.run"])
 
     def run(function, config, kills, seed):
         rng, killed = random.Random(seed), 0

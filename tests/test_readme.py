@@ -6,23 +6,23 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-import rrhf_fast.engine.loop
-import rrhf_fast.losses.rrhf
-from rrhf_fast.command import parse_config
-from rrhf_fast.config import ExportConfig, TrainConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.layouts import LAYOUTS
 from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.evaluation.config import EvaluateConfig
-from rrhf_fast.rounds.config import IterateConfig
-from rrhf_fast.sampling.config import SampleConfig
-from rrhf_fast.scoring.config import ScoreConfig
+from rrhf_fast.evaluate.config import EvaluateConfig
+from rrhf_fast.export.config import ExportConfig
+from rrhf_fast.iterate.config import IterateConfig
+from rrhf_fast.sample.config import SampleConfig
+from rrhf_fast.score.config import ScoreConfig
+from rrhf_fast.stages.command import parse_config
+from rrhf_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
@@ -107,18 +107,21 @@ def test_the_forest_shown_is_the_forest_built():
 
 def test_every_file_of_the_tree_exists():
     (tree,) = (text for language, text in BLOCKS if "rrhf_fast/\n" in text)
-    folder = ""
+    folders: list[str] = []  # that the line stands in
     for line in tree.splitlines():
-        names = re.findall(r"[\w/]+(?:\.py|/)", re.split(r"\s{3,}", line.strip())[0])
-        folder = names[0] if not line.startswith(" ") else folder
-        for name in names:
-            path = ROOT / (name if not line.startswith(" ") else folder + name)
-            assert path.exists(), path
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, text = line.strip().partition(" ")
+        path = ROOT.joinpath(*folders[:depth], name)
+        assert path.exists(), path
+        for other in re.findall(r"\w+\.py", text):
+            assert (path.parent / other).exists() or (path / other).exists(), other
+        folders = [*folders[:depth], name]
 
 
-@pytest.mark.parametrize("module", [rrhf_fast.losses.rrhf, rrhf_fast.engine.loop])
+@pytest.mark.parametrize("module", ["rrhf_fast.losses.rrhf", "rrhf_fast.train"])
 def test_docstring_examples(module, tmp_path):
     names = {"torch": torch, "folder": str(tmp_path), "TrainConfig": TrainConfig}
+    module = import_module(module)
     finder = doctest.DocTestFinder()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     examples = [test for test in finder.find(module, globs=vars(module) | names) if test.examples]

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_fast import TrainConfig, train
-from rrhf_fast.sampling.generate import sample_responses
+from rrhf_fast.model.generate import sample_responses
 
 MODEL = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 NAMES = ["Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Lucy"]

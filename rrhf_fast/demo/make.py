@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rrhf_fast.demo import corpus, reward
-from rrhf_fast.sampling.diverse_beam import diverse_beam_search
+from rrhf_fast.model.diverse_beam import diverse_beam_search
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_NEW_TOKENS = 96

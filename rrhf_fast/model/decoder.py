@@ -319,3 +319,11 @@ def _why(name_or_path: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def inference_dtype(name: str) -> torch.dtype:
+    """The torch dtype of "auto" (bfloat16 on a GPU that has it, else float32) or of a name."""
+    if name == "auto":
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)

@@ -1,15 +1,24 @@
 """LoRA adapters by peft, put into the model in place: it stays a Hugging Face decoder, and its
 `save_pretrained` writes the adapters alone, in peft's format."""
 
+from typing import Protocol
+
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rrhf_fast.config import TrainConfig
 from rrhf_fast.model.sharded import rows_of_rank
 
 
-def add_lora(lm: PreTrainedModel, config: TrainConfig) -> None:
+class LoraOptions(Protocol):
+    """Rank, scale (alpha / rank) and layers of the adapters, as the trainer's options name them."""
+
+    lora_r: int
+    lora_alpha: int
+    lora_target_modules: str | list[str]
+
+
+def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
     """Freeze the model and add adapters without values; `init_lora` gives them some.
 
     Raises:

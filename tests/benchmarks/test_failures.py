@@ -198,8 +198,8 @@ def test_operations_are_those_of_a_plain_run():
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.flops import flops_of_packs, flops_of_rows
-    from rrhf_fast.config import LossConfig
     from rrhf_fast.data.forest import build_forest
+    from rrhf_fast.model.config import LossConfig
     from rrhf_fast.model.rrhf import RRHFModel
 
     lm = build_model("tiny", device="cpu")

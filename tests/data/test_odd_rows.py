@@ -8,7 +8,7 @@ import pytest
 from rrhf_fast.data.rows import BadRow, RowReport, load_rows, parse_row
 from rrhf_fast.data.split import prompt_key
 from rrhf_fast.data.tokenise import tokenise_rows
-from rrhf_fast.scoring.reward_model import plain_text
+from rrhf_fast.score.reward_model import plain_text
 from tests.data.test_chat import CHATML, make_tokenizer
 
 HH = "\n\nHuman: Why?\n\nAssistant:"

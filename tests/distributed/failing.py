@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from rrhf_fast import TrainConfig
-from rrhf_fast.command import leave
-from rrhf_fast.engine import loop
-from rrhf_fast.engine.save import SaveFailed
+from rrhf_fast import TrainConfig, train
+from rrhf_fast.model.save import SaveFailed
+from rrhf_fast.stages.command import leave
+from rrhf_fast.train import loop
 
 RANK = int(os.environ["RANK"])
 
@@ -32,7 +32,7 @@ def fail_together(folder: Path) -> None:
         "checkpoint": {"save_steps": 1},
     }.items():
         try:
-            loop.train(TrainConfig(output_dir=str(folder / name), **options, **option))
+            train(TrainConfig(output_dir=str(folder / name), **options, **option))
         except (SaveFailed, ValueError) as error:
             print(f"rank {RANK} is told: {error}", flush=True)
 
@@ -48,7 +48,7 @@ def main() -> int:
 
     loop.take_step = failing
     data = {"train_data": str(folder / "train.jsonl"), "output_dir": str(folder / "failing")}
-    loop.train(TrainConfig(model_name_or_path=str(folder / "untied"), train_batch_size=5, **data))
+    train(TrainConfig(model_name_or_path=str(folder / "untied"), train_batch_size=5, **data))
     print(f"rank {RANK} survived")
     return 0
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from rrhf_fast import TrainConfig
-from rrhf_fast.engine.distributed import join_world
-from rrhf_fast.engine.output_dir import complete_checkpoints
+from rrhf_fast.stages.run_folder import complete_checkpoints
+from rrhf_fast.train.distributed import join_world
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cases.py")

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrhf_fast import TrainConfig, train
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_flash, forest_flex, layers
 from rrhf_fast.model.attention import BACKENDS, try_backend
 from rrhf_fast.model.backend import AttentionSpec
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
 
 pytestmark = pytest.mark.gpu

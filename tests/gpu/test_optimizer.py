@@ -10,12 +10,12 @@ from torch import nn
 pytest.importorskip("triton", reason="the kernel needs triton")
 
 from rrhf_fast import TrainConfig
-from rrhf_fast.engine import adamw_bf16, loop
-from rrhf_fast.engine.adamw_bf16 import AdamWBF16
-from rrhf_fast.engine.checkpoint import Progress
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.optimizer import build_optimizer
 from rrhf_fast.kernels import adamw_bf16 as kernel
+from rrhf_fast.train import adamw_bf16, loop
+from rrhf_fast.train.adamw_bf16 import AdamWBF16
+from rrhf_fast.train.checkpoint import Progress
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.optimizer import build_optimizer
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernel needs triton")
 
-from rrhf_fast.engine import adamw_bf16 as eager
 from rrhf_fast.kernels import adamw_bf16 as kernel
+from rrhf_fast.train import adamw_bf16 as eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROGRAM = 4 * kernel.BLOCK  # elements

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrhf_fast import reference
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_sdpa
 from rrhf_fast.model.attention import Choice
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import UnsupportedModel, attention, self_check
 from rrhf_fast.model.rrhf import RRHFModel
 

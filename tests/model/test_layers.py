@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import layers, rrhf
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
 
 SIZES = {

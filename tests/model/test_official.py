@@ -11,11 +11,11 @@ from rrhf_fast import TrainConfig, demo
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.rows import RowReport, parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
-from rrhf_fast.engine.backward import backward_active, backward_whole
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import backward_active, backward_whole
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.evaluate import Totals
 
 VOCAB = 576
 IGNORED = -100

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.evaluate import Totals
 from rrhf_fast.losses import linear_rrhf, rrhf
 from rrhf_fast.losses.linear_rrhf import read_bounds
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.evaluate import Totals
 
 aten = torch.ops.aten
 WAITING = {

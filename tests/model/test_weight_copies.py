@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrhf_fast import TrainConfig, train
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.engine.adamw_bf16 import AdamWBF16
-from rrhf_fast.engine.distributed import World
-from rrhf_fast.engine.prepare import prepare
 from rrhf_fast.model import layers, weight_copies
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.weight_copies import CopiedLinear
+from rrhf_fast.train.adamw_bf16 import AdamWBF16
+from rrhf_fast.train.distributed import World
+from rrhf_fast.train.prepare import prepare
 
 KINDS = {"llama": {}, "qwen2": {}, "llama tied": {"tie_word_embeddings": True}}  # Qwen2 has biases
 

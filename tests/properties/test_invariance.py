@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrhf_fast.config import LossConfig
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.padded import build_padded
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
 
 VOCAB = 11

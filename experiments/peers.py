@@ -1,0 +1,129 @@
+"""DPO and GRPO as TRL has them (pip install rrhf-fast[experiments]), to compare with.
+
+They see what the trainer sees: the same rows (DPO the best and the worst response of each), or the
+same prompts and as many samples of the live model (GRPO). TRL puts EOS behind a response that is
+given as text, as the trainer does.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.model.decoder import load_model, load_tokenizer
+from rrhf_fast.stages.options import check_types, expect
+from rrhf_fast.stages.reward_fn import load_reward_fn
+
+
+@dataclass
+class PeerConfig:
+    """What both have; names and meanings are the trainer's."""
+
+    model_name_or_path: str
+    train_data: str
+    train_batch_size: int = 16
+    """Prompts of one optimizer step."""
+    num_train_epochs: float = 2.0
+    learning_rate: float = 1e-3
+    beta: float = 0.1
+    """Of the penalty for leaving the initial model."""
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+        for name in ("train_batch_size", "num_train_epochs", "learning_rate"):
+            expect(self, name, lambda value: value > 0, "more than 0")
+        expect(self, "beta", lambda value: value >= 0, "0 or more")
+
+
+@dataclass
+class GRPOConfig(PeerConfig):
+    """GRPO samples for itself."""
+
+    reward_fn: str = ""
+    """package.module:function, called as function(prompts, responses) -> scores."""
+    num_samples: int = 4
+    """Responses of each prompt, of which no two may be equal in reward for it to learn."""
+    max_new_tokens: int = 64
+
+
+def dpo(config: PeerConfig, output_dir: Path) -> None:
+    """Train on the best and the worst response of each row; writes a model."""
+    from trl import DPOConfig, DPOTrainer
+
+    rows, _ = load_rows(config.train_data, on_bad_rows="skip")
+    pairs = []
+    for row in rows:
+        best, worst = row.scores.index(max(row.scores)), row.scores.index(min(row.scores))
+        if row.scores[best] > row.scores[worst]:
+            chosen, rejected = row.responses[best], row.responses[worst]
+            pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected})
+    options = _shared(config, output_dir) | {
+        "per_device_train_batch_size": config.train_batch_size,
+    }
+    _fit(DPOTrainer, config, output_dir, pairs, args=DPOConfig(**options))
+
+
+def grpo(config: GRPOConfig, output_dir: Path) -> None:
+    """Train on samples of the model as it learns; writes a model."""
+    from trl import GRPOConfig as Arguments
+    from trl import GRPOTrainer
+
+    score = load_reward_fn(config.reward_fn, "reward_fn")
+
+    def reward(prompts, completions, **_):
+        return score(prompts, completions)
+
+    with open(config.train_data, encoding="utf-8") as file:
+        prompts = [{"prompt": json.loads(line)["prompt"]} for line in file]
+    options = _shared(config, output_dir) | {
+        # TRL counts responses.
+        "per_device_train_batch_size": config.train_batch_size * config.num_samples,
+        "num_generations": config.num_samples,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": 1.0,
+    }
+    _fit(
+        GRPOTrainer,
+        config,
+        output_dir,
+        prompts,
+        args=Arguments(**options),
+        reward_funcs=reward,
+    )
+
+
+def _shared(config: PeerConfig, output_dir: Path) -> dict:
+    return {
+        "output_dir": str(output_dir),
+        "num_train_epochs": config.num_train_epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "beta": config.beta,
+        "seed": config.seed,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def _fit(trainer_class: type, config: PeerConfig, output_dir: Path, rows: list[dict], **options):
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    trainer = trainer_class(
+        model=load_model(config.model_name_or_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        **options,
+    )
+    trainer.train()
+    trainer.save_model(str(output_dir))
+    tokenizer.save_pretrained(output_dir)

@@ -1,0 +1,336 @@
+"""An experiment's YAML as a graph of stages, each known by what it depends on.
+
+    title: ...                 question: ...            reading: ... (written after the run)
+    seeds: [0, 1, 2, 3, 4]     baseline: an arm         measures: [reward, ...]
+    stages:
+      rows: {select: {data: "{demo.train}", rows: 256, seed: "{seed}"}}
+      train: {train: {model_name_or_path: "{demo.model}", train_data: "{rows}"}}
+      evaluate: {evaluate: {model_name_or_path: "{train}", data: "{demo.eval}", ...}}
+    results: [evaluate]
+    arms:
+      RRHF:                                                 # the stages as they are
+      SFT: {train.rank_weight: 0}                           # an option of a stage is another
+      untrained: {evaluate.model_name_or_path: "{demo.model}"}
+      DPO: {train: {dpo: {train_data: "{rows}", ...}}}      # a stage is another, or null: none
+
+`"{name}"`, with or without "/a path below it", is the output of a stage, the seed, a demo file, or
+a folder given on the command line ({models}, {data}). A stage that is a string is another name for
+one of these. Only stages that an arm's results need are
+run. An experiment may have `series` and `points` in place of `arms`: each pair is an arm, and a
+series is drawn as a curve over the points.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+from experiments.stages import KINDS, NEEDS, build_config
+from rrhf_fast import demo
+from rrhf_fast.evaluate.report import TITLES as MEASURED
+
+MEASURES = MEASURED | {
+    "perplexity": "perplexity under the initial model",
+    "tokens": "tokens a sample",
+    "ranking_accuracy": "ranking accuracy of the mean log-prob",
+    "ranking_provided": "ranking accuracy, provided pairs",
+    "ranking_sampled": "ranking accuracy, sampled pairs",
+    "ranking_mixed": "ranking accuracy, mixed pairs",
+}
+CONFIGS = Path(__file__).parent / "configs"
+_REFERENCE = re.compile(r"\{([^{}]+)\}(/.*)?")
+_REQUIRED = {"title", "question", "seeds", "baseline", "measures", "stages", "results"}
+_KINDS = {
+    **dict.fromkeys(("title", "question", "reading", "x"), str),
+    **dict.fromkeys(("seeds", "measures", "results", "check"), list),
+    **dict.fromkeys(("stages", "arms", "series", "points"), dict),
+    "baseline": (str, int),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work. Equal stages have equal keys, whichever experiment they are of."""
+
+    key: str
+    kind: str
+    options: dict = field(hash=False, compare=False)  # with paths in place of references
+    inputs: tuple["Stage", ...] = field(hash=False, compare=False)
+
+
+@dataclass
+class Arm:
+    """One contender: its result stages for each seed, or the reason why there are none."""
+
+    name: str
+    series: str | None = None
+    x: float | str | None = None
+    results: dict[int, list[Stage]] = field(default_factory=dict)
+    skipped: str | None = None
+
+
+@dataclass
+class Experiment:
+    """A YAML file, read and checked."""
+
+    name: str
+    text: dict  # the file, defaults filled in
+    arms: list[Arm]
+
+    def baseline_of(self, arm: Arm) -> str | None:
+        """The name of the arm that this one is compared with: the baseline is an arm; or a series,
+        at the same point; or a point, of the same series."""
+        wanted = self.text["baseline"]
+        names = {other.name for other in self.arms}
+        for name in (wanted, f"{wanted}, {arm.x}", f"{arm.series}, {wanted}"):
+            if name in names:
+                return None if name == arm.name else name
+        return None
+
+    def results(self) -> list[Stage]:
+        """The result stages of all arms and seeds."""
+        return [stage for arm in self.arms for stages in arm.results.values() for stage in stages]
+
+
+class Missing(Exception):
+    """A folder or library that an arm needs is not here."""
+
+
+def load_experiment(
+    path: Path, work: Path, roots: dict[str, Path | None], seeds: int | None = None
+) -> Experiment:
+    """Read, check and resolve a YAML file.
+
+    Args:
+        path: the file.
+        work: the folder that stages are kept in.
+        roots: what {models} and {data} stand for.
+        seeds: use so many of the seeds; default all.
+
+    Raises:
+        ValueError: a mistake in the file, as one line with its place.
+    """
+    text = read_text(path)
+    text["seeds"] = text["seeds"][:seeds]
+    experiment = Experiment(path.stem, text, [])
+    for name, series, x, changes in _arms(text):
+        arm = Arm(name, series, x)
+        where = f"{path.name}: {name}"
+        stages = _apply(text["stages"], changes, where)
+        try:
+            for seed in text["seeds"]:
+                resolver = _Resolver(stages, seed, work, roots, where)
+                wanted = [name for name in text["results"] if stages.get(name, {}) is not None]
+                arm.results[seed] = [resolver.stage(name) for name in wanted]
+        except Missing as reason:
+            arm.results, arm.skipped = {}, str(reason)
+        experiment.arms.append(arm)
+    if not any(map(experiment.baseline_of, experiment.arms)):
+        raise ValueError(f"{path.name}: baseline: {text['baseline']} is no arm, series or point")
+    return experiment
+
+
+def read_text(path: Path) -> dict:
+    """The file, with its fields checked. Raises ValueError for a mistake."""
+    try:
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name}: cannot be read ({error})") from error
+    if not isinstance(text, dict):
+        raise ValueError(f"{path.name}: expected a mapping, found {type(text).__name__}")
+    if unknown := sorted(set(map(str, text)) - set(_KINDS)):
+        raise ValueError(
+            f"{path.name}: {unknown[0]}: no such field (of {', '.join(sorted(_KINDS))})"
+        )
+    text = {name: value for name, value in text.items() if value is not None}
+    for name, kind in _KINDS.items():
+        if name in _REQUIRED and text.get(name, "") in ("", [], {}):
+            raise ValueError(f"{path.name}: {name}: missing")
+        found = text.get(name)
+        if name in text and (not isinstance(found, kind) or isinstance(found, bool)):
+            expected = "text" if kind is str else "a list" if kind is list else "a mapping"
+            raise ValueError(f"{path.name}: {name}: expected {expected}, found {found!r:.60}")
+    if ("arms" in text) == ("series" in text and "points" in text):
+        raise ValueError(f"{path.name}: arms: expected arms, or series and points")
+    _check_parts(text, path.name)
+    return text
+
+
+def _check_parts(text: dict, file: str) -> None:
+    """Raise ValueError for an entry of a field that is of the wrong kind."""
+    seeds = text["seeds"]
+    if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{file}: seeds: expected different whole numbers, found {seeds}")
+    for name in ("measures", "results"):
+        if not all(isinstance(entry, str) for entry in text[name]):
+            raise ValueError(f"{file}: {name}: expected names, found {text[name]}")
+    if unknown := [name for name in text["measures"] if name not in MEASURES]:
+        raise ValueError(
+            f"{file}: measures: {unknown[0]}: no such measure (of {', '.join(MEASURES)})"
+        )
+    for name in ("stages", "arms", "series", "points"):
+        kinds = (dict, str, type(None)) if name == "stages" else (dict, type(None))
+        for key, entry in text.get(name, {}).items():
+            if not isinstance(entry, kinds):
+                raise ValueError(f"{file}: {name}: {key}: expected a mapping, found {entry!r:.60}")
+    for key, entry in text.get("series", {}).items():
+        wanted, points = (entry or {}).get("points", []), [*text["points"]]
+        if not isinstance(wanted, list) or not all(point in points for point in wanted):
+            raise ValueError(f"{file}: {key}: points: expected some of {points}, found {wanted}")
+    for check in text.get("check", []):
+        if not isinstance(check, dict) or set(check) != {"better", "than", "measure"}:
+            raise ValueError(f"{file}: check: expected better, than and measure, found {check}")
+        names = [name for name, *_ in _arms(text)]
+        if not {check["better"], check["than"]} <= set(names):
+            raise ValueError(f"{file}: check: expected two of {names}, found {check}")
+        if check["measure"] not in text["measures"]:
+            raise ValueError(f"{file}: check: {check['measure']} is not among the measures")
+
+
+def _arms(text: dict):
+    """(name, series, x, changes) of every arm."""
+    if "arms" in text:
+        for name, changes in text["arms"].items():
+            yield str(name), None, None, [changes or {}]
+        return
+    for series, own in text["series"].items():
+        own = dict(own or {})
+        points = own.pop("points", list(text["points"]))
+        for x in points:
+            yield f"{series}, {x}", str(series), x, [own, text["points"][x] or {}]
+
+
+def _apply(stages: dict, changes: list[dict], where: str) -> dict:
+    stages = copy.deepcopy(stages)
+    for change in changes:
+        for name, value in change.items():
+            stage, *path = str(name).split(".")
+            if not path:
+                stages[stage] = copy.deepcopy(value)
+                continue
+            if stage not in stages:
+                raise ValueError(f"{where}: {name}: there is no stage {stage}")
+            if stages[stage] is None:  # an arm without it
+                continue
+            target = _options(stages[stage])
+            for step in path[:-1]:
+                target = target.setdefault(step, {}) if isinstance(target, dict) else None
+            if not isinstance(target, dict):
+                raise ValueError(f"{where}: {name}: there are no options to change")
+            if value is None:
+                target.pop(path[-1], None)
+            else:
+                target[path[-1]] = copy.deepcopy(value)
+    return stages
+
+
+def _options(stage) -> dict | None:
+    """The mapping inside {kind: {option: value}}."""
+    return next(iter(stage.values()), None) if isinstance(stage, dict) else None
+
+
+class _Resolver:
+    """The stages of one arm and seed."""
+
+    def __init__(self, stages: dict, seed: int, work: Path, roots: dict, where: str):
+        self._stages, self._seed, self._work, self._roots = stages, seed, work, roots
+        self._where = where
+        self._made: dict[str, Stage | None] = {}
+
+    def stage(self, name: str) -> Stage:
+        if name in self._made:
+            if self._made[name] is None:
+                raise ValueError(f"{self._where}: {name}: depends on itself")
+            return self._made[name]
+        text = self._stages.get(name)
+        if not isinstance(text, dict) or len(text) != 1 or next(iter(text)) not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"{self._where}: {name}: expected a stage, one of {kinds}")
+        self._made[name] = None
+        (kind, options), inputs = next(iter(text.items())), []
+        if not isinstance(options, dict):
+            raise ValueError(f"{self._where}: {name}: expected options, found {options!r:.60}")
+        if kind in NEEDS and find_spec(NEEDS[kind]) is None:
+            raise Missing(f"{NEEDS[kind]} is not installed")
+        paths, identity = self._resolve(options, inputs)
+        try:
+            config = build_config(kind, copy.deepcopy(paths))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._where}: {name}: {error}") from error
+        identity = _with_defaults(identity, asdict(config))
+        key = hashlib.sha256(json.dumps([kind, identity], sort_keys=True).encode()).hexdigest()[:16]
+        self._made[name] = Stage(key, kind, paths, tuple(inputs))
+        return self._made[name]
+
+    def _resolve(self, value, inputs: list[Stage]):
+        """(what the stage is given, what it is known by)."""
+        if isinstance(value, dict):
+            both = {name: self._resolve(item, inputs) for name, item in value.items()}
+            return {k: v[0] for k, v in both.items()}, {k: v[1] for k, v in both.items()}
+        if isinstance(value, list):
+            both = [self._resolve(item, inputs) for item in value]
+            return [given for given, _ in both], [known for _, known in both]
+        match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            is_file = isinstance(value, str) and "/" in value and Path(value).exists()
+            return value, _content(Path(value)) if is_file else value
+        name, below = match[1], match[2] or ""
+        if name == "seed":
+            return self._seed, self._seed
+        if isinstance(self._stages.get(name), str):
+            return self._resolve(self._stages[name] + below, inputs)
+        if name in self._stages:
+            stage = self.stage(name)
+            if stage not in inputs:
+                inputs.append(stage)
+            output = self._work / stage.key / KINDS[stage.kind].output
+            return f"{output}{below}", f"{stage.key}{below}"
+        path = self._file(name, below)
+        return str(path), _content(path)
+
+    def _file(self, name: str, below: str) -> Path:
+        built_in = {
+            "demo.model": demo.MODEL_DIR,
+            "demo.train": demo.TRAIN_FILE,
+            "demo.eval": demo.EVAL_FILE,
+            "here": CONFIGS,
+        }
+        if name in built_in:
+            return Path(f"{built_in[name]}{below}")
+        if name not in self._roots:
+            raise ValueError(f"{self._where}: {{{name}}} is no stage, file or seed")
+        if self._roots[name] is None:
+            raise Missing(f"--{name} is not given")
+        path = Path(f"{self._roots[name]}{below}")
+        if not path.exists():
+            raise Missing(f"there is no {below.lstrip('/')} in --{name}")
+        return path
+
+
+def _with_defaults(given, options):
+    """What a stage is known by, and what it leaves at a default: defaults change, too."""
+    if isinstance(given, dict) and isinstance(options, dict):
+        both = {name: _with_defaults(value, options.get(name)) for name, value in given.items()}
+        return options | both
+    if isinstance(given, list) and isinstance(options, list) and len(given) == len(options):
+        return [_with_defaults(*pair) for pair in zip(given, options, strict=True)]
+    return given
+
+
+@cache
+def _content(path: Path) -> str:
+    """A name for what a file or the files of a folder hold."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            found.update(f"{file.relative_to(path)}\n".encode())
+            with open(file, "rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()

@@ -1,0 +1,306 @@
+"""What a stage does: the project's own commands, and a few small helpers between them.
+
+Each kind is a config class and a function (config, folder) that writes into the folder. Where a
+kind measures, it also returns measures by prompt, {name: {"prompts", "numerators",
+"denominators"}}.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo
+from rrhf_fast.data.rows import Draft, load_rows, provided_mask
+from rrhf_fast.demo.make import make
+from rrhf_fast.evaluate import evaluate
+from rrhf_fast.evaluate.config import EvaluateConfig
+from rrhf_fast.evaluate.measures import pairs_in_order
+from rrhf_fast.export import export
+from rrhf_fast.export.config import ExportConfig
+from rrhf_fast.iterate import iterate
+from rrhf_fast.iterate.config import IterateConfig
+from rrhf_fast.sample import sample
+from rrhf_fast.sample.config import SampleConfig
+from rrhf_fast.score import score
+from rrhf_fast.score.config import ScoreConfig, ScorerConfig
+from rrhf_fast.score.logprobs import LogProbs
+from rrhf_fast.stages.journal import write_rows
+from rrhf_fast.stages.options import check_types, expect
+from rrhf_fast.train import train
+from rrhf_fast.train.config import TrainConfig
+
+Measures = dict[str, dict[str, list]]
+
+
+@dataclass
+class SelectConfig:
+    """Options of `select`: which rows and responses of a file, with which scores."""
+
+    data: str
+    rows: int | None = None
+    """So many, drawn by the seed, or the first of those that the folds leave; default all."""
+    responses: int | None = None
+    """As many rows as hold so many responses together, by `take`."""
+    folds: int | None = None
+    """Deal the rows into so many parts, and keep part `fold`, which counts on behind the last from
+    the first, or all the others."""
+    fold: int = 0
+    keep: Literal["fold", "others"] = "others"
+    take: dict | None = None
+    """So many different responses of each source, {source: count}, in the order of the file."""
+    noise: float = 0.0
+    """Standard deviation of what is added to each score."""
+    round_to: float | None = None
+    """Round scores to multiples of this, which ties them."""
+    shuffle: bool = False
+    """Each row's responses in an order drawn by the seed, so that chance decides which of those
+    that tie counts as the best."""
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+        for name in ("rows", "responses", "folds", "round_to"):
+            expect(self, name, lambda value: value is None or value > 0, "more than 0")
+        expect(self, "noise", lambda value: value >= 0, "0 or more")
+        if self.responses is not None and (not self.take or self.rows is not None):
+            raise ValueError("responses: needs take, and no rows")
+
+
+@dataclass
+class RankConfig(ScorerConfig):
+    """Options of `rank`: does the model's p order held-out responses as their scores do?"""
+
+    data: str = ""
+    by_source: bool = False
+    """Also apart for pairs that the data set provided, that were sampled, and with one of each."""
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+        if self.model_name_or_path is None or not self.data:
+            raise ValueError("model_name_or_path, data: missing")
+
+
+@dataclass
+class RoundConfig:
+    """Options of `round`: the measures of one round of an `iterate`."""
+
+    iterate: str
+    steps: int
+    """Optimizer steps after which, and those of each round."""
+    per_round: int
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+        if self.per_round < 1 or self.steps % self.per_round:
+            raise ValueError("steps, per_round: expected whole rounds")
+
+
+@dataclass
+class BestOfConfig:
+    """Options of `best_of`: an evaluation's best sample of each prompt, as if one were drawn."""
+
+    evaluation: str
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+
+
+@dataclass
+class MakeConfig:
+    """Options of `make`: the demo's model and rows at another size, see rrhf_fast.demo.make."""
+
+    hidden_size: int
+    documents: int
+    train_prompts: int = 448
+    layers: int = 4
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError, with the option's name, for what cannot work."""
+        check_types(self)
+
+
+def _select(config: SelectConfig, folder: Path) -> None:
+    rng = np.random.default_rng(config.seed)
+    with open(config.data, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    order = rng.permutation(len(rows))
+    if config.folds is not None:
+        here = np.arange(len(rows)) % config.folds == config.fold % config.folds
+        # The deal is the same for every fold.
+        order = np.random.default_rng(0).permutation(len(rows))
+        order = order[here if config.keep == "fold" else ~here]
+    count = config.rows
+    if config.responses is not None:
+        count = config.responses // sum((config.take or {}).values())
+    chosen = [_choose(rows[i], config, rng) for i in order[:count]]
+    write_rows(folder / "rows.jsonl", chosen)
+
+
+def _choose(row: dict, config: SelectConfig, rng: np.random.Generator) -> dict:
+    found = {"prompt": row.get("prompt", row.get("query"))}
+    lists = [name for name in ("responses", "scores", "sources", "finish_reasons") if name in row]
+    left, keep = dict(config.take or {}), []
+    for i, text in enumerate(row.get("responses", [])):
+        if not text.strip() or text in [row["responses"][j] for j in keep]:
+            continue
+        if config.take is not None:
+            source = row["sources"][i] if "sources" in row else "provided"
+            name = next((name for name in left if source.startswith(name)), None)
+            if not left.get(name):
+                continue
+            left[name] -= 1
+        keep.append(i)
+    found |= {name: [row[name][i] for i in keep] for name in lists}
+    if config.shuffle:
+        order = rng.permutation(len(keep))
+        found |= {name: [found[name][i] for i in order] for name in lists}
+    if "scores" in found:
+        scores = np.array(found["scores"]) + config.noise * rng.standard_normal(len(keep))
+        step = config.round_to
+        found["scores"] = (np.round(scores / step) * step if step else scores).tolist()
+    return found
+
+
+def _sample(config: SampleConfig, folder: Path) -> None:
+    sample(replace(config, output=str(folder / "rows.jsonl"), overwrite=True))
+
+
+def _score(config: ScoreConfig, folder: Path) -> None:
+    score(replace(config, output=str(folder / "rows.jsonl"), overwrite=True))
+
+
+def _train(config: TrainConfig, folder: Path) -> None:
+    output_dir = str(folder / "model")
+    result = train(replace(config, output_dir=output_dir, overwrite_output_dir=True))
+    assert not (result.interrupted or result.preempted)
+
+
+def _export(config: ExportConfig, folder: Path) -> None:
+    if not (folder / "model" / "model.safetensors").exists():
+        export(replace(config, output_dir=str(folder / "model")))
+
+
+def _iterate(config: IterateConfig, folder: Path) -> None:
+    iterate(replace(config, output_dir=str(folder / "rounds")))
+
+
+def _evaluate(config: EvaluateConfig, folder: Path) -> Measures:
+    evaluate(replace(config, output_dir=str(folder / "evaluation")))
+    return _read(folder / "evaluation")
+
+
+def _read(folder: Path) -> Measures:
+    """The measures of an evaluation, each prompt with its name."""
+    found = json.loads((folder / "by_prompt.json").read_text())
+    with open(folder / "scored.jsonl", encoding="utf-8") as file:
+        prompts = [_name(json.loads(line)["prompt"]) for line in file]
+    return {
+        name: {"prompts": prompts, **values}
+        for name, values in found.items()
+        if len(values["numerators"]) == len(prompts)
+    }
+
+
+def _name(prompt) -> str:
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:8]
+
+
+def _round(config: RoundConfig, folder: Path) -> Measures:
+    number = config.steps // config.per_round
+    return _read(Path(config.iterate, f"round-{number}", "evaluation"))
+
+
+def _best_of(config: BestOfConfig, folder: Path) -> Measures:
+    return {"reward": _read(Path(config.evaluation))["best_of_n"]}
+
+
+def _rank(config: RankConfig, folder: Path) -> Measures:
+    rows, _ = load_rows(config.data, on_bad_rows="skip")
+    drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
+    found = LogProbs(config.model_name_or_path, config)(drafts)
+    prompts = [_name(row.prompt) for row in rows]
+    counts: dict[str, list[tuple[int, int]]] = {}
+    for row, logps in zip(rows, found, strict=True):
+        p, scores = np.array([values.mean() for values in logps]), np.array(row.scores)
+        counts.setdefault("ranking_accuracy", []).append(pairs_in_order(p, scores))
+        if config.by_source:
+            own = np.array(provided_mask(row))
+            parts = [pairs_in_order(p[mask], scores[mask]) for mask in (own, ~own)]
+            rest = np.subtract(pairs_in_order(p, scores), np.sum(parts, axis=0)).tolist()
+            for name, pair in zip(("provided", "sampled", "mixed"), [*parts, rest], strict=True):
+                counts.setdefault(f"ranking_{name}", []).append(pair)
+    return {
+        name: {
+            "prompts": prompts,
+            "numerators": [correct for correct, _ in pairs],
+            "denominators": [total for _, total in pairs],
+        }
+        for name, pairs in counts.items()
+    }
+
+
+def _make(config: MakeConfig, folder: Path) -> None:
+    make(
+        folder / "demo",
+        seed=config.seed,
+        documents=config.documents,
+        train_prompts=config.train_prompts,
+        hidden_size=config.hidden_size,
+        layers=config.layers,
+    )
+
+
+def _dpo(config: PeerConfig, folder: Path) -> None:
+    dpo(config, folder / "model")
+
+
+def _grpo(config: GRPOConfig, folder: Path) -> None:
+    grpo(config, folder / "model")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of stage: its options, its work, and what in its folder another stage refers to."""
+
+    config: type
+    run: Callable[[object, Path], Measures | None]
+    output: str
+    # Options that the stage sets itself, with what stands for them while options are checked.
+    own: tuple[str, ...] = ()
+
+
+KINDS = {
+    "select": Kind(SelectConfig, _select, "rows.jsonl"),
+    "sample": Kind(SampleConfig, _sample, "rows.jsonl", ("output",)),
+    "score": Kind(ScoreConfig, _score, "rows.jsonl", ("output",)),
+    "train": Kind(TrainConfig, _train, "model", ("output_dir",)),
+    "export": Kind(ExportConfig, _export, "model", ("output_dir",)),
+    "evaluate": Kind(EvaluateConfig, _evaluate, "evaluation", ("output_dir",)),
+    "iterate": Kind(IterateConfig, _iterate, "rounds", ("output_dir",)),
+    "round": Kind(RoundConfig, _round, ""),
+    "best_of": Kind(BestOfConfig, _best_of, ""),
+    "rank": Kind(RankConfig, _rank, ""),
+    "make": Kind(MakeConfig, _make, "demo"),
+    "dpo": Kind(PeerConfig, _dpo, "model"),
+    "grpo": Kind(GRPOConfig, _grpo, "model"),
+}
+# Kinds that need a library which the project itself does not.
+NEEDS = {"dpo": "trl", "grpo": "trl"}
+
+
+def build_config(kind: str, options: dict):
+    """The options of a stage as its config. Raises ValueError or TypeError for a mistake."""
+    config = KINDS[kind].config(**options, **dict.fromkeys(KINDS[kind].own, "."))
+    if hasattr(config, "validate"):
+        config.validate()
+    return config

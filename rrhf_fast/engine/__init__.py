@@ -1,1 +1,0 @@
-"""The training loop: prepare, step, evaluate, record. Imports model and data."""

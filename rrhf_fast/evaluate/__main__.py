@@ -1,0 +1,38 @@
+"""Measure a model by fresh samples of held-out prompts, alone or against a baseline.
+
+python -m rrhf_fast.evaluate --model_name_or_path M --data held_out.jsonl --output_dir eval \\
+    --reward_fn package.module:function --baseline M0 --reference_model_name_or_path M0
+
+Prints a table; writes samples.jsonl, scored.jsonl, evaluation.json, evaluation.png and report.html.
+Killed? The same command goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+from rrhf_fast.evaluate import EvaluateConfig, evaluate
+from rrhf_fast.stages.command import fail, go_on, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 the judge is down, 2 a mistake in options
+    or data, 130 Ctrl-C."""
+    return run_command("evaluate", __doc__, EvaluateConfig, _run, arguments)
+
+
+def _run(config: EvaluateConfig) -> int:
+    # Heavy, and not needed for --help or a misspelt option.
+    from rrhf_fast.evaluate.report import write_report
+    from rrhf_fast.stages.endpoint import EndpointDown
+
+    try:
+        evaluation = evaluate(config)
+    except EndpointDown as error:
+        return fail("evaluate", f"{error}; {go_on(config)}", 1)
+    print(write_report(evaluation, Path(config.output_dir)))
+    print(f"report.html is in {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

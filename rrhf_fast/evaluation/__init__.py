@@ -1,1 +1,0 @@
-"""How good a model is: rewards of fresh samples, with intervals, against a baseline."""

@@ -1,0 +1,31 @@
+"""Turn a checkpoint of a run into a folder that from_pretrained and vLLM read.
+
+python -m rrhf_fast.export --checkpoint out/checkpoint-100 --output_dir model
+python -m rrhf_fast.export --checkpoint adapters --output_dir model --merge true   # LoRA
+"""
+
+import sys
+
+from rrhf_fast.export import ExportConfig, export
+from rrhf_fast.stages.command import fail, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 it could not be written, 2 a mistake in
+    options."""
+    return run_command("export", __doc__, ExportConfig, _run, arguments)
+
+
+def _run(config: ExportConfig) -> int:
+    # Heavy, and not needed for --help.
+    from rrhf_fast.model.save import SaveFailed
+
+    try:
+        print(f"the model is in {export(config)}")
+    except SaveFailed as error:
+        return fail("export", error, 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

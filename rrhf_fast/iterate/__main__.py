@@ -1,0 +1,40 @@
+"""The whole method in rounds: sample, score, train, evaluate, and again with the new model.
+
+python -m rrhf_fast.iterate                                # the embedded demo, offline
+python -m rrhf_fast.iterate --model_name_or_path M --data rows.jsonl --eval_data held_out.jsonl \\
+    --reward_model_name_or_path R --rounds 3 --output_dir out --train.learning_rate 1e-5
+python -m rrhf_fast.iterate --config rounds.yaml --kl_coef 0.01 --steps_per_round 32
+
+Killed? The same command, with its --output_dir, goes on where it was.
+"""
+
+import sys
+
+from rrhf_fast.iterate import IterateConfig, iterate
+from rrhf_fast.stages.command import PREEMPTED, fail, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 a stage failed, 2 a mistake in options or
+    data, 75 stopped by SIGTERM or SIGUSR1 while training, 130 Ctrl-C."""
+    return run_command("iterate", __doc__, IterateConfig, _run, arguments)
+
+
+def _run(config: IterateConfig) -> int:
+    # Heavy, and not needed for --help or a misspelt option.
+    from rrhf_fast.iterate.run import Preempted
+    from rrhf_fast.model.save import SaveFailed
+    from rrhf_fast.stages.endpoint import EndpointDown
+    from rrhf_fast.train.backward import OutOfMemory
+    from rrhf_fast.train.loop import NotFinite
+
+    try:
+        iterate(config)
+    except (EndpointDown, NotFinite, OutOfMemory, SaveFailed, Preempted) as error:
+        again = "what is done is kept: run the same command again, with its --output_dir"
+        return fail("iterate", f"{error}; {again}", PREEMPTED if type(error) is Preempted else 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The report of all rounds: is the reward going up, and at what cost?"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from rrhf_fast.evaluate.measures import Estimate
+from rrhf_fast.evaluate.report import (
+    TITLES,
+    Table,
+    as_text,
+    save_figure,
+    side_by_side,
+    str_of,
+    write_page,
+)
+from rrhf_fast.evaluate.run import BASELINE, MODEL, read_side
+from rrhf_fast.stages.journal import read_json, write_rows
+
+HACKING = (
+    "warning: the reward rose and so did the perplexity, beyond the intervals: the mark of reward "
+    "hacking. Read the samples; kl_coef holds the model nearer to where it started."
+)
+
+
+def read_round(evaluation: Path, number: int) -> dict:
+    """{"round": number, measure: Estimate} from a round's evaluation.json."""
+    record = read_json(evaluation / "evaluation.json")
+    measures = record["model"] | record["comparison"]
+    return {"round": number} | {
+        name: Estimate(*(float("nan") if value is None else value for value in parts.values()))
+        for name, parts in measures.items()
+    }
+
+
+def write_rounds(folder: Path, records: list[dict]) -> str:
+    """Write rounds.jsonl, rounds.png and report.html; returns the table for the terminal."""
+    write_rows(
+        folder / "rounds.jsonl",
+        [
+            {
+                name: value
+                if name == "round"
+                else [float(x) if np.isfinite(x) else None for x in vars(value).values()]
+                for name, value in record.items()
+            }
+            for record in records
+        ],
+    )
+    plot_rounds(records, folder / "rounds.png")
+    table = rounds_table(records)
+    warning = HACKING if is_hacking(records) else None
+    sides = {
+        BASELINE: read_side(folder / "round-0" / "evaluation" / "scored.jsonl", MODEL),
+        MODEL: read_side(
+            folder / f"round-{records[-1]['round']}" / "evaluation" / "scored.jsonl", MODEL
+        ),
+    }
+    write_page(
+        folder / "report.html",
+        f"RRHF, {len(records) - 1} rounds",
+        folder / "rounds.png",
+        [table],
+        side_by_side(sides),
+        warning,
+    )
+    return as_text(table) + (f"\n\n{warning}" if warning else "")
+
+
+def rounds_table(records: list[dict]) -> Table:
+    """A column for each round."""
+    names = [name for name in TITLES if any(name in record for record in records)]
+    head = ["", *(f"round {record['round']}" for record in records)]
+    rows = [
+        [TITLES[name], *(str_of(record[name]) if name in record else "" for record in records)]
+        for name in names
+    ]
+    return head, rows
+
+
+def is_hacking(records: list[dict]) -> bool:
+    """Whether reward and perplexity of the last round are both above round 0's, beyond the
+    intervals."""
+    first, last = records[0], records[-1]
+    return all(last[name].low > first[name].high for name in ("reward", "perplexity"))
+
+
+def plot_rounds(records: list[dict], path: Path) -> None:
+    """Reward, perplexity, ranking accuracy and length, a dot for each round."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    panels = (("reward", "C3"), ("perplexity", "C0"), ("ranking_accuracy", "C2"), ("tokens", "C1"))
+    for axis, (name, color) in zip(axes.flat, panels, strict=True):
+        found = [(record["round"], record[name]) for record in records if name in record]
+        numbers, values = [number for number, _ in found], [value for _, value in found]
+        middle = np.array([value.value for value in values])
+        error = [middle - [value.low for value in values], [v.high for v in values] - middle]
+        axis.errorbar(numbers, middle, yerr=np.maximum(error, 0), fmt="o-", color=color, capsize=4)
+        axis.set(title=f"{TITLES[name].capitalize()}, 95 % interval", xlabel="round")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save_figure(figure, axes.flat, path)

@@ -1,0 +1,130 @@
+"""Responses of a model: greedy, beam, diverse beam and random sampling, a batch at a time."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rrhf_fast.model.diverse_beam import diverse_beam_search
+from rrhf_fast.sample.config import Policy
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of the items in batches of like length, shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def generate_batch(
+    lm: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    policy: Policy,
+    *,
+    max_length: int | None = None,
+    end_token_ids: list[int],
+    pad_token_id: int,
+    stop_strings: list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[list[np.ndarray]]:
+    """`policy.count` responses to each prompt, best first for beams; sampling draws from torch's
+    global generator.
+
+    Args:
+        lm: a causal LM with an attention that generates (not the forest's), in eval mode.
+        prompts: int arrays [P_i] of token ids.
+        max_length: tokens that the model's window holds; the longest prompt decides.
+        end_token_ids: tokens that end a response.
+        stop_strings, tokenizer: decoding ends behind these strings (beams go on).
+
+    Returns:
+        For each prompt, int64 arrays [R], up to and including the end token if there is one.
+    """
+    width = max(len(ids) for ids in prompts)
+    tokens = torch.full((len(prompts), width), pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(prompts):  # padded on the left: generation goes on at the right end
+        tokens[row, width - len(ids) :] = torch.from_numpy(ids)
+        mask[row, width - len(ids) :] = 1
+    inputs = {"input_ids": tokens.to(lm.device), "attention_mask": mask.to(lm.device)}
+    room = policy.max_new_tokens if max_length is None else max_length - width
+    max_new_tokens = min(policy.max_new_tokens, room)
+    num_beams = policy.num_beams or policy.count
+
+    if policy.method == "diverse_beam":
+        out, _ = diverse_beam_search(
+            lm,
+            **inputs,
+            num_beams=num_beams,
+            num_beam_groups=policy.num_beam_groups or num_beams,
+            diversity_penalty=policy.diversity_penalty,
+            temperature=policy.temperature,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end_token_ids,
+            pad_token_id=pad_token_id,
+            num_return_sequences=policy.count,
+        )
+    else:
+        how = {}
+        if policy.method == "sample":
+            how = {"do_sample": True, "temperature": policy.temperature}
+            how |= {"top_p": policy.top_p, "top_k": policy.top_k}
+        elif policy.method == "beam":
+            how = {"num_beams": num_beams}
+        settings = GenerationConfig(
+            **how,
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=policy.count,
+            eos_token_id=end_token_ids,
+            pad_token_id=pad_token_id,
+            stop_strings=None if policy.method == "beam" else stop_strings or None,
+            use_cache=True,
+        )
+        out = lm.generate(**inputs, generation_config=settings, tokenizer=tokenizer)[:, width:]
+    responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
+    return [[_until_end(ids, end_token_ids) for ids in row] for row in responses]
+
+
+def _until_end(ids: np.ndarray, end_token_ids: list[int]) -> np.ndarray:
+    ends = np.flatnonzero(np.isin(ids, end_token_ids))
+    return ids[: ends[0] + 1] if len(ends) else ids
+
+
+def sample_responses(
+    lm: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    max_length: int | None = None,
+    end_token_ids: list[int],
+    pad_token_id: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
+) -> list[np.ndarray]:
+    """One sampled response for each prompt, in their order; arguments as for `generate_batch`.
+
+    Args:
+        seed: of this call; the caller's random state is left as it was.
+        batch_size: prompts decoded at once; batches hold prompts of like length.
+    """
+    policy = Policy(
+        num_responses=1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+    responses: list[np.ndarray | None] = [None] * len(prompts)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches_by_length([len(ids) for ids in prompts], batch_size):
+            found = generate_batch(
+                lm,
+                [prompts[i] for i in batch],
+                policy,
+                max_length=max_length,
+                end_token_ids=end_token_ids,
+                pad_token_id=pad_token_id,
+            )
+            for i, (response,) in zip(batch, found, strict=True):
+                responses[i] = response
+    return responses

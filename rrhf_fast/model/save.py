@@ -1,0 +1,142 @@
+"""A trained model as a Hugging Face folder, which `from_pretrained` and vLLM read."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import GENERATION_CONFIG_NAME
+
+# What makes a folder load as something else than was saved last: an earlier run's weights that are
+# cut into other files, adapters, settings and templates that this model does not have.
+STALE_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_model*.safetensors",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint or the model could not be written; what was saved before is whole."""
+
+
+def write_model(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    *,
+    dtype: torch.dtype,
+    weights: dict[str, torch.Tensor],
+) -> None:
+    """Write model and tokenizer beside the target, then move each file into place: no file is ever
+    half-written. A model with adapters leaves these alone.
+
+    Raises:
+        SaveFailed: the folder cannot be written. What it held is as it was, unless a file could not
+            be moved: then the files that were not are in `output_dir/.saving`.
+    """
+    staging = output_dir / ".saving"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        generation, lm.generation_config = lm.generation_config, GenerationConfig()
+        try:
+            lm.save_pretrained(staging, state_dict=weights)
+        finally:
+            lm.generation_config = generation
+        if (staging / "config.json").exists():  # adapters come without
+            write_config(lm, staging, dtype)
+        write_generation_config(lm, staging)
+        tokenizer.save_pretrained(staging)
+    except Exception as error:  # safetensors has its own for a full disk
+        shutil.rmtree(staging, ignore_errors=True)
+        raise SaveFailed(
+            f"output_dir: {output_dir} could not be written ({_line(error)})"
+        ) from error
+    try:
+        _move_into_place(staging, output_dir)
+    except OSError as error:
+        problem = f"{output_dir} could not be written ({_line(error)})"
+        raise SaveFailed(f"output_dir: {problem}; the new files are in {staging}") from error
+
+
+def _move_into_place(staging: Path, output_dir: Path) -> None:
+    """Move every file of `staging`, in its folders, and remove what is stale."""
+    probe = staging / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    files = sorted(path for path in staging.rglob("*") if not path.is_dir())
+    moved = {path.relative_to(staging) for path in files}
+    for path in files:
+        target = output_dir / path.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)  # safetensors keeps its files to their owner
+        os.replace(path, target)
+    shutil.rmtree(staging)
+    for pattern in STALE_FILES:
+        for path in output_dir.glob(pattern):
+            if path.relative_to(output_dir) not in moved:
+                path.unlink()
+    with contextlib.suppress(OSError):  # not there, or not empty
+        (output_dir / "additional_chat_templates").rmdir()
+
+
+def learn_end_tokens(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int]
+) -> None:
+    """Let the model's generation stop at these tokens too: a base model that is trained on messages
+    learns the chat template's end of turn, which its own settings do not know."""
+    config = lm.generation_config
+    if config is None:  # a model that does not generate
+        return
+    known = config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ends = list(dict.fromkeys([*known, *end_tokens]))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+
+
+def take_generation_config(lm: PreTrainedModel, folder: Path) -> None:
+    """Take the settings for generation that are stored in `folder`, if there are any."""
+    if (folder / GENERATION_CONFIG_NAME).is_file() and lm.generation_config is not None:
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def write_generation_config(lm: PreTrainedModel, folder: Path) -> None:
+    """generation_config.json. Not by `save_pretrained`, which refuses what many published models
+    have, such as a temperature without sampling, as soon as a setting was changed."""
+    if lm.generation_config is not None:
+        path = folder / GENERATION_CONFIG_NAME
+        lm.generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
+
+
+def write_config(lm: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """config.json, which names the dtype of the stored weights instead of the trained ones, and the
+    code that it names, if the model brought its own."""
+    before, lm.config.dtype = lm.config.dtype, dtype
+    try:
+        if lm.is_remote_code():
+            custom_object_save(lm, folder, config=lm.config)
+        lm.config.save_pretrained(folder)
+    finally:
+        lm.config.dtype = before
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,1 +1,0 @@
-"""The whole method in rounds: sample, score, train, evaluate, and again with the new model."""

@@ -1,0 +1,37 @@
+"""Add responses to rows: from models, from an endpoint, or those that the rows hold.
+
+python -m rrhf_fast.sample --data rows.jsonl --output sampled.jsonl --model_name_or_path M
+python -m rrhf_fast.sample --config policies.yaml          # several policies and models
+python -m rrhf_fast.sample --data rows.jsonl --output sampled.jsonl --model_name_or_path M \\
+    --policies '[{method: diverse_beam, temperature: 0.8}, {method: provided}]'
+
+Killed? The same command goes on where it was.
+"""
+
+import sys
+
+from rrhf_fast.sample import SampleConfig, sample
+from rrhf_fast.stages.command import fail, go_on, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 an endpoint is down, 2 a mistake in options
+    or data, 130 Ctrl-C."""
+    return run_command("sample", __doc__, SampleConfig, _run, arguments)
+
+
+def _run(config: SampleConfig) -> int:
+    # Heavy, and not needed for --help or a misspelt option.
+    from rrhf_fast.stages.endpoint import EndpointDown
+
+    try:
+        counts = sample(config)
+    except EndpointDown as error:
+        return fail("sample", f"{error}; {go_on(config)}", 1)
+    print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    print(f"rows are in {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""A model of Hugging Face transformers as a source of responses."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from rrhf_fast.data.rows import Draft, RowReport, cut_at
+from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.generate import batches_by_length, generate_batch
+from rrhf_fast.sample.config import Policy, SampleConfig
+from rrhf_fast.stages.journal import fingerprint
+
+
+class LocalModel:
+    """Weights, tokenizer and tokenised prompts; answers them batch by batch.
+
+    batches: lists of row numbers, of like length; a row that does not fit the window is in none.
+    """
+
+    def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig, option: str):
+        """`option` is the one that names the model. Raises ValueError when there is no such model
+        or a prompt does not fit its window."""
+        code = {"trust_remote_code": config.trust_remote_code, "option": option}
+        self.name, self.config = name, config
+        self.tokenizer = load_tokenizer(name, **code)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.lm = load_model(name, **code).to(device, inference_dtype(config.dtype))
+        # The policy says how to decode: nothing comes from the checkpoint (temperature, penalties).
+        self.lm.generation_config = GenerationConfig()
+        self.max_length = max_positions(self.lm)
+        rows = [draft.pick([]).as_row() for draft in drafts]
+        template = {"chat_template_kwargs": config.chat_template_kwargs}
+        queries, _ = tokenise_rows(
+            rows,
+            self.tokenizer,
+            RowReport(),
+            max_length=self.max_length or 10**9,
+            max_prompt_length=config.max_prompt_length,
+            on_bad_rows=config.on_bad_rows,
+            **template,
+        )
+        usable = [query.row for query in queries]
+        self.end_token_ids = end_token_ids(self.tokenizer, usable, **template)
+        numbers = {id(row): i for i, row in enumerate(rows)}
+        self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
+        usable = list(self.prompts)
+        self.batches = [
+            [usable[i] for i in batch]
+            for batch in batches_by_length(
+                [len(self.prompts[i]) for i in usable], config.batch_size
+            )
+        ]
+
+    def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
+        """For each prompt of this batch its responses, as {"text", "finish_reason",
+        "as_generated"}."""
+        pad = self.tokenizer.pad_token_id
+        stop_strings = self.config.stop_strings
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = generate_batch(
+                self.lm,
+                [self.prompts[i] for i in self.batches[batch]],
+                policy,
+                max_length=self.max_length,
+                end_token_ids=self.end_token_ids,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                stop_strings=stop_strings,
+                tokenizer=self.tokenizer,
+            )
+        return [[self._response(ids) for ids in responses] for responses in found]
+
+    def _response(self, ids) -> dict:
+        text = decode_response(self.tokenizer, ids, self.end_token_ids)
+        cut = cut_at(self.config.stop_strings, text)
+        ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
+        reason = "stop" if ended else "length"
+        return {"text": cut, "finish_reason": reason, "as_generated": True}
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of 62 bits for this place in a run, unrelated to those of its neighbours."""
+    return int(fingerprint(*parts)[:15], 16)

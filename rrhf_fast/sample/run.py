@@ -1,0 +1,229 @@
+"""The stage `sample`: rows in, the same rows with responses out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
+from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.sample.config import Policy, SampleConfig
+from rrhf_fast.sample.local import LocalModel, seed_of
+from rrhf_fast.stages.answer import EndedThinking, Refused
+from rrhf_fast.stages.endpoint import Endpoint, ask_all
+from rrhf_fast.stages.identity import identity
+from rrhf_fast.stages.journal import Journal, fingerprint
+
+
+def run(config: SampleConfig) -> Counter:
+    """See `rrhf_fast.sample`."""
+    config.validate()
+    drafts, report = load_drafts(config.data, **config.reading())
+    prompts = [asdict(draft) | {"where": None} for draft in drafts]
+    for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
+        if policy.method not in ("openai", "provided"):
+            name, option = _model_of(number, config)
+            load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
+    with Journal(
+        config.output, fingerprint("sample", identity(config), prompts), overwrite=config.overwrite
+    ) as journal:
+        local: LocalModel | None = None
+        for number, policy in enumerate(config.policies):
+            if policy.method == "openai":
+                _ask_endpoint(journal, number, policy, drafts, config)
+            elif policy.method != "provided":
+                local = _decode(journal, number, policy, drafts, config, local)
+        rows, counts = _merge(journal, drafts, config)
+        journal.finish(rows)
+    counts.update(report.left_out())
+    return counts
+
+
+def _decode(
+    journal: Journal,
+    number: int,
+    policy: Policy,
+    drafts: Sequence[Draft],
+    config: SampleConfig,
+    local: LocalModel | None,
+) -> LocalModel | None:
+    """Decode the batches that the journal lacks; returns the model for the policies to come."""
+    if f"{number}/all" in journal.done:
+        return local
+    name, option = _model_of(number, config)
+    if local is None or local.name != name:
+        local = None  # the old weights go before the new ones come
+        local = LocalModel(name, drafts, config, option)
+    title = source_of(policy)
+    with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
+        for index, batch in enumerate(local.batches):
+            key = f"{number}/batch {index}"
+            if key not in journal.done:
+                found = local.answer(policy, index, seed_of(config.seed, number, index))
+                journal.write(key, dict(zip(map(str, batch), found, strict=True)))
+            progress.update(len(batch))
+    journal.write(f"{number}/all", None)  # a run that goes on need not load this model
+    return local
+
+
+def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
+    """The model of a policy, and the option that names it."""
+    if config.policies[number].model:
+        return config.policies[number].model, f"policies[{number}].model"
+    return config.model_name_or_path, "model_name_or_path"
+
+
+def _ask_endpoint(
+    journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
+) -> None:
+    cures = {name: (f"policies[{number}].{name}", "null") for name in ("temperature", "top_p")}
+    cures |= {"top_k": (f"policies[{number}].top_k", "0")}
+    cures |= {"seed": ("send_seed", "false"), "stop": ("stop_strings", "[]")}
+    if config.token_limit_parameter != "auto":
+        cures[config.token_limit_parameter] = ("token_limit_parameter", "auto")
+    endpoint = Endpoint(policy.base_url, policy.api_key_env, config, cures)
+    model = policy.model or config.model_name_or_path
+
+    def ask(row: int, copy: int) -> dict:
+        seed = seed_of(config.seed, number, row, copy) % 2**31 if config.send_seed else None
+        try:
+            answer = endpoint.ask(model, seed=seed, **_request(policy, drafts[row], config))
+        except Refused as refusal:
+            cure = ""
+            if isinstance(refusal, EndedThinking):
+                cure = f" (raise the token limit, policies[{number}].max_new_tokens)"
+            return {"error": f"{refusal}{cure}", "usage": refusal.usage}
+        text = cut_at(config.stop_strings, answer.text)
+        cut_off = answer.finish_reason == "length" and text == answer.text
+        reason = "length" if cut_off else "stop"
+        return {"text": text, "finish_reason": reason, "usage": answer.usage}
+
+    work = {
+        f"{number}/{row}/{copy}": partial(ask, row, copy)
+        for row in range(len(drafts))
+        for copy in range(policy.count)
+    }
+    with tqdm(total=len(work), unit="response", desc=source_of(policy), disable=None) as progress:
+        missing = {key: function for key, function in work.items() if key not in journal.done}
+        progress.update(len(work) - len(missing))
+        ask_all(missing, journal, config.max_concurrency, progress)
+    if all("error" in journal.done[key] for key in work):
+        problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
+        journal.forget(work)
+        raise ValueError(f"policies[{number}]: {problem}")
+
+
+def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
+    """What an endpoint is asked for this row: arguments of `Endpoint.ask`."""
+    # Further fields are not OpenAI's own, but local servers have them.
+    extra = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
+    chat, tools = policy.chat or isinstance(draft.prompt, list), None
+    if chat:
+        tools = draft.tools or None  # some endpoints refuse an empty list
+        own = extra.pop("chat_template_kwargs", None)
+        kwargs = config.chat_template_kwargs | (own or {}) | (draft.chat_template_kwargs or {})
+        kwargs.pop("chat_template", None)  # a name among the local tokenizer's
+        # An endpoint that refuses them is sent none where the policy has an empty dict.
+        if kwargs and own != {}:
+            extra["chat_template_kwargs"] = kwargs
+    if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
+        # The answer continues the last message.
+        extra = {"continue_final_message": True, "add_generation_prompt": False} | extra
+    return {
+        "prompt": draft.prompt,
+        "chat": chat,
+        "tools": tools,
+        "max_tokens": policy.max_new_tokens,
+        "temperature": policy.temperature,
+        "top_p": policy.top_p,
+        "stop": config.stop_strings or None,
+        "extra_body": extra or None,
+    }
+
+
+def source_of(policy: Policy) -> str:
+    """What `sources` records for a new response of this policy."""
+    if policy.source is not None:
+        return policy.source
+    if policy.method == "openai":
+        return f"openai:{policy.model}" if policy.model else "openai"
+    return f"{policy.method}:{Path(policy.model).name}" if policy.model else policy.method
+
+
+def _merge(
+    journal: Journal, drafts: Sequence[Draft], config: SampleConfig
+) -> tuple[list[dict], Counter]:
+    """The final rows, in the order of the input, from the journal alone."""
+    found = [[[] for _ in drafts] for _ in config.policies]  # [policy][row] -> results
+    counts = Counter(rows=len(drafts))
+    for key, result in journal.done.items():
+        number, _, unit = key.partition("/")
+        if unit.startswith("batch"):
+            for row, responses in result.items():
+                found[int(number)][int(row)] = responses
+        elif unit != "all":
+            counts.update(result.get("usage", {}))
+    for number, policy in enumerate(config.policies):
+        for row, draft in enumerate(drafts):
+            if policy.method == "openai":
+                keys = [f"{number}/{row}/{copy}" for copy in range(policy.count)]
+                found[number][row] = [journal.done[key] for key in keys]
+            elif policy.method == "provided":
+                found[number][row] = _provided(draft, policy)
+
+    rows = []
+    for row, draft in enumerate(drafts):
+        out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
+        failures, as_generated = [], []
+        for number, policy in enumerate(config.policies):
+            for result in found[number][row]:
+                source = result.get("source", source_of(policy))
+                if "error" in result:
+                    failures.append({"source": source, "error": result["error"]})
+                    continue
+                problem = _problem(result, out["responses"], config)
+                counts[problem or "responses"] += 1
+                if problem is None:
+                    out["responses"].append(result["text"])
+                    out["sources"].append(source)
+                    out["finish_reasons"].append(result["finish_reason"])
+                    as_generated.append(result.get("as_generated", False))
+        counts["failures"] += len(failures)
+        counts["unrankable"] += len(out["responses"]) < 2
+        out |= {"failures": failures} if failures else {}
+        if isinstance(draft.prompt, list) and any(as_generated):
+            out["as_generated"] = as_generated
+            # What they were drawn under, so that they are trained behind the same prompt.
+            kwargs = config.chat_template_kwargs | (draft.chat_template_kwargs or {})
+            out |= {"chat_template_kwargs": kwargs} if kwargs else {}
+        rows.append(draft.others | out)
+    return rows, counts
+
+
+def _provided(draft: Draft, policy: Policy) -> list[dict]:
+    responses = draft.responses or []
+    keep = [True] * len(responses)
+    if policy.use_responses != "all" and responses:
+        keep = [own == (policy.use_responses == "provided") for own in provided_mask(draft)]
+    sources = draft.sources or [policy.source or "provided"] * len(responses)
+    reasons = draft.finish_reasons or [None] * len(responses)
+    generated = draft.as_generated or [False] * len(responses)
+    parts = zip(responses, sources, reasons, generated, strict=True)
+    names = ("text", "source", "finish_reason", "as_generated")
+    return [
+        dict(zip(names, part, strict=True)) for part, kept in zip(parts, keep, strict=True) if kept
+    ]
+
+
+def _problem(result: dict, earlier: list[str], config: SampleConfig) -> str | None:
+    """Why a response is left out, as the name that it is counted by."""
+    if config.finished_only and result["finish_reason"] == "length":
+        return "unfinished"
+    if config.keep_all:
+        return None
+    if not result["text"].strip():
+        return "empty"
+    return "duplicates" if result["text"] in earlier else None

@@ -1,1 +1,0 @@
-"""Decoding policies: how the responses that RRHF ranks are drawn from a model."""

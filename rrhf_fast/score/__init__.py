@@ -1,0 +1,29 @@
+"""Responses get scores: by a reward model, a function, a judge or the policy itself."""
+
+from collections import Counter
+
+from rrhf_fast.score.config import ScoreConfig
+
+__all__ = ["ScoreConfig", "score"]
+
+
+def score(config: ScoreConfig) -> Counter:
+    """Add scores to rows; writes `config.output`.
+
+    A row keeps its fields and gains `scores`; with kl_coef also `rewards` (the scores before the
+    penalty) and `log_ratios`; from a judge `criteria`. Responses that could not be scored move to
+    `unscored`, each with its source and the reason, so that every response left has a score. A run
+    that was killed goes on where it was.
+
+    Returns:
+        What happened: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses),
+        a judge's requests, prompt_tokens and completion_tokens, and what was bad: skipped (rows)
+        and bad_responses.
+
+    Raises:
+        ValueError: a mistake in options, files or rows, or a reward function that failed.
+        EndpointDown: the judge stopped answering; the same call goes on.
+    """
+    from rrhf_fast.score.run import run  # late: it loads PyTorch
+
+    return run(config)

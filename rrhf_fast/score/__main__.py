@@ -1,0 +1,38 @@
+"""Add scores to the responses of rows: by a reward model, a function, a judge or the policy itself.
+
+python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --reward_model_name_or_path R
+python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --reward_fn package.module:fn
+python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --judge_model gpt-4o-mini
+python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --model_name_or_path M \\
+    --policy_as_reward true
+
+Killed? The same command goes on where it was.
+"""
+
+import sys
+
+from rrhf_fast.score import ScoreConfig, score
+from rrhf_fast.stages.command import fail, go_on, run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 the judge is down, 2 a mistake in options
+    or data, 130 Ctrl-C."""
+    return run_command("score", __doc__, ScoreConfig, _run, arguments)
+
+
+def _run(config: ScoreConfig) -> int:
+    # Heavy, and not needed for --help or a misspelt option.
+    from rrhf_fast.stages.endpoint import EndpointDown
+
+    try:
+        counts = score(config)
+    except EndpointDown as error:
+        return fail("score", f"{error}; {go_on(config)}", 1)
+    print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    print(f"rows are in {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Log-probs of given responses under a model, through the trainer's packed forest."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rrhf_fast.data.packs import PackPlanner
+from rrhf_fast.data.rows import BadRow, Draft, Row, RowReport
+from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.model.config import LossConfig
+from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.score.config import ScorerConfig
+
+# Of prompt and response, for a model whose config names no window.
+DEFAULT_WINDOW = 4096
+
+
+class LogProbs:
+    """A causal LM that rates the responses of rows, token by token."""
+
+    def __init__(self, name: str, config: ScorerConfig, option: str = "model_name_or_path"):
+        """`option` is the one that names the model. Raises ValueError when there is no such model,
+        or the forest cannot serve it."""
+        code = {"trust_remote_code": config.trust_remote_code, "option": option}
+        self.tokenizer = load_tokenizer(name, **code)
+        lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.max_length = max_positions(lm) or DEFAULT_WINDOW
+        self.config = config
+        self.model = RRHFModel(
+            lm,
+            LossConfig(),
+            packing=config.packing,
+            max_length=self.max_length,
+            compute_dtype=inference_dtype(config.dtype),
+        )
+
+    @torch.no_grad()
+    def __call__(self, drafts: Sequence[Draft | Row]) -> list[list[np.ndarray | str]]:
+        """For each row and each of its responses the log-probs [R] of its tokens, the end token
+        last; with `--on_bad_rows skip` the reason where there are none, say because the chat
+        template changes the response.
+
+        A prompt keeps its tail of half the window, a response what that leaves.
+        """
+        rows = [draft.as_row() if isinstance(draft, Draft) else draft for draft in drafts]
+        found: list[list[np.ndarray | str]] = [[""] * len(row.responses) for row in rows]
+        places = [(number, range(len(row.responses))) for number, row in enumerate(rows)]
+        places = [place for place in places if place[1]]
+        try:
+            queries = self._tokenise([rows[number] for number, _ in places])
+        except BadRow:
+            if self.config.on_bad_rows == "error":
+                raise
+            places = [(number, self._usable(rows[number], found[number])) for number, _ in places]
+            places = [place for place in places if place[1]]
+            queries = self._tokenise([rows[number].pick(keep) for number, keep in places])
+        planner = PackPlanner(
+            queries,
+            packing=self.config.packing,
+            max_tokens_per_pack=self.config.max_tokens_per_pack,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_to_multiple_of=self.model.pad_to_multiple_of,
+            plan=self.model.plan,
+        )
+        for ids in planner.plan(range(len(queries))):
+            pack = planner.build(ids).to(self.model.device)
+            logps = self.model.edge_logps(pack)[pack.path_edges].float().cpu().numpy()
+            parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))
+            for number, keep in (places[i] for i in ids):
+                for i in keep:
+                    found[number][i] = next(parts)
+        return found
+
+    def _tokenise(self, rows: Sequence[Row]) -> list[TokenisedQuery]:
+        if not rows:
+            return []
+        queries, _ = tokenise_rows(
+            rows,
+            self.tokenizer,
+            RowReport(),
+            max_length=self.max_length,
+            max_prompt_length=self.max_length // 2,
+            chat_template_kwargs=self.config.chat_template_kwargs,
+        )
+        return queries
+
+    def _usable(self, row: Row, reasons: list[np.ndarray | str]) -> list[int]:
+        """The responses of a row that can be tokenised; the others' `reasons` are noted."""
+        keep = []
+        for i in range(len(row.responses)):
+            try:
+                self._tokenise([row.pick([i])])
+                keep.append(i)
+            except BadRow as error:
+                reasons[i] = error.args[2]
+        return keep
+
+
+def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:
+    """The log-probs of a response's own tokens: one that was cut off had no end token.
+
+    They are the tokens of its text, as in training: those that the sampler drew, but for the rare
+    word that it spelt in other pieces than the tokenizer does."""
+    return logps[:-1] if finish_reason == "length" else logps

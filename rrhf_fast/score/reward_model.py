@@ -1,0 +1,126 @@
+"""A reward model of Hugging Face transformers."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rrhf_fast.data.chat import with_answer
+from rrhf_fast.data.messages import plain_content
+from rrhf_fast.model.decoder import check_finite, inference_dtype, load_tokenizer, max_positions
+from rrhf_fast.score.config import ScorerConfig
+
+Prompt = str | list[dict]
+
+
+class RewardModel:
+    """A sequence classifier with one label; its logit is the score."""
+
+    def __init__(self, config: ScorerConfig):
+        """Raises ValueError where there is no such model, or it has no trained head of one
+        label."""
+        name, code = config.reward_model_name_or_path, config.trust_remote_code
+        option = "reward_model_name_or_path"
+        where = f"{option}: {name}"
+        self.tokenizer = load_tokenizer(name, trust_remote_code=code, option=option)
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=inference_dtype(config.dtype),
+                use_safetensors=True,
+                trust_remote_code=code,
+                output_loading_info=True,
+            )
+        except Exception as error:  # a damaged or foreign checkpoint raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{where}: no sequence classifier ({reason})") from error
+        if missing := sorted(info["missing_keys"]):
+            problem = f"weights are missing and would be random ({', '.join(missing[:3])})"
+            raise ValueError(f"{where}: {problem}, so this is no reward model")
+        check_finite(model, name, option)
+        if model.config.num_labels != 1:
+            problem = f"expected a head of 1 label, found {model.config.num_labels}"
+            raise ValueError(f"{where}: {problem}")
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.max_length = config.reward_max_length
+        if (window := max_positions(model)) is not None:
+            # RoBERTa's kind counts positions from behind the padding's.
+            offset = (model.config.pad_token_id or 0) + 1 if _counts_from_padding(model) else 0
+            self.max_length = min(self.max_length, window - offset)
+        self._input = config.reward_input
+
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
+        """What the model reads of each: input_ids, and token_type_ids where it has them.
+
+        Raises ValueError for `reward_input` "chat" without a chat template, or with one that
+        rejects the messages.
+        """
+        return [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+
+    def _encode(self, prompt: Prompt, response: str) -> dict:
+        tokenizer, how = self.tokenizer, self._input
+        options = {"truncation": True, "max_length": self.max_length}
+        if how == "auto":
+            has_template = isinstance(prompt, list) and tokenizer.chat_template
+            how = "chat" if has_template else "pair" if tokenizer.sep_token else "text"
+        if how == "pair":
+            # Of a pair that is too long, the prompt goes first.
+            lengths = [
+                len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
+                for t in (plain_text(prompt), response)
+            ]
+            room = self.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+            options["truncation"] = "only_first" if lengths[1] < room else "longest_first"
+            return tokenizer(plain_text(prompt), response, **options)
+        if how == "chat":
+            if not tokenizer.chat_template:
+                raise ValueError("reward_input: the reward model's tokenizer has no chat template")
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = with_answer(turns, response)
+            try:
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+            except Exception as error:  # a template raises what it likes
+                problem = f"the reward model's chat template rejects {str(turns)[:80]}... ({error})"
+                raise ValueError(f"reward_input: {problem}") from error
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer(plain_text(prompt) + response, verbose=False)["input_ids"]
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+        return {"input_ids": ids[-self.max_length :]}
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[dict]) -> list[float]:
+        """The logit of each encoded row; one batch."""
+        width = max(len(row["input_ids"]) for row in rows)
+        pad = self._padding(rows)
+        # A decoder's classifier looks for the last token that is no padding.
+        self.model.config.get_text_config().pad_token_id = pad
+        batch = {"attention_mask": [[1] * len(row["input_ids"]) for row in rows]}
+        batch |= {name: [row[name] for row in rows] for name in rows[0] if name != "attention_mask"}
+        fill = {"input_ids": pad}
+        inputs = {
+            name: torch.tensor([ids + [fill.get(name, 0)] * (width - len(ids)) for ids in values])
+            for name, values in batch.items()
+        }
+        inputs = {name: values.to(self.model.device) for name, values in inputs.items()}
+        return self.model(**inputs).logits[:, 0].float().tolist()
+
+    def _padding(self, rows: Sequence[dict]) -> int:
+        """The tokenizer's padding token if none of the rows holds it (many tokenizers have none, or
+        name EOS), else any token that none holds: the mask hides it, and it must not be mistaken
+        for a row's own."""
+        used = set().union(*(row["input_ids"] for row in rows))
+        pad = self.tokenizer.pad_token_id
+        if pad is not None and pad not in used:
+            return pad
+        return next(token for token in range(self.model.config.vocab_size) if token not in used)
+
+
+def plain_text(prompt: Prompt) -> str:
+    """A prompt as one text; messages are parted by empty lines."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(map(plain_content, prompt))
+
+
+def _counts_from_padding(model: torch.nn.Module) -> bool:
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())

@@ -1,0 +1,263 @@
+"""The stage `score`: rows with responses in, the same rows with scores out."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.model.generate import batches_by_length
+from rrhf_fast.score.config import ScoreConfig, ScorerConfig
+from rrhf_fast.score.judge import Judge
+from rrhf_fast.score.logprobs import LogProbs, generated
+from rrhf_fast.score.reward_model import Prompt, RewardModel
+from rrhf_fast.stages.endpoint import ask_all
+from rrhf_fast.stages.identity import identity
+from rrhf_fast.stages.journal import Journal, fingerprint
+from rrhf_fast.stages.reward_fn import load_reward_fn
+
+
+def run(config: ScoreConfig) -> Counter:
+    """See `rrhf_fast.score`."""
+    config.validate()
+    drafts, report = load_drafts(config.data, **config.reading())
+    for draft in drafts:
+        if draft.responses is None:
+            raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
+    texts = [asdict(draft) | {"where": None} for draft in drafts]
+    check_scorer(config)  # a wrong name shall not cost any work
+    for option in ("model_name_or_path", "reference_model_name_or_path"):
+        if config.kl_coef:
+            _tokenizer_of(option, config)
+    with Journal(
+        config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
+    ) as journal:
+        pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
+        if config.judge_model:
+            results = _judge(journal, drafts, pairs, config)
+        elif config.reward_model_name_or_path:
+            results = _reward_model(journal, drafts, pairs, config)
+        elif config.reward_fn:
+            results = _reward_fn(journal, drafts, pairs, config)
+        else:
+            logps = _logps(journal, "model_name_or_path", drafts, config)
+            results = [_checked(logps[row][i]) for row, i in pairs]
+        ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
+        if ratios is not None:
+            results = [
+                {"error": ratios[row][i]} if isinstance(ratios[row][i], str) else result
+                for (row, i), result in zip(pairs, results, strict=True)
+            ]
+        rows, counts = _merge(drafts, pairs, results, ratios, config.kl_coef)
+        if pairs and not counts["scored"]:
+            reason = next(row["unscored"] for row in rows if "unscored" in row)[0]["error"]
+            journal.forget(list(journal.done))
+            raise ValueError(f"no response could be scored: {reason}")
+        journal.finish(rows)
+    counts.update(report.left_out())
+    return counts
+
+
+def check_scorer(config: ScorerConfig) -> None:
+    """Raise ValueError, with the option's name, where there is no such function or model."""
+    if config.reward_fn:
+        load_reward_fn(config.reward_fn, "reward_fn")
+    elif config.reward_model_name_or_path:
+        _tokenizer_of("reward_model_name_or_path", config)
+    elif config.policy_as_reward:
+        _tokenizer_of("model_name_or_path", config)
+
+
+def _tokenizer_of(option: str, config: ScorerConfig) -> None:
+    name, code = getattr(config, option), config.trust_remote_code
+    load_tokenizer(name, trust_remote_code=code, option=option)
+
+
+def _in_batches(
+    journal: Journal,
+    name: str,
+    batches: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], list],
+    unit: str,
+) -> dict[int, object]:
+    """Results of `work` by item number, a journal entry for each batch that it lacks."""
+    found = {}
+    total = sum(map(len, batches))
+    with tqdm(total=total, unit=unit, desc=name, disable=None) as progress:
+        for number, batch in enumerate(batches):
+            key = f"{name}/{number}"
+            if key not in journal.done:
+                journal.write(key, work(batch))
+            found |= dict(zip(batch, journal.done[key], strict=True))
+            progress.update(len(batch))
+    return found
+
+
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _texts(
+    drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]]
+) -> tuple[list[Prompt], list[str]]:
+    return (
+        [drafts[row].prompt for row, _ in pairs],
+        [drafts[row].responses[i] for row, i in pairs],
+    )
+
+
+def _reward_model(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    model = RewardModel(config)
+    rows = model.encode(*_texts(drafts, pairs))
+    batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
+    scores = _in_batches(
+        journal,
+        "reward model",
+        batches,
+        lambda batch: model.score([rows[i] for i in batch]),
+        "response",
+    )
+    return [_checked(scores[i]) for i in range(len(pairs))]
+
+
+def _reward_fn(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    function, name = load_reward_fn(config.reward_fn, "reward_fn"), config.reward_fn
+
+    def call(batch: Sequence[int]) -> list[float]:
+        prompts, responses = _texts(drafts, [pairs[i] for i in batch])
+        try:
+            scores = np.asarray(function(prompts, responses), dtype=np.float64)
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
+        if scores.shape != (len(responses),):
+            expected = f"expected {len(responses)} numbers, one a response"
+            raise ValueError(f"reward_fn: {name}: {expected}, found shape {scores.shape}")
+        return scores.tolist()
+
+    batches = _chunks(len(pairs), config.batch_size)
+    scores = _in_batches(journal, "reward function", batches, call, "response")
+    return [_checked(scores[i]) for i in range(len(pairs))]
+
+
+def _checked(value: float | list[float] | str) -> dict:
+    """A score, the first of `_logps`, or the reason why there is none."""
+    if isinstance(value, str):
+        return {"error": value}
+    value = value[0] if isinstance(value, list) else value
+    return {"score": value} if math.isfinite(value) else {"error": f"a score of {value}"}
+
+
+def _judge(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    judge = Judge(config)
+    work = {
+        f"{row}/{i}": partial(judge.judge, drafts[row].prompt, drafts[row].responses[i])
+        for row, i in pairs
+    }
+    with tqdm(total=len(work), unit="response", desc="judge", disable=None) as progress:
+        missing = {key: function for key, function in work.items() if key not in journal.done}
+        progress.update(len(work) - len(missing))
+        ask_all(missing, journal, config.max_concurrency, progress)
+    return [journal.done[key] for key in work]
+
+
+def _logps(
+    journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
+) -> list[list[list[float] | str]]:
+    """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model, or
+    the reason why there are none."""
+    name, model = getattr(config, option), None
+
+    def work(batch: Sequence[int]) -> list:
+        nonlocal model
+        model = model or LogProbs(name, config, option)
+        found = model([drafts[row] for row in batch])
+        out = []
+        for row, responses in zip(batch, found, strict=True):
+            reasons = drafts[row].finish_reasons or [None] * len(responses)
+            out.append(
+                [
+                    logps
+                    if isinstance(logps, str)
+                    else [float(logps.mean()), float(generated(logps, reason).sum())]
+                    for logps, reason in zip(responses, reasons, strict=True)
+                ]
+            )
+        return out
+
+    batches = _chunks(len(drafts), config.batch_size)
+    found = _in_batches(journal, f"log-probs of {name}", batches, work, "row")
+    return [found[row] for row in range(len(drafts))]
+
+
+def _log_ratios(
+    journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
+) -> list[list[float | str]]:
+    """[row][response] -> log(policy / reference), or the reason why there is none."""
+    policy = _logps(journal, "model_name_or_path", drafts, config)
+    if config.model_name_or_path == config.reference_model_name_or_path:
+        reference = policy
+    else:
+        reference = _logps(journal, "reference_model_name_or_path", drafts, config)
+    return [
+        [
+            next((x for x in (p, r) if isinstance(x, str)), None) or p[1] - r[1]
+            for p, r in zip(policy[row], reference[row], strict=True)
+        ]
+        for row in range(len(drafts))
+    ]
+
+
+def _merge(
+    drafts: Sequence[Draft],
+    pairs: Sequence[tuple[int, int]],
+    results: Sequence[dict],
+    ratios: list[list[float]] | None,
+    kl_coef: float,
+) -> tuple[list[dict], Counter]:
+    by_pair = dict(zip(pairs, results, strict=True))
+    counts, rows = Counter(rows=len(drafts)), []
+    for row, draft in enumerate(drafts):
+        found = [by_pair[row, i] for i in range(len(draft.responses))]
+        keep = [i for i, result in enumerate(found) if "score" in result]
+        out = {"prompt": draft.prompt, "responses": [draft.responses[i] for i in keep]}
+        scores = [found[i]["score"] for i in keep]
+        if ratios is not None:
+            out |= {"rewards": scores, "log_ratios": [ratios[row][i] for i in keep]}
+            scores = [
+                reward - kl_coef * ratio
+                for reward, ratio in zip(scores, out["log_ratios"], strict=True)
+            ]
+        out["scores"] = scores
+        for name in ("sources", "finish_reasons", "as_generated"):
+            if (values := getattr(draft, name)) is not None:
+                out[name] = [values[i] for i in keep]
+        if any("criteria" in found[i] for i in keep):
+            out["criteria"] = [found[i]["criteria"] for i in keep]
+        unscored = [
+            {
+                "response": draft.responses[i],
+                "source": draft.sources[i] if draft.sources else None,
+                "error": result["error"],
+            }
+            | ({"answer": result["answer"]} if "answer" in result else {})
+            for i, result in enumerate(found)
+            if "error" in result
+        ]
+        rows.append(draft.others | out | ({"unscored": unscored} if unscored else {}))
+        for result in found:
+            counts.update(result.get("usage", {}))
+        counts["scored"] += len(keep)
+        counts["unscored"] += len(unscored)
+        counts["unrankable"] += len(keep) < 2
+    return rows, counts

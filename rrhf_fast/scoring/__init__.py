@@ -1,1 +1,0 @@
-"""What responses are worth: reward models, functions, judges, the policy itself."""

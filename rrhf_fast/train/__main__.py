@@ -1,0 +1,34 @@
+"""Train a causal language model by RRHF.
+
+python -m rrhf_fast.train                                  # the embedded demo, offline
+python -m rrhf_fast.train --model_name_or_path M --train_data rows.jsonl --eval_fraction 0.1
+python -m rrhf_fast.train --config config.yaml --seed 1    # options override the file
+python -m rrhf_fast.train --print_config                   # every option's value, as YAML
+torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded over 8 GPUs
+"""
+
+from rrhf_fast.stages.command import PREEMPTED, fail, leave, run_command
+from rrhf_fast.train import TrainConfig, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
+    data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint to resume from, 130 Ctrl-C."""
+    return run_command("train", __doc__, TrainConfig, _run, arguments, many_processes=True)
+
+
+def _run(config: TrainConfig) -> int:
+    # Heavy, and not needed for --help or a misspelt option.
+    from rrhf_fast.model.save import SaveFailed
+    from rrhf_fast.train.backward import OutOfMemory
+    from rrhf_fast.train.loop import NotFinite
+
+    try:
+        result = train(config)
+    except (NotFinite, OutOfMemory, SaveFailed) as error:
+        return fail("train", error, 1)
+    return PREEMPTED if result.preempted else 130 if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -1,0 +1,190 @@
+"""Ranks: one process for each device, and the model sharded over them with FSDP2.
+
+A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first rank.
+Without it there is one process, no process group, and nothing here does anything.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from rrhf_fast.model.layers import decoder_layers
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.config import TrainConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks of a run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None  # (replicate, shard); None where there is no process group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes files that exist once."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value, on all ranks, in the order of the ranks."""
+        if self.mesh is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks raise what the body raised on the first rank on which it failed, if any."""
+        own = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        for error in self.gather(own):
+            if error is not None:
+                error.on_all_ranks = True
+                raise error
+
+    def once(self, function: Callable[[], T]) -> T:
+        """Call on the first rank; all get what it returned, or raise what it raised."""
+        outcome = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        if self.mesh is not None:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            outcome[1].on_all_ranks = True
+            raise outcome[1]
+        return outcome[0]
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether `World` raised this error on every rank, so that all are at the same point."""
+    return getattr(error, "on_all_ranks", False)
+
+
+@contextmanager
+def join_world(config: TrainConfig) -> Iterator[World]:
+    """Join the other ranks, as far as a launcher started any; leave them at the end.
+
+    Raises:
+        ValueError: data_parallel_shard and data_parallel_replicate do not multiply to the number
+            of ranks.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    shard = config.data_parallel_shard or size // config.data_parallel_replicate
+    if shard * config.data_parallel_replicate != size:
+        found = f"{shard} x {config.data_parallel_replicate} for {size} processes"
+        raise ValueError(
+            "data_parallel_shard, data_parallel_replicate: expected their product to be the number "
+            f"of processes (torchrun --nproc_per_node), found {found}"
+        )
+    if "RANK" not in os.environ:
+        if config.cpu_offload:
+            raise ValueError("cpu_offload: needs torchrun (one process will do)")
+        yield World(device)
+        return
+    if cuda:
+        torch.cuda.set_device(device)
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        # Checkpoints are written by a thread that talks over gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    names = ("replicate", "shard")
+    mesh = init_device_mesh(
+        device.type, (config.data_parallel_replicate, shard), mesh_dim_names=names
+    )
+    yield World(device, rank, size, mesh)
+    # Not after an exception: the other ranks may wait in a collective that this one never joins.
+    if joined_here:
+        dist.destroy_process_group()
+
+
+def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
+    """Shard every layer, then what is left (embeddings, norm, head), so that the head's weight is
+    whole while the root's forward runs. Weights stay float32; a rank computes in `config.dtype`
+    and sums gradients in float32."""
+    dtype = getattr(torch, config.dtype)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    options = {
+        "mesh": world.mesh if config.data_parallel_replicate > 1 else world.mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rewards rounded to bfloat16 would tie
+        ),
+        "offload_policy": offload if config.cpu_offload else OffloadPolicy(),
+    }
+    for layer in decoder_layers(model.lm):
+        fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+def prepare_backward(model: nn.Module, config: TrainConfig, *, is_last: bool) -> None:
+    """Tell FSDP where in an optimizer step this pack stands; before its forward."""
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(is_last)
+    if config.reshard_after_forward:
+        # Gradients are scattered after each pack, so that none is ever whole; replicas sum theirs
+        # once.
+        model.set_requires_all_reduce(is_last)
+    else:
+        # Weights are gathered and gradients reduced once an optimizer step.
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
+@contextmanager
+def gathered(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Inside, every rank holds all weights, so that each can run parts of the model as often as it
+    likes (sampling takes a different number of steps on each)."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(
+                config.reshard_after_forward and unit is not model, recurse=False
+            )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's full value, on every rank; all ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,78 @@
+"""The output folder: whose it is, and which checkpoints it holds."""
+
+import contextlib
+import itertools
+import time
+from pathlib import Path
+
+from rrhf_fast.stages.run_folder import is_ours
+from rrhf_fast.train.config import TrainConfig
+
+# Files that mark a folder as the output of an earlier run.
+RUN_FILES = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise ValueError if this run would destroy files of another one, unless it was told to."""
+    if config.output_dir is None:
+        return
+    output_dir = Path(config.output_dir)
+    model = config.model_name_or_path
+    if config.use_peft and model is not None and Path(model).resolve() == output_dir.resolve():
+        problem = f"{output_dir} is the model that the adapters belong to (choose another)"
+        raise ValueError(f"output_dir: {problem}")
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    for folder in folders:
+        if not is_ours(folder):
+            raise ValueError(f"output_dir: {folder} is no checkpoint of rrhf_fast (choose another)")
+    if config.overwrite_output_dir:
+        source = config.init_optimizer_from
+        if source is not None and _is_inside(source, output_dir):
+            problem = f"{source} is in the output_dir that --overwrite_output_dir clears"
+            raise ValueError(f"init_optimizer_from: {problem} (choose another output_dir)")
+        return
+    resumed = config.resume_from_checkpoint
+    if resumed is not None and (
+        (folders or not any((output_dir / name).exists() for name in RUN_FILES[1:]))
+        if resumed == "latest"
+        else _is_inside(resumed, output_dir)
+    ):
+        return  # its own earlier run
+    names = (*RUN_FILES, *(folder.name for folder in folders))
+    used = [name for name in names if (output_dir / name).exists()]
+    if used:
+        problem = f"{config.output_dir} already holds {used[0]} of another run"
+        raise ValueError(
+            f"output_dir: {problem} (choose another, or set --overwrite_output_dir true)"
+        )
+
+
+def claim_output_dir(config: TrainConfig) -> Path:
+    """Make the folder. Two runs that start in the same second get a folder each."""
+    try:
+        if config.output_dir is not None:
+            output_dir = Path(config.output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+        else:
+            name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+            for number in itertools.count(1):
+                output_dir = Path(name if number == 1 else f"{name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    output_dir.mkdir(parents=True)
+                    break
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        problem = f"{config.output_dir or 'runs'} cannot be written ({error.strerror})"
+        raise ValueError(f"output_dir: {problem}") from error
+    return output_dir
+
+
+def _is_inside(checkpoint: str, output_dir: Path) -> bool:
+    return Path(checkpoint).resolve().parent == output_dir.resolve()

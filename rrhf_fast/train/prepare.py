@@ -1,0 +1,249 @@
+"""From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
+what was found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.trainer_utils import enable_full_determinism
+
+from rrhf_fast import demo
+from rrhf_fast.data.forest import forest_tokens
+from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
+from rrhf_fast.data.padded import padded_tokens
+from rrhf_fast.data.rows import RowReport, load_rows
+from rrhf_fast.data.split import hold_out
+from rrhf_fast.data.tokenise import TokenisedQuery, learned_end_ids, tokenise_rows
+from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.lora import add_lora, init_lora
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.model.save import learn_end_tokens
+from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
+from rrhf_fast.stages.reward_fn import RewardFn, load_reward_fn
+from rrhf_fast.stages.run_folder import find_checkpoint, read_state
+from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.distributed import World, shard_model
+from rrhf_fast.train.memory import activation_line, fitting_tokens
+from rrhf_fast.train.output_dir import check_output_dir, claim_output_dir
+from rrhf_fast.train.profile import WARMUP
+from rrhf_fast.train.summary import describe
+
+
+@dataclass
+class Run:
+    """What `train` works on."""
+
+    config: TrainConfig
+    world: World
+    output_dir: Path
+    model: RRHFModel
+    save_dtype: torch.dtype
+    tokenizer: transformers.PreTrainedTokenizerBase
+    train: PackPlanner
+    held_out: PackPlanner | None
+    reward_fn: RewardFn | None
+    num_steps: int
+    summary: str
+
+
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Check everything that can be checked before the first step, cheapest first. All ranks must
+    call.
+
+    Raises:
+        ValueError: any mistake in options, files or rows, with one line that says what, where and
+            what was expected.
+    """
+    config.validate()
+    if config.model_name_or_path is None:
+        config = with_demo(config)
+    world.once(lambda: check_output_dir(config))
+    reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
+    options = config.reading() | {
+        "use_responses": config.use_responses,
+        "stop_strings": config.stop_strings,
+    }
+    rows, report = load_rows(config.train_data, **options)
+    held_out_rows, held_out_report = [], RowReport()
+    if config.eval_data is not None:
+        held_out_rows, held_out_report = load_rows(config.eval_data, **options)
+
+    set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    lm, stored, save_dtype = _load(config, world)
+    config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
+    max_length = min(config.max_length, max_positions(lm) or config.max_length)
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "max_response_length": config.max_response_length,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "on_bad_rows": config.on_bad_rows,
+    }
+    queries, cut = tokenise_rows(rows, tokenizer, report, **limits)
+    held_out = []
+    if held_out_rows:
+        held_out, held_out_cut = tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)
+        cut.cut += held_out_cut.cut
+    report.add(held_out_report)
+    if config.eval_fraction > 0:
+        queries, held_out = hold_out(queries, config.eval_fraction, config.seed)
+    _check_vocabulary(queries + held_out, lm)
+    learn_end_tokens(lm, tokenizer, learned_end_ids(queries))
+    num_tokens = _resolve_pack(config, world, queries + held_out)
+    config = replace(config, max_tokens_per_pack=num_tokens)
+
+    if config.use_peft:
+        add_lora(lm, config)
+    model = RRHFModel(
+        lm if world.mesh is not None else lm.to(world.device),
+        config,
+        packing=config.packing,
+        max_length=max_length,
+        max_tokens=config.max_tokens_per_pack,
+        compute_dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        compile=config.compile,
+        activation_checkpointing=config.activation_checkpointing,
+        device=world.device,
+        is_sharded=world.mesh is not None,
+    )
+    if world.mesh is not None:
+        shard_model(model, world, config)
+    elif config.use_peft:
+        # Weights that do not change need no float32 copy (FSDP wants one dtype a layer, though).
+        for parameter in lm.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(model.compute_dtype)
+    if stored is not None:
+        model.to_empty(device="cpu" if config.cpu_offload else world.device)
+        with world.together():
+            fill_weights(lm, stored)
+    if config.use_peft:
+        init_lora(lm, config.seed)
+    if stored is not None:
+        with world.together():
+            check_finite(lm, config.model_name_or_path)
+    planner_options = {
+        "packing": config.packing,
+        "max_tokens_per_pack": config.max_tokens_per_pack,
+        "pad_token_id": tokenizer.pad_token_id or 0,
+        "pad_to_multiple_of": model.pad_to_multiple_of,
+        "plan": model.plan,
+    }
+    train = PackPlanner(queries, **planner_options)
+    per_epoch = steps_per_epoch(len(queries), config.train_batch_size)
+    num_steps = config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
+    if config.profile_steps is not None and num_steps <= WARMUP:
+        raise ValueError(
+            f"profile_steps: expected a run of more than {WARMUP} steps, found {num_steps}"
+        )
+    return Run(
+        config=config,
+        world=world,
+        output_dir=world.once(lambda: claim_output_dir(config)),
+        model=model,
+        save_dtype=save_dtype,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=PackPlanner(held_out, **planner_options) if held_out else None,
+        reward_fn=reward_fn,
+        num_steps=num_steps,
+        summary=describe(
+            config,
+            model,
+            train,
+            held_out,
+            report,
+            cut,
+            max_length,
+            has_template=bool(tokenizer.chat_template),
+        ),
+    )
+
+
+def with_demo(config: TrainConfig) -> TrainConfig:
+    """The embedded demo's settings for every option that is at its default; eval_fraction holds
+    out a share of the demo's training rows instead of its held-out ones."""
+    defaults = TrainConfig()
+    untouched = {
+        f.name for f in fields(config) if getattr(config, f.name) == getattr(defaults, f.name)
+    }
+    if config.eval_fraction > 0:
+        untouched.remove("eval_data")
+    return replace(
+        config, **{name: value for name, value in demo.SETTINGS.items() if name in untouched}
+    )
+
+
+def _load(
+    config: TrainConfig, world: World
+) -> tuple[transformers.PreTrainedModel, dict[str, Stored] | None, torch.dtype]:
+    """The model; where its weights are, if it is still empty; and the dtype to save it in."""
+    name, trust = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
+    lm = stored = None
+    if world.mesh is not None:
+        lm = empty_model(name, **trust)
+        stored = locate_weights(lm, name)
+    if stored is None:
+        lm = load_model(name, **trust)
+    if config.save_dtype != "auto":
+        return lm, stored, getattr(torch, config.save_dtype)
+    source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
+    return lm, stored, torch.float32 if config.use_peft or source is None else source
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _resolve_pack(config: TrainConfig, world: World, queries: Sequence[TokenisedQuery]) -> int:
+    """max_tokens_per_pack as a number, the same on all ranks. Auto: the number of the checkpoint to
+    resume from, so that packs stay as they were, or what the smallest GPU has room for."""
+    if config.max_tokens_per_pack != "auto":
+        return config.max_tokens_per_pack
+    if config.resume_from_checkpoint is not None:
+        stored = world.once(lambda: _stored_pack(config))
+        if stored is not None:
+            return stored
+    if world.device.type == "cpu":
+        return TrainConfig.max_tokens_per_pack
+    with torch.random.fork_rng(devices=[]):  # adapters draw numbers, which the run would miss
+        lm = empty_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        if config.use_peft:
+            add_lora(lm, config)
+    tokens = forest_tokens if config.packing == "forest" else padded_tokens
+    dtype = getattr(torch, config.dtype)
+    return fitting_tokens(
+        lm,
+        config,
+        dtype,
+        num_gpus=1 if world.mesh is None else world.mesh["shard"].size(),
+        activations=activation_line(lm, config, dtype),
+        memory=min(world.gather(torch.cuda.get_device_properties(world.device).total_memory)),
+        largest_query=max(map(tokens, queries)),
+    )
+
+
+def _stored_pack(config: TrainConfig) -> int | None:
+    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
+    output_dir = config.output_dir and Path(config.output_dir)
+    folder = find_checkpoint(name, output_dir, option)
+    return folder and read_state(folder)["config"]["max_tokens_per_pack"]
+
+
+def _check_vocabulary(queries: Sequence[TokenisedQuery], lm: transformers.PreTrainedModel) -> None:
+    vocab = lm.get_input_embeddings().num_embeddings
+    largest = max(
+        max(query.prompt_ids.max(), *(ids.max() for ids in query.response_ids)) for query in queries
+    )
+    if largest >= vocab:
+        problem = f"its tokenizer makes token {largest}, but the model knows only {vocab}"
+        raise ValueError(f"model_name_or_path: {problem}")

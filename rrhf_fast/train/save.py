@@ -1,0 +1,43 @@
+"""The weights of a run, gathered from its ranks and written."""
+
+import torch
+from torch import nn
+
+from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.model.save import write_model
+from rrhf_fast.model.sharded import named_tensors
+from rrhf_fast.train.distributed import World, whole
+from rrhf_fast.train.prepare import Run
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, by name: with adapters they alone, else all parameters and persistent
+    buffers. They share memory with the model."""
+    parameters = dict(model.named_parameters())
+    adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors = named_tensors(model)
+    if len(adapters) == len(parameters):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name in adapters}
+
+
+def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; elsewhere {}.
+    Gathers a tensor at a time. All ranks must call."""
+    weights = {}
+    for name, tensor in trained_tensors(model).items():
+        tensor = whole(tensor.detach())
+        if world.is_first:
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            weights[name.removeprefix("lm.")] = tensor.cpu()
+    return weights
+
+
+def save_model(run: Run) -> None:
+    """Write model (or adapters) and tokenizer to output_dir. All ranks must call."""
+    weights = gather_weights(run.model, run.world, run.save_dtype)
+    if run.world.is_first:
+        with run.model.generation():  # the saved config must name an attention that others have
+            write_model(
+                run.model.lm, run.tokenizer, run.output_dir, dtype=run.save_dtype, weights=weights
+            )

@@ -1,0 +1,53 @@
+"""What the model will see: `--show_tokens` prints rows token by token."""
+
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
+from rrhf_fast.model.decoder import load_tokenizer, max_positions
+from rrhf_fast.model.sharded import empty_model
+from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.summary import counted
+
+
+def shown_rows(config: TrainConfig) -> str:
+    """The first `config.show_tokens` training rows as text. Raises ValueError as `train` does."""
+    rows, report = load_rows(
+        config.train_data,
+        use_responses=config.use_responses,
+        stop_strings=config.stop_strings,
+        **config.reading(),
+    )
+    name, code = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(name, **code)
+    window = max_positions(empty_model(name, **code)) or config.max_length
+    queries, _ = tokenise_rows(
+        rows if config.on_bad_rows == "skip" else rows[: config.show_tokens],
+        tokenizer,
+        report,
+        max_length=min(config.max_length, window),
+        max_prompt_length=config.max_prompt_length,
+        max_response_length=config.max_response_length,
+        chat_template_kwargs=config.chat_template_kwargs,
+        on_bad_rows=config.on_bad_rows,
+    )
+    shown = [_shown(query, tokenizer) for query in queries[: config.show_tokens]]
+    if report.unused:
+        shown.append(f"unused fields: {counted(report.unused)}")
+    return "\n\n".join(shown)
+
+
+def _shown(query: TokenisedQuery, tokenizer) -> str:
+    lines = [f"{query.row.where}: prompt, {len(query.prompt_ids)} tokens, not learned"]
+    lines += _indented(tokenizer.decode(query.prompt_ids))
+    for i, (ids, score) in enumerate(zip(query.response_ids, query.row.scores, strict=True)):
+        lines.append(f"responses[{i}], score {score:g}, {len(ids)} tokens, learned")
+        # Each token by itself: where they join, bytes of one letter may be parted.
+        lines += _indented("".join(f"[{tokenizer.decode([token])}]" for token in ids))
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> list[str]:
+    """Lines of a text; line ends are shown, and what a terminal would obey is escaped."""
+    lines = text.replace("\n", "\u23ce\n").split("\n")
+    return [
+        "    " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in s) for s in lines if s
+    ]

@@ -1,0 +1,298 @@
+"""The stage `evaluate` on the embedded model, and the page it writes."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rrhf_fast import demo, reference
+from rrhf_fast.data.rows import load_rows
+from rrhf_fast.evaluate import evaluate
+from rrhf_fast.evaluate.__main__ import main
+from rrhf_fast.evaluate.config import EvaluateConfig
+from rrhf_fast.evaluate.report import write_report
+from rrhf_fast.evaluate.run import claim, read_side
+
+MODEL = str(demo.MODEL_DIR)
+FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory):
+    """The embedded model with blunt logits, as the baseline."""
+    folder = tmp_path_factory.mktemp("worse")
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.6)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = read(demo.EVAL_FILE)[:8]
+    return EvaluateConfig(
+        model_name_or_path=MODEL,
+        data=write(tmp_path / "rows.jsonl", rows),
+        output_dir=str(tmp_path / "out"),
+        reward_fn="rrhf_fast.demo.reward:score",
+        num_samples=3,
+        max_new_tokens=24,
+        num_bootstrap=200,
+    )
+
+
+def test_every_measure_is_what_its_files_say(config, worse):
+    config = replace(config, baseline=worse, reference_model_name_or_path=MODEL)
+    config.ranking_data = config.data
+    found = evaluate(config)
+    rows = read(Path(config.output_dir, "scored.jsonl"))
+    assert {path.name for path in Path(config.output_dir).iterdir()} == FILES
+    assert found.prompts == len(rows) == 8 and found.dropped == 0
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    for name, measures in (("model", found.model), ("baseline", found.baseline)):
+        samples = [
+            (row["prompt"], text, score, reason)
+            for row in rows
+            for text, score, source, reason in zip(
+                row["responses"], row["scores"], row["sources"], row["finish_reasons"], strict=True
+            )
+            if source == name
+        ]
+        assert len(samples) == 24  # three a prompt, though some may be the same
+        assert measures["reward"].value == pytest.approx(np.mean([s[2] for s in samples]))
+        assert measures["reward"].low < measures["reward"].value < measures["reward"].high
+        lengths = [
+            len(tokenizer(text, add_special_tokens=False)["input_ids"]) for _, text, _, _ in samples
+        ]
+        assert measures["tokens"].value == pytest.approx(np.mean(lengths))
+        cut = np.mean([reason == "length" for *_, reason in samples])
+        assert measures["cut_off"].value == pytest.approx(cut)
+        total = count = 0
+        for prompt, text, _, reason in samples:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += [tokenizer.eos_token_id] * (reason == "stop")
+            prompt_ids = torch.tensor(tokenizer(prompt)["input_ids"])
+            total += reference.response_logps(model, prompt_ids, torch.tensor(ids)).sum().item()
+            count += len(ids)
+        assert measures["perplexity"].value == pytest.approx(np.exp(-total / count), rel=1e-3)
+    assert found.baseline["perplexity"].value > found.model["perplexity"].value
+    gain = found.model["reward"].value - found.baseline["reward"].value
+    assert found.comparison["reward_gain"].value == pytest.approx(gain)
+    assert sum(found.comparison[name].value for name in ("win", "tie", "lose")) == pytest.approx(1)
+    curve = [point.value for point in found.best_of_n["model"]]
+    assert curve == sorted(curve) and len(curve) == 3
+    assert curve[0] == pytest.approx(found.model["reward"].value)
+    assert curve[-1] == pytest.approx(found.model["best_of_n"].value)
+
+    correct = pairs = 0
+    for row in load_rows(config.data)[0]:
+        prompt_ids = torch.tensor(tokenizer(row.prompt)["input_ids"])
+        p = []
+        for text in row.responses:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            p.append(
+                reference.score(
+                    reference.response_logps(model, prompt_ids, torch.tensor(ids))
+                ).item()
+            )
+        better = [(i, j) for i in range(6) for j in range(6) if row.scores[i] > row.scores[j]]
+        correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
+    assert found.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
+
+    by_prompt = json.loads(Path(config.output_dir, "by_prompt.json").read_text())
+    assert len(by_prompt) == 7 and set(by_prompt) < set(found.model)
+    for name, sums in by_prompt.items():
+        assert len(sums["numerators"]) == len(sums["denominators"]) == 8
+        ratio = sum(sums["numerators"]) / sum(sums["denominators"])
+        value = np.exp(-ratio) if name == "perplexity" else ratio
+        assert found.model[name].value == pytest.approx(value)
+
+
+def test_a_model_ties_with_its_own_earlier_evaluation(config):
+    first = evaluate(config)
+    again = replace(config, output_dir=config.output_dir + "2")
+    again.baseline = str(Path(config.output_dir, "scored.jsonl"))
+    found = evaluate(again)
+    assert str(found.model) == str(first.model) == str(found.baseline)  # nan is not nan
+    assert found.comparison["reward_gain"].value == 0
+    assert found.comparison["win"].value == found.comparison["lose"].value
+    other = replace(again, output_dir=config.output_dir + "3")
+    other.data = write(Path(config.data), read(config.data)[:-1])
+    with pytest.raises(ValueError, match="baseline: .* is about other prompts"):
+        evaluate(other)
+
+
+def test_samples_that_repeat_count(config):
+    found = evaluate(replace(config, top_p=1e-9))  # only the likeliest token
+    assert found.model["distinct"].value == pytest.approx(1 / 3)
+    assert found.model["best_of_n"].value == pytest.approx(found.model["reward"].value)
+    assert len(found.best_of_n["model"]) == 3
+
+
+def test_it_goes_on_where_it_was_and_refuses_other_options(config):
+    evaluate(config)
+    before = (Path(config.output_dir, "evaluation.json")).read_text()
+    Path(config.output_dir, "evaluation.json").unlink()
+    Path(config.output_dir, "scored.jsonl").unlink()
+    evaluate(config)
+    assert Path(config.output_dir, "evaluation.json").read_text() == before
+    with pytest.raises(ValueError, match="output_dir: .* another num_samples, seed"):
+        evaluate(replace(config, seed=1, num_samples=2))
+
+
+def test_samples_of_a_model_that_changed_are_not_reported(tmp_path, config, worse, capsys):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = replace(config, model_name_or_path=str(folder), num_samples=1)
+    before = evaluate(config).model["reward"]
+    assert evaluate(config).model["reward"] == before
+    assert f"reusing {config.output_dir}/scored.jsonl" in capsys.readouterr().out
+    shutil.copyfile(Path(worse, "model.safetensors"), folder / "model.safetensors")
+    with pytest.raises(ValueError, match="another content of model_name_or_path"):
+        evaluate(config)
+    assert evaluate(replace(config, overwrite=True)).model["reward"] != before
+    write(Path(config.data), read(config.data)[1:])
+    with pytest.raises(ValueError, match="another content of data"):
+        evaluate(config)
+
+
+def test_overwrite_removes_an_evaluation_and_nothing_else(config):
+    config = replace(config, num_samples=1, data=write(Path(config.data), read(config.data)[:1]))
+    evaluate(config)
+    Path(config.output_dir, "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds more than an evaluation, mine.txt"):
+        evaluate(replace(config, overwrite=True))
+    assert {path.name for path in Path(config.output_dir).iterdir()} > FILES
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, config):
+    Path(config.output_dir).mkdir()
+    samples = write(Path(config.output_dir, "samples.jsonl"), [{"prompt": "a"}])
+    with pytest.raises(ValueError, match="output_dir: .* holds other files, samples.jsonl"):
+        evaluate(config)
+    assert [str(path) for path in Path(config.output_dir).iterdir()] == [samples]
+
+
+def test_damaged_options_are_named(config):
+    Path(config.output_dir).mkdir()
+    write(Path(config.output_dir, "samples.jsonl"), [{"prompt": "a"}])
+    Path(config.output_dir, "options.json").write_text("{")
+    with pytest.raises(ValueError, match="options.json is damaged"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize(
+    "option", ["model_name_or_path", "reference_model_name_or_path", "baseline"]
+)
+def test_a_wrong_name_locks_nothing(config, option):
+    problem = f"^{option}: /no/such/model: no such folder, and no such model on the hub"
+    with pytest.raises(ValueError, match=problem):
+        evaluate(replace(config, **{option: "/no/such/model"}))
+    assert not Path(config.output_dir).exists()
+    claim(config.output_dir, {"seed": 1})
+    claim(config.output_dir, {"seed": 2})  # nothing came of the first
+
+
+BASELINES = {
+    "missing": (None, "cannot be read"),
+    "not evaluated": ([{"prompt": "a", "responses": ["b"], "scores": [1]}], "holds no scored samp"),
+    "unscored": ([{"prompt": "a", "responses": ["b"]}], "base.jsonl:1: scores: expected one for"),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_read_before_anything_is_sampled(tmp_path, config, name):
+    rows, problem = BASELINES[name]
+    if rows is not None:
+        write(tmp_path / "base.jsonl", rows)
+    config.baseline = str(tmp_path / "base.jsonl")
+    with pytest.raises(ValueError, match=f"baseline: .*{problem}"):
+        evaluate(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_blank_lines_of_a_baseline_do_not_matter(tmp_path):
+    row = {"prompt": "a", "responses": ["b"], "scores": [1], "sources": ["model"]}
+    (tmp_path / "base.jsonl").write_text(f"\n{json.dumps(row)}\n\n")
+    assert read_side(tmp_path / "base.jsonl", "model").rewards[0].tolist() == [1]
+
+
+class Loads(HTMLParser):
+    """Everything that a page would load from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [
+            value
+            for name, value in attributes
+            if name in ("src", "href") and not value.startswith("data:")
+        ]
+
+
+def test_the_page_stands_alone_and_shows_what_was_said(tmp_path, config):
+    rows = [{"prompt": "Is 1 < 2 & 3 > 2?\nAssistant:"}, {"prompt": read(config.data)[0]["prompt"]}]
+    config.data = write(tmp_path / "escaped.jsonl", rows)
+    evaluation = evaluate(config)
+    table = write_report(evaluation, Path(config.output_dir))
+    assert "mean reward of a sample" in table and "tokens a sample, median" in table
+    page = Path(config.output_dir, "report.html")
+    text = page.read_text()
+    parser = Loads()
+    parser.feed(text)
+    assert parser.found == [] and "url(" not in text
+    assert "Is 1 &lt; 2 &amp; 3 &gt; 2?" in text
+    assert Path(config.output_dir, "evaluation.png").stat().st_size > 10_000
+
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to open the page in")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", "--proxy-server=127.0.0.1:9"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert re.search(r"<td>Is 1 &lt; 2 &amp; 3 &gt; 2\?", done.stdout), done.stderr
+    assert str(evaluation.sides["model"].rewards[0][0].round(3)) in done.stdout
+
+
+MISTAKES = {
+    "no model": (["--data", "rows.jsonl", "--output_dir", "o"], "model_name_or_path: missing"),
+    "no data": (["--model_name_or_path", MODEL, "--output_dir", "o"], "data: missing"),
+    "no output": (["--model_name_or_path", MODEL, "--data", "rows.jsonl"], "output_dir: missing"),
+    "itself as the judge": (["--policy_as_reward", "true"], "policy_as_reward: a model's own p"),
+    "out of range": (["--top_p", "2"], "top_p: expected more than 0, at most 1, found 2"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, problem = MISTAKES[name]
+    if "--policy_as_reward" not in arguments:
+        arguments = [*arguments, "--reward_fn", "a:b"]
+    else:
+        arguments = [*arguments, "--model_name_or_path", MODEL]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rrhf_fast.evaluate: error: ")
+    assert problem in lines[0] and not list(tmp_path.iterdir())

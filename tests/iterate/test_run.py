@@ -1,0 +1,245 @@
+"""Rounds of the whole method: the demo learns, a killed run goes on, OP-k carries on."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rrhf_fast import TrainConfig, demo, iterate
+from rrhf_fast.evaluate.measures import Estimate
+from rrhf_fast.iterate import run as rounds
+from rrhf_fast.iterate.__main__ import _run, main
+from rrhf_fast.iterate.config import IterateConfig, with_demo
+from rrhf_fast.iterate.report import is_hacking
+from rrhf_fast.sample.config import Policy
+from rrhf_fast.train import loop as engine
+
+STAGES = ("samples.jsonl", "scored.jsonl", "trained.json", "evaluation/evaluation.json")
+
+
+def head(path, count, target):
+    target.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    return str(target)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The demo on a few rows."""
+    return replace(
+        with_demo(IterateConfig()),
+        data=head(demo.TRAIN_FILE, 32, tmp_path / "train.jsonl"),
+        eval_data=head(demo.EVAL_FILE, 6, tmp_path / "eval.jsonl"),
+        ranking_data=None,
+        output_dir=str(tmp_path / "out"),
+        num_samples=2,
+        max_new_tokens=24,
+        num_bootstrap=100,
+        policies=[
+            Policy(method="sample", num_responses=2, max_new_tokens=24),
+            Policy(method="provided", use_responses="provided"),
+        ],
+        train=TrainConfig(learning_rate=2e-3, train_batch_size=4, num_train_epochs=1.0),
+    )
+
+
+@pytest.mark.slow
+def test_the_reward_rises_and_every_file_is_there(config):
+    config.ranking_data = config.eval_data
+    records = iterate(config)
+    out = Path(config.output_dir)
+    assert [record["round"] for record in records] == [0, 1, 2]
+    rewards = [record["reward"].value for record in records]
+    assert rewards[0] + 0.5 < rewards[1] and rewards[0] + 0.5 < rewards[2]
+    assert records[2]["ranking_accuracy"].value > records[0]["ranking_accuracy"].value
+    assert records[2]["win"].value > 0.5 and "win" not in records[0]
+    for number in (1, 2):
+        assert all((out / f"round-{number}" / name).exists() for name in STAGES)
+        assert (out / f"round-{number}" / "model" / "model.safetensors").exists()
+    rows = [json.loads(line) for line in (out / "round-2/scored.jsonl").read_text().splitlines()]
+    assert all(len(row["scores"]) == len(row["responses"]) for row in rows)
+    assert {source for row in rows for source in row["sources"]} == {
+        "sample",
+        "provided_good",
+        "provided_bad",
+    }
+    written = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert [record["reward"][0] for record in written] == rewards
+    page = (out / "report.html").read_text()
+    assert "mean reward of a sample" in page and "round 2" in page
+    assert not list(out.rglob("*.journal")) and not list(out.rglob("*.saving"))
+
+
+@pytest.mark.slow
+def test_a_round_taken_up_at_any_stage_ends_the_same(tmp_path, config):
+    config.rounds, config.train.max_steps = 1, 2
+    iterate(config)
+    out = Path(config.output_dir)
+    whole = {name: (out / "round-1" / name).read_bytes() for name in STAGES}
+    report = (out / "rounds.jsonl").read_bytes()
+    for done in range(len(STAGES)):  # as if killed after so many stages
+        for name in STAGES[done:]:
+            (out / "round-1" / name).unlink()
+        if done <= 2:
+            shutil.rmtree(out / "round-1" / "model")
+        shutil.rmtree(out / "round-1" / "evaluation")
+        iterate(config)
+        assert (out / "rounds.jsonl").read_bytes() == report
+        assert {name: (out / "round-1" / name).read_bytes() for name in STAGES} == whole
+    with pytest.raises(ValueError, match="output_dir: .* another kl_coef"):
+        iterate(replace(config, kl_coef=0.1))
+
+
+@pytest.mark.parametrize("steps_per_round", [None, 1])
+def test_columns_are_those_of_the_callers_files(config, steps_per_round, capsys):
+    for path in (config.data, config.eval_data):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        others = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in others))
+    shared = Path(config.eval_data).read_text().splitlines()[0]
+    Path(config.data).write_text(Path(config.data).read_text() + shared)
+    config = replace(config, rounds=1, steps_per_round=steps_per_round)
+    config.train.max_steps = None if steps_per_round else 1
+    with pytest.raises(ValueError, match="prompt: missing.*found the fields q, a, s"):
+        iterate(config)
+    config.columns = "{prompt: q, responses: a, sources: s}"
+    assert len(iterate(config)) == 2
+    assert "warning: 1 of 6 rows of eval_data have a prompt of data" in capsys.readouterr().out
+    scored = Path(config.output_dir, "round-1", "scored.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in scored]
+    assert all(
+        row.keys() <= {"prompt", "responses", "sources", "finish_reasons", "scores"} for row in rows
+    )
+    config.train.columns = "{prompt: q}"
+    with pytest.raises(ValueError, match="train.columns: is not used here .say --columns"):
+        iterate(config)
+
+
+def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("this stage was done")
+
+    config.rounds = 1
+    config.train.max_steps = 1
+    iterate(config)
+    for stage in ("sample", "score", "train", "evaluate"):
+        monkeypatch.setattr(rounds, stage, refuse)
+    assert len(iterate(config)) == 2
+    with pytest.raises(AssertionError, match="was done"):
+        iterate(replace(config, rounds=2))
+
+
+@pytest.mark.parametrize("steps_per_round", [None, 2])
+def test_a_signal_while_training_is_exit_code_75_and_the_round_goes_on(
+    steps_per_round, config, monkeypatch, capsys
+):
+    step, taken = engine.take_step, []
+
+    def signalled(*arguments):
+        taken.append(1)
+        if len(taken) == 3:  # the first of the second round
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    config.rounds, config.steps_per_round = 2, steps_per_round
+    config.train = replace(config.train, max_steps=2, train_batch_size=4)
+    iterate(replace(config, output_dir=f"{config.output_dir}-whole"))
+    monkeypatch.setattr(engine, "take_step", signalled)
+    assert _run(config) == 75
+    problem = "rrhf_fast.iterate: error: stopped by a signal; what is done is kept: run the same"
+    assert problem in capsys.readouterr().err
+    assert not Path(config.output_dir, "round-2", "trained.json").exists()
+    assert _run(config) == 0 and len(taken) == 4
+    file = Path("round-2", "model", "model.safetensors")
+    one, other = (Path(f"{config.output_dir}{end}", file) for end in ("", "-whole"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_penalty_compares_with_the_first_model(config):
+    config.rounds, config.kl_coef, config.train.max_steps = 2, 0.1, 2
+    iterate(config)
+    for number in (1, 2):
+        path = Path(config.output_dir, f"round-{number}", "scored.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        ratios = [ratio for row in rows for ratio in row["log_ratios"]]
+        assert all(ratio == 0 for ratio in ratios) == (number == 1)
+        for row in rows:
+            parts = zip(row["scores"], row["rewards"], row["log_ratios"], strict=True)
+            assert all(s == pytest.approx(r - 0.1 * ratio) for s, r, ratio in parts)
+
+
+def test_rounds_of_steps_walk_through_the_prompts(tmp_path, config):
+    config.steps_per_round, config.train.train_batch_size = 2, 10
+    seen = []
+    for number in range(1, 6):  # 20 of 32 prompts a round: three passes and a bit
+        path = rounds._slice(config, number, tmp_path / "prompts.jsonl")
+        seen.append([json.loads(line) for line in path.read_text().splitlines()])
+        assert len(seen[-1]) == 20
+    prompts = [row["prompt"] for rows in seen for row in rows]
+    assert len(set(prompts[:32])) == len(set(prompts[32:64])) == len(set(prompts[64:96])) == 32
+    assert prompts[:32] != prompts[32:64]
+    assert all({"responses", "sources"} <= set(row) for row in seen[0])
+
+
+@pytest.mark.skipif(
+    not hasattr(TrainConfig, "init_optimizer_from"), reason="the trainer saves no optimizer state"
+)
+def test_the_optimizer_goes_on_from_round_to_round(config, monkeypatch):
+    configs, train = [], rounds.train
+    monkeypatch.setattr(rounds, "train", lambda config: configs.append(config) or train(config))
+    config.steps_per_round, config.rounds = 2, 2
+    iterate(config)
+    first, second = (Path(config.output_dir, f"round-{number}") for number in (1, 2))
+    assert len((second / "samples.jsonl").read_text().splitlines()) == 2 * 4
+    checkpoint = first / "model" / "checkpoint-2"
+    assert checkpoint.is_dir() and (second / "model" / "checkpoint-2").is_dir()
+    assert [config.init_optimizer_from for config in configs] == [None, str(checkpoint)]
+
+
+def test_reward_hacking_is_named(config):
+    def record(reward, perplexity):
+        return {
+            name: Estimate(value, value - 0.1, value + 0.1)
+            for name, value in (("reward", reward), ("perplexity", perplexity))
+        }
+
+    assert is_hacking([record(0, 10), record(1, 20)])
+    assert not is_hacking([record(0, 10), record(1, 10.1)])
+    assert not is_hacking([record(1, 10), record(0, 20)])
+
+
+def test_the_demo_leaves_what_was_asked_for():
+    config = with_demo(IterateConfig(rounds=5, train=TrainConfig(seed=3)))
+    assert (config.rounds, config.train.seed, config.train.learning_rate) == (5, 3, 1e-3)
+    assert config.data == str(demo.TRAIN_FILE) and len(config.policies) == 3
+
+
+MISTAKES = {
+    "a model without data": (["--model_name_or_path", "m", "--reward_fn", "a:b"], "data: missing"),
+    "out of range": (["--rounds", "0"], "rounds: expected at least 1, found 0"),
+    "in a policy": (["--policies", "[{method: sample, top_p: 0}]"], "policies[0].top_p"),
+    "in the trainer's": (["--train.learning_rate", "0"], "learning_rate: expected more than 0"),
+    "half a step": (["--train.warmup_steps", "1.5"], "train.warmup_steps: expected a share"),
+    "another's model": (["--train.model_name_or_path", "m"], "train.model_name_or_path: is not"),
+    "another's data": (["--train.train_data", "d"], "(say --data)"),
+    "another's folder": (["--train.output_dir", "o"], "(say --output_dir)"),
+    "no memory table": (["--train.dry_run", "true"], "(run python -m rrhf_fast.train --dry_run"),
+    "moments that cannot be saved": (
+        ["--steps_per_round", "1", "--train.optim", "adamw_8bit"],
+        "steps_per_round, train.optim: the moments of adamw_8bit cannot be carried on",
+    ),
+    "a reward without rows": (["--train.eval_reward_fn", "a:b"], "train.eval_reward_fn: needs"),
+    "unknown": (["--train.learning_rat", "0"], "learning_rat"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, problem = MISTAKES[name]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rrhf_fast.iterate: error: ")
+    assert problem in lines[0] and not list(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""A chat model's own samples: they come back from rows as the tokens that the model drew."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PhiConfig
+
+from rrhf_fast.data.rows import RowReport, load_drafts
+from rrhf_fast.data.tokenise import tokenise_rows
+from rrhf_fast.sample import sample
+from rrhf_fast.sample.config import Policy, SampleConfig
+from rrhf_fast.sample.local import LocalModel
+from tests.data.test_chat import CHANNELS, SPECIAL, chatml, make_tokenizer, user
+
+
+@pytest.fixture(params=[CHANNELS, chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n")])
+def folder(request, tmp_path):
+    """A model with random weights, which likes special tokens as much as letters."""
+    tokenizer = make_tokenizer(request.param)
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    lm = AutoModelForCausalLM.from_config(config)
+    for token in range(len(tokenizer)):
+        if not tokenizer.decode([token]).isascii():  # a byte that is no letter
+            lm.lm_head.bias.data[token] = -1e4
+    lm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
+    drawn, response = {}, LocalModel._response
+
+    def record(self, ids):
+        result = response(self, ids)
+        drawn[result["text"]] = ids
+        return result
+
+    monkeypatch.setattr(LocalModel, "_response", record)
+    rows = [
+        {
+            "prompt": user(f"Say {i}"),
+            "responses": ["cat"],
+            "id": i,
+            "chat_template_kwargs": {"id": i},
+        }
+        for i in range(4)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policies = [Policy(num_responses=8, max_new_tokens=12), Policy(method="provided")]
+    config = SampleConfig(
+        data=str(folder / "rows.jsonl"),
+        output=str(folder / "sampled.jsonl"),
+        model_name_or_path=str(folder / "model"),
+        policies=policies,
+        chat_template_kwargs={"quiet": True},
+    )
+    sample(config)
+    drafts, _ = load_drafts(config.output)
+    tokenizer = make_tokenizer()
+    with_special, special = 0, set(tokenizer.convert_tokens_to_ids([*SPECIAL]))
+    template = LocalModel(config.model_name_or_path, drafts, config, "model").tokenizer
+    for draft in drafts:
+        assert draft.chat_template_kwargs == {"quiet": True, "id": draft.others["id"]}
+        *samples, provided = draft.as_generated
+        assert all(samples) and provided is False
+        own = draft.pick(range(len(samples)))
+        (query,), _ = tokenise_rows([own.as_row()], template, RowReport(), max_length=999)
+        for text, ids in zip(own.responses, query.response_ids, strict=True):
+            expected = drawn[text]
+            if tokenizer.decode(expected[-1:]) in ("<eos>", "<|im_end|>", "<|return|>"):
+                expected = expected[:-1]
+            if len(tokenizer(text)["input_ids"]) != len(expected):
+                continue  # letters that the tokenizer would join
+            np.testing.assert_array_equal(ids[:-1], expected)
+            with_special += bool(set(expected) & special)
+    assert with_special > 8

@@ -1,0 +1,488 @@
+"""The stage `score`: reward models, functions, judges with faults, the policy itself, kills."""
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from rrhf_fast import demo, reference
+from rrhf_fast.data.rows import load_drafts, load_rows
+from rrhf_fast.score import score
+from rrhf_fast.score.__main__ import main
+from rrhf_fast.score.config import ScoreConfig, ScorerConfig
+from rrhf_fast.score.judge import parse_judgement
+from rrhf_fast.score.logprobs import LogProbs
+from rrhf_fast.score.reward_model import RewardModel
+from rrhf_fast.stages.endpoint import EndpointDown
+from rrhf_fast.stages.identity import identity
+
+MODEL = str(demo.MODEL_DIR)
+ROWS = [
+    {"prompt": "Why?", "responses": ["Because.", "No idea at all.", ""], "id": 1},
+    {"prompt": "Who?", "responses": ["You.", "A man who came by."], "sources": ["a", "b"]},
+    {"prompt": "When?", "responses": []},
+    {"prompt": [{"role": "user", "content": "Where?"}], "responses": ["Here."]},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return ScoreConfig(
+        data=write(tmp_path / "rows.jsonl", ROWS),
+        output=str(tmp_path / "scored.jsonl"),
+        batch_size=2,
+    )
+
+
+# --- Functions
+
+
+def count_letters(prompts, responses):
+    return [len(response) for response in responses]
+
+
+def slowly(prompts, responses):
+    time.sleep(0.02)
+    return count_letters(prompts, responses)
+
+
+def some_bad(prompts, responses):
+    return [math.nan if "idea" in response else 1.0 for response in responses]
+
+
+def too_few(prompts, responses):
+    return [1.0]
+
+
+def raises(prompts, responses):
+    raise KeyError("oops")
+
+
+def test_a_function_scores_every_response(config):
+    config.reward_fn = f"{__name__}:count_letters"
+    counts = score(config)
+    assert (counts["rows"], counts["scored"], counts["unrankable"]) == (4, 6, 2)
+    rows = read(config.output)
+    assert [row["scores"] for row in rows] == [[8, 15, 0], [4, 18], [], [5]]
+    assert [row["responses"] for row in rows] == [row["responses"] for row in ROWS]
+    assert rows[0]["id"] == 1 and rows[1]["sources"] == ["a", "b"]
+
+
+def test_what_cannot_be_scored_is_set_apart_with_its_reason(config):
+    config.reward_fn = f"{__name__}:some_bad"
+    assert score(config)["unscored"] == 1
+    row = read(config.output)[0]
+    assert row["responses"] == ["Because.", ""] and row["scores"] == [1.0, 1.0]
+    assert row["unscored"] == [
+        {"response": "No idea at all.", "source": None, "error": "a score of nan"}
+    ]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_function_that_was_mended_is_called_again(tmp_path, config, monkeypatch, overwrite):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"mended{overwrite}"
+    (tmp_path / f"{name}.py").write_text("def fn(prompts, responses): return [float('nan')] * 2")
+    config = replace(config, reward_fn=f"{name}:fn", data=write(tmp_path / "two.jsonl", ROWS[1:2]))
+    with pytest.raises(ValueError, match="no response could be scored: a score of nan"):
+        score(config)
+    (tmp_path / f"{name}.py").write_text("def fn(prompts, responses): return [2, 1]")
+    sys.modules.pop(name)
+    importlib.invalidate_caches()
+    assert score(replace(config, overwrite=overwrite))["scored"] == 2
+    assert read(config.output)[0]["scores"] == [2, 1]
+
+
+def test_a_function_in_a_package_that_is_broken_has_an_identity(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("1 +")
+    assert "content of reward_fn" not in identity(ScoreConfig(reward_fn="broken.module:fn"))
+
+
+def test_scores_of_two_functions_are_not_mixed(tmp_path, config, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def fn(prompts, responses): {}return [1.0] * len(prompts)"
+    (tmp_path / "halfway.py").write_text(code.format("assert '' not in responses; "))
+    config.reward_fn = "halfway:fn"
+    config.data = write(Path(config.data), [*ROWS[1:2], *ROWS[:1]])
+    with pytest.raises(ValueError, match="raised AssertionError"):
+        score(config)
+    (tmp_path / "halfway.py").write_text(code.format(""))
+    with pytest.raises(ValueError, match="unfinished work .* reward function"):
+        score(config)
+
+
+def test_a_wrong_name_locks_nothing(config, capsys):
+    arguments = ["--data", config.data, "--output", config.output]
+    kl = ["--reward_fn", f"{__name__}:count_letters", "--kl_coef", "1"]
+    kl += ["--model_name_or_path", MODEL]
+    for wrong in (
+        ["--reward_fn", f"{__name__}:nothing"],
+        ["--reward_model_name_or_path", "/no/such/model"],
+        ["--policy_as_reward", "true", "--model_name_or_path", "/no/such/model"],
+        [*kl, "--reference_model_name_or_path", "/no/such/model"],
+    ):
+        assert main([*arguments, *wrong]) == 2
+        option = next(name for name in wrong[::-1] if name.startswith("--")).removeprefix("--")
+        error = capsys.readouterr().err
+        assert f"error: {option}: " in error
+        if "/no/such/model" in wrong:
+            problem = "no such folder, and no such model on the hub could be loaded"
+            assert error.endswith(f"{option}: /no/such/model: {problem}\n")
+    assert main([*arguments, "--reward_fn", f"{__name__}:count_letters"]) == 0
+
+
+def test_scoring_again_leaves_nothing_of_the_first_scores(tmp_path, config):
+    row = {"prompt": "Who?", "responses": ["a", "bc"], "scores": [1, 2], "rewards": [3, 4]}
+    row |= {"log_ratios": [5, 6], "criteria": [{}, {}], "unscored": [{"error": "x"}], "id": 7}
+    config = replace(config, data=write(tmp_path / "again.jsonl", [row]))
+    config.reward_fn = f"{__name__}:count_letters"
+    score(config)
+    assert read(config.output) == [
+        {"id": 7, "prompt": "Who?", "responses": ["a", "bc"], "scores": [1, 2]}
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("too_few", "expected 2 numbers, one a response, found shape (1,)"),
+        ("raises", "raised KeyError: 'oops'"),
+        ("nothing", "expected package.module:function"),
+    ],
+)
+def test_a_function_that_fails_is_one_line(config, name, problem, capsys):
+    arguments = ["--data", config.data, "--output", config.output, "--batch_size", "2"]
+    assert main([*arguments, "--reward_fn", f"{__name__}:{name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"reward_fn: {__name__}:{name}" in error
+    assert problem in error and not os.path.exists(config.output)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_file(tmp_path, config, killed_at_random):
+    rows = [{"prompt": str(i), "responses": ["x" * i, "y" * (2 * i)]} for i in range(30)]
+    config = replace(config, data=write(tmp_path / "many.jsonl", rows))
+    config.reward_fn = "rrhf_fast.demo.reward:score"
+    config.kl_coef, config.batch_size = 0.1, 1
+    config.model_name_or_path = config.reference_model_name_or_path = MODEL
+    score(config)
+    other = replace(config, output=config.output + "-killed")
+    assert killed_at_random(score, other, kills=4, seed=int.from_bytes(os.urandom(4))) == 4
+    assert Path(other.output).read_bytes() == Path(config.output).read_bytes()
+
+
+# --- Reward models
+
+
+def tiny(kind, vocab, pad):
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=vocab,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=pad,
+        num_labels=1,
+        initializer_range=0.5,
+    )
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocab,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            pad_token_id=pad,
+            num_labels=1,
+            initializer_range=0.5,
+        )
+        return GPT2ForSequenceClassification(config)
+    config, model = {
+        "llama": (LlamaConfig, LlamaForSequenceClassification),
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+    }[kind]
+    return model(config(**sizes)).eval()
+
+
+# pad None, pad == eos and a pad of its own; RoBERTa counts its positions from behind the pad's.
+KINDS = [("llama", None), ("llama", 1), ("llama", 2), ("gpt2", 1), ("bert", 2), ("roberta", 2)]
+
+
+@pytest.mark.parametrize("kind, pad", KINDS)
+def test_a_batch_of_the_reward_model_is_its_rows_alone(tmp_path, kind, pad):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    if kind in ("bert", "roberta"):
+        tokenizer.sep_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny(kind, len(tokenizer), pad).eval()
+    model.save_pretrained(tmp_path)
+    rewards = RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path)))
+    prompts = ["Why is it?", "Who?", "What do I need to fix the chair?"]
+    responses = ["Because it is so.", "You.", "A hammer." * 20]
+    rows = rewards.encode(prompts, responses)
+    together = rewards.score(rows)
+    model.config.pad_token_id = None
+    for row, got in zip(rows, together, strict=True):
+        assert len(row["input_ids"]) <= 64
+        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, 0].item()
+        assert got == pytest.approx(alone, abs=1e-5)
+    if kind in ("llama", "gpt2"):  # the reward is read at the end token
+        assert all(row["input_ids"][-1] == tokenizer.eos_token_id for row in rows)
+
+
+def test_the_reward_model_reads_messages_through_its_template(tmp_path, config):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "rm")
+    tiny("llama", len(tokenizer), 2).save_pretrained(tmp_path / "rm")
+    rewards = RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path / "rm")))
+    messages = [{"role": "user", "content": "Hi"}]
+    chat, text = rewards.encode([messages, "Hi"], ["Yo", "Yo"])
+    assert tokenizer.decode(chat["input_ids"]) == "user: Hi\nassistant: Yo\n"
+    assert tokenizer.decode(text["input_ids"]) == "<s>HiYo</s>"
+    config.reward_model_name_or_path = str(tmp_path / "rm")
+    score(config)
+    rows = read(config.output)
+    assert [len(row["scores"]) for row in rows] == [3, 2, 0, 1]
+    assert all(math.isfinite(value) for row in rows for value in row["scores"])
+    assert main(["--data", config.data, "--output", config.output, "--policy_as_reward", "x"]) == 2
+
+
+def test_a_chat_template_that_rejects_is_one_line(tmp_path, config, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = "{{ raise_exception('users only') }}"
+    tokenizer.save_pretrained(tmp_path / "rm")
+    tiny("llama", len(tokenizer), 2).save_pretrained(tmp_path / "rm")
+    arguments = ["--data", config.data, "--output", config.output]
+    assert main([*arguments, "--reward_model_name_or_path", str(tmp_path / "rm")]) == 2
+    assert re.search("reward_input: .* template rejects .*users only", capsys.readouterr().err)
+
+
+def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path):
+    with pytest.raises(ValueError, match="score.weight.* so this is no reward model"):
+        RewardModel(ScorerConfig(reward_model_name_or_path=MODEL))
+    with pytest.raises(ValueError, match="no tokenizer|no sequence classifier"):
+        RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny("llama", len(tokenizer), 2)
+    LlamaForSequenceClassification(
+        LlamaConfig(**model.config.to_dict() | {"num_labels": 2})
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a head of 1 label, found 2"):
+        RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path)))
+
+
+# --- The policy's log-probs
+
+
+def oracle(prompt, response):
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    prompt_ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    return reference.response_logps(model, prompt_ids, torch.tensor(ids)).detach()
+
+
+@pytest.mark.parametrize("packing", ["forest", "none"])
+def test_the_policy_scores_by_its_length_normalised_log_prob(config, packing):
+    config = replace(config, data=write(Path(config.data), [ROWS[2], *ROWS[:2]]))
+    config.policy_as_reward, config.model_name_or_path = True, MODEL
+    config.packing, config.max_tokens_per_pack = packing, 16
+    assert score(config)["scored"] == 5
+    for row in read(config.output):
+        for response, found in zip(row["responses"], row["scores"], strict=True):
+            assert found == pytest.approx(
+                reference.score(oracle(row["prompt"], response)).item(), abs=1e-5
+            )
+
+
+def test_the_penalty_is_the_log_ratio_of_the_tokens_drawn(tmp_path, config):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.5)
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    row = {"prompt": "Why?", "responses": ["Because.", "No"], "finish_reasons": ["stop", "length"]}
+    config = replace(config, data=write(tmp_path / "kl.jsonl", [row]))
+    config.reward_fn, config.kl_coef = f"{__name__}:count_letters", 0.5
+    config.model_name_or_path = str(tmp_path / "policy")
+    config.reference_model_name_or_path = MODEL
+    score(config)
+    (found,) = read(config.output)
+    drafts, _ = load_drafts(config.data)
+    policy = LogProbs(str(tmp_path / "policy"), config)(drafts)[0]
+    expected = [
+        (policy[0].sum() - oracle("Why?", "Because.").sum()).item(),
+        (policy[1][:-1].sum() - oracle("Why?", "No")[:-1].sum()).item(),  # cut off: no end token
+    ]
+    assert found["log_ratios"] == pytest.approx(expected, abs=1e-3)
+    assert min(map(abs, expected)) > 0.1
+    assert found["rewards"] == [8, 2]
+    scores = [8 - 0.5 * expected[0], 2 - 0.5 * expected[1]]
+    assert found["scores"] == pytest.approx(scores, abs=1e-3)
+
+
+def test_without_a_difference_there_is_no_penalty(config):
+    config.reward_fn, config.kl_coef = f"{__name__}:count_letters", 0.5
+    config.data = write(Path(config.data), ROWS[:2])
+    config.model_name_or_path = config.reference_model_name_or_path = MODEL
+    score(config)
+    assert all(row["scores"] == row["rewards"] for row in read(config.output))
+    report = load_rows(config.output, on_bad_rows="skip")[1]
+    assert report.kept == 2 and report.bad_responses == {"empty response": 1}
+
+
+# --- Judges
+
+
+@pytest.fixture
+def judged(config, openai_server):
+    config.base_url, config.judge_model = openai_server.url, "judge"
+    config.timeout, config.max_retries = 60.0, 3
+    return config
+
+
+def test_a_judge_gives_the_sum_of_four_criteria(judged, openai_server):
+    counts = score(judged)
+    assert counts["requests"] == len(openai_server.answered) == 6
+    for row in read(judged.output):
+        for value, criteria in zip(row["scores"], row.get("criteria", []), strict=True):
+            assert value == sum(criteria.values()) and 4 <= value <= 20
+
+
+def test_malformed_judgements_are_asked_again_and_then_recorded(tmp_path, judged, openai_server):
+    row = {"prompt": "a", "responses": ["once", "never", "fine"], "sources": ["x", "y", "z"]}
+    judged = replace(judged, data=write(tmp_path / "malformed.jsonl", [row]))
+    counts = score(judged)
+    assert (counts["scored"], counts["unscored"]) == (2, 1)
+    assert counts["requests"] == len(openai_server.answered) == 1 + 2 + 4
+    (found,) = read(judged.output)
+    assert found["responses"] == ["once", "fine"] and found["sources"] == ["x", "z"]
+    (unscored,) = found["unscored"]
+    assert unscored["error"] == "malformed judgement" and unscored["source"] == "y"
+    assert unscored["response"] == "never" and "high" in unscored["answer"]
+
+
+def test_a_judge_that_is_never_understood_writes_no_rows(tmp_path, judged):
+    row = {"prompt": "a", "responses": ["never"]}
+    judged = replace(judged, data=write(tmp_path / "never.jsonl", [row]))
+    with pytest.raises(ValueError, match="no response could be scored: malformed judgement"):
+        score(judged)
+    assert not os.path.exists(judged.output)
+
+
+def test_a_judge_that_was_mended_is_asked_again(tmp_path, judged, openai_server):
+    rows = [{"prompt": "a", "responses": []}, {"prompt": "a", "responses": ["never"]}]
+    judged = replace(judged, data=write(tmp_path / "never.jsonl", rows), max_retries=0)
+    for asked in (1, 2):
+        with pytest.raises(ValueError, match="no response could be scored"):
+            score(judged)
+        assert len(openai_server.answered) == asked
+
+
+def test_a_dead_judge_is_taken_up_again_without_judging_twice(tmp_path, judged, openai_server):
+    rows = [{"prompt": str(i), "responses": ["a", "b"]} for i in range(10)]
+    judged = replace(judged, data=write(tmp_path / "many.jsonl", rows), max_retries=0)
+    whole = replace(judged, output=judged.output + "-whole")
+    score(whole)
+    openai_server.stop()
+    with pytest.raises(EndpointDown):
+        score(judged)
+    # Half of the work was done when the judge died.
+    journal = Path(judged.output + ".journal")
+    text = json.dumps({"key": "0/0", "result": {"error": "refused", "usage": {}}})
+    journal.write_text(journal.read_text() + text + "\n")
+    openai_server.start()
+    asked = len(openai_server.answered)
+    score(judged)
+    assert len(openai_server.answered) - asked == 19
+    assert read(judged.output)[1:] == read(whole.output)[1:]
+    assert read(judged.output)[0]["unscored"][0]["error"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "answer, total",
+    [
+        ('{"relevance": 1, "correctness": 2, "coherence": 3, "safety": 4}', 10),
+        ('Sure! ```json\n{"Relevance": 5, "correctness": 5, "coherence": 5, "SAFETY": 5}```', 20),
+        ('{"a": 1} then {"relevance": 1, "correctness": 1, "coherence": 1.5, "safety": 1}', 4.5),
+        ('{"relevance": 1, "correctness": 2, "coherence": 3}', None),
+        ('{"relevance": 1, "correctness": 2, "coherence": 3, "safety": 6}', None),
+        ('{"relevance": "1", "correctness": 2, "coherence": 3, "safety": 4}', None),
+        ('{"relevance": true, "correctness": 2, "coherence": 3, "safety": 4}', None),
+        ('{"relevance": NaN, "correctness": 2, "coherence": 3, "safety": 4}', None),
+        ("4 out of 5", None),
+        ("{", None),
+        ("", None),
+    ],
+)
+def test_judgements_are_read_strictly(answer, total):
+    criteria = parse_judgement(answer)
+    assert (None if criteria is None else sum(criteria.values())) == total
+
+
+MISTAKES = {
+    "no scorer": ([], "expected exactly one, found none"),
+    "two scorers": (
+        ["--reward_fn", "a:b", "--judge_model", "m"],
+        "found reward_fn and judge_model",
+    ),
+    "no policy": (["--policy_as_reward", "true"], "model_name_or_path: missing"),
+    "no reference": (
+        ["--reward_fn", "a:b", "--kl_coef", "1", "--model_name_or_path", MODEL],
+        "reference_model_name_or_path: missing",
+    ),
+    "out of range": (["--reward_fn", "a:b", "--kl_coef", "-1"], "kl_coef: expected 0 or more"),
+    "no key": (["--judge_model", "m", "--api_key_env", "NO_KEY"], "NO_KEY is not set"),
+    "no responses": (["--reward_fn", "a:b", "--data", "bare.jsonl"], "bare.jsonl:1: responses"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", ROWS)
+    write(tmp_path / "bare.jsonl", [{"prompt": "a"}])
+    arguments, problem = MISTAKES[name]
+    assert main(["--data", "rows.jsonl", "--output", "o.jsonl", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rrhf_fast.score: error: ")
+    assert problem in lines[0]

@@ -1,0 +1,62 @@
+"""What all commands share: files of options, lists, launchers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import rrhf_fast
+from rrhf_fast.evaluate.__main__ import main as evaluate
+from rrhf_fast.iterate.__main__ import main as iterate
+from rrhf_fast.sample.__main__ import main as sample
+from rrhf_fast.score.__main__ import main as score
+from rrhf_fast.train.__main__ import main as train
+
+MODEL = str(Path(rrhf_fast.__file__).parent / "demo" / "model")
+
+FILES = {
+    "empty": ("", "o.yaml: expected lines of `option: value`, found nothing"),
+    "a list": ("- seed", "o.yaml: expected lines of `option: value`, found ['seed']"),
+    "broken": ("data: [1\nb", "o.yaml:"),
+    "misspelt": ("sed: 1", "o.yaml: sed: no such option (did you mean seed?)"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_options_is_named_with_what_is_wrong(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text, problem = FILES[name]
+    (tmp_path / "o.yaml").write_text(text)
+    assert sample(["--config", "o.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rrhf_fast.sample: error: config: {problem}")
+    assert error.count("\n") == 1 and ("not YAML" in error) == (name == "broken")
+
+
+def test_a_list_is_suggested_where_one_belongs(capsys):
+    assert train(["--report_to", "tensorboard"]) == 2
+    problem = "report_to: expected a list, [tensorboard], found tensorboard"
+    assert capsys.readouterr().err == f"rrhf_fast.train: error: {problem}\n"
+
+
+@pytest.mark.parametrize("command", [sample, score, evaluate, iterate])
+def test_a_command_of_one_process_refuses_a_launcher(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "WORLD_SIZE is 2" in error
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    """What a device raises, raised where the model samples."""
+
+    def generate(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", generate)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    files = ["--data", "prompts.jsonl", "--output", "out.jsonl"]
+    assert sample([*files, "--model_name_or_path", MODEL]) == 1
+    problem = "CUDA out of memory: lower --batch_size"
+    assert capsys.readouterr().err.splitlines()[-1] == f"rrhf_fast.sample: error: {problem}"

@@ -1,0 +1,97 @@
+"""A run that is killed again and again, and one that is not: python killed.py FOLDER SEED KILLS
+
+Children are forked from this process, which has imported everything, so a start takes a fraction of
+a second.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rrhf_fast import demo
+from rrhf_fast.train.__main__ import main
+from rrhf_fast.train.loop import train  # noqa: F401 (imported before the forks)
+
+OPTIONS = {
+    "model_name_or_path": demo.MODEL_DIR, "train_batch_size": 4, "max_steps": 24,
+    "learning_rate": 1e-3, "save_steps": 1, "save_total_limit": 2, "eval_steps": 6,
+    "eval_reward_fn": "rrhf_fast.demo.reward:score", "eval_max_new_tokens": 8,
+    "resume_from_checkpoint": "latest",
+}  # fmt: skip
+
+
+def start(folder: Path, output_dir: Path) -> int:
+    """Fork a child that trains; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    data = {"train_data": folder / "train.jsonl", "eval_data": folder / "eval.jsonl"}
+    arguments = []
+    for name, value in (OPTIONS | data | {"output_dir": output_dir}).items():
+        arguments += [f"--{name}", str(value)]
+    os._exit(main(arguments))
+
+
+def ended(pid: int, *, wait: bool = False) -> bool:
+    """Whether the child is done. It must not have failed."""
+    found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    assert not found or os.waitstatus_to_exitcode(status) == 0, status
+    return bool(found)
+
+
+def is_saving(output_dir: Path) -> bool:
+    """Whether a checkpoint has begun and is not complete."""
+    return any(not (path / ".metadata").exists() for path in output_dir.glob("checkpoint-*"))
+
+
+def kill_once(folder: Path, rng: random.Random, *, while_saving: bool) -> bool:
+    """Start or resume the run and kill it; False if it came to its end before."""
+    output_dir = folder / "killed"
+    pid = start(folder, output_dir)
+    give_up = time.monotonic() + (60 if while_saving else rng.uniform(0.3, 3))
+    while time.monotonic() < give_up:
+        if ended(pid):
+            return False
+        if while_saving and is_saving(output_dir):
+            time.sleep(rng.uniform(0, 0.01))
+            break
+        time.sleep(0.0005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def run(folder: Path, seed: int, kills: int) -> None:
+    torch.set_num_threads(1)
+    for source, count in ((demo.TRAIN_FILE, 40), (demo.EVAL_FILE, 4)):
+        lines = source.read_text().splitlines(keepends=True)[:count]
+        (folder / source.name).write_text("".join(lines))
+    assert ended(start(folder, folder / "unharmed"), wait=True)
+    rng, chain, in_saves = random.Random(seed), 0, 0
+    while kills:
+        while_saving = kills % 2 == 0
+        if kill_once(folder, rng, while_saving=while_saving):
+            kills -= 1
+            in_saves += is_saving(folder / "killed")
+        else:  # each chain of kills that came to its end is looked at, and a new one begun
+            (folder / "killed").rename(folder / f"chain-{chain}")
+            chain += 1
+    if not (folder / "killed").exists() or not ended(start(folder, folder / "killed"), wait=True):
+        raise AssertionError("the last resume did not end")
+    (folder / "killed").rename(folder / f"chain-{chain}")
+    for path in folder.glob("*/checkpoint-*"):
+        shutil.rmtree(path)
+    print(f"{in_saves} of the kills left a checkpoint half-written")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

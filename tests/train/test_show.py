@@ -1,0 +1,31 @@
+"""--show_tokens: rows as the model will see them."""
+
+import json
+
+from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast.train.__main__ import main
+
+
+def test_rows_are_shown_and_nothing_is_trained(tmp_path, capsys):
+    rows = [
+        {"prompt": f"{i}\x1b[2J\nB", "responses": ["a b", "c"], "scores": [1, 0]} for i in "xyz"
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(
+        model_name_or_path=str(demo.MODEL_DIR),
+        train_data=str(data),
+        output_dir=str(tmp_path / "out"),
+        show_tokens=2,
+    )
+    assert train(config).output_dir is None and not (tmp_path / "out").exists()
+    out = capsys.readouterr().out
+    assert f"{data}:1: prompt, " in out and f"{data}:2: prompt, " in out and ":3:" not in out
+    assert "    <s>x\\x1b[2J⏎\n    B\n" in out  # a terminal must not obey it
+    assert "responses[0], score 1, 3 tokens, learned\n    [a][ b][</s>]\n" in out
+    assert "responses[1], score 0, 2 tokens, learned\n    [c][</s>]\n" in out
+
+
+def test_the_demo_is_shown(capsys):
+    assert main(["--show_tokens", "1"]) == 0
+    assert "responses[0], score " in capsys.readouterr().out

@@ -15,11 +15,12 @@ from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World
-from rrhf_fast.train.loop import Signals, take_step
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.profile import WARMUP, StepProfiler
 from rrhf_fast.train.roofline import Breakdown
+from rrhf_fast.train.signals import Signals
+from rrhf_fast.train.step import take_step
 
 SHAPES = {
     "cpu": {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"},
@@ -73,6 +74,6 @@ def profile(
     profiler = StepProfiler(engine, optimizer, num_steps=num_steps, folder=out)
     batches = (planner.batch(range(len(queries))) for _ in range(count))
     for number, batch in enumerate(profiler.watch(batches), 1):
-        totals, *_ = take_step(run, batch, optimizer, number, progress, signals)
-        progress.update(totals.active_fraction)
+        totals, _, problem = take_step(run, batch, optimizer, number, progress, signals)
+        progress.add(totals, problem)
     return profiler.breakdown

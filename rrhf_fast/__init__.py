@@ -1,7 +1,7 @@
 """RRHF (arXiv 2304.05302), fast: rank responses instead of running reinforcement learning.
 
-    from rrhf_fast import TrainConfig, train
-    result = train(TrainConfig(model_name_or_path=..., train_data=...))
+    from rrhf_fast import RRHFTrainer, TrainConfig
+    RRHFTrainer(model="Qwen/Qwen2.5-0.5B", args=TrainConfig(), train_dataset=rows).train()
 
     from rrhf_fast import rrhf_loss
     loss = rrhf_loss(logps, rewards, mask=mask).loss     # in your own loop
@@ -22,7 +22,8 @@ from rrhf_fast.train import TrainConfig, train
 __version__ = "0.1.0"
 
 _HOMES = {
-    "TrainResult": "rrhf_fast.train.loop",
+    "RRHFTrainer": "rrhf_fast.train.trainer",
+    "TrainResult": "rrhf_fast.train.trainer",
     "RRHFLoss": "rrhf_fast.losses",
     "linear_logprob": "rrhf_fast.losses",
     "linear_rrhf_loss": "rrhf_fast.losses",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rrhf_fast import demo
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.layouts import LAYOUTS
 from rrhf_fast.data.rows import parse_row
@@ -118,10 +119,11 @@ def test_every_file_of_the_tree_exists():
         folders = [*folders[:depth], name]
 
 
-@pytest.mark.parametrize("module", ["rrhf_fast.losses.rrhf", "rrhf_fast.train"])
+@pytest.mark.parametrize("module", ["losses.rrhf", "train", "train.trainer"])
 def test_docstring_examples(module, tmp_path):
     names = {"torch": torch, "folder": str(tmp_path), "TrainConfig": TrainConfig}
-    module = import_module(module)
+    names["demo_model"] = str(demo.MODEL_DIR)
+    module = import_module(f"rrhf_fast.{module}")
     finder = doctest.DocTestFinder()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     examples = [test for test in finder.find(module, globs=vars(module) | names) if test.examples]

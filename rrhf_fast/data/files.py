@@ -18,8 +18,9 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
@@ -39,12 +40,35 @@ _NO_ROWS = ("dataset_info.json", "dataset_infos.json")
 Records = Iterator[tuple[str, object]]
 
 
-def read_records(source: str) -> Records:
+@dataclass(frozen=True)
+class InMemory:
+    """Rows that are not in a file: dicts, as a list, a `datasets.Dataset` or another iterable.
+    Errors call them by `name`."""
+
+    name: str
+    rows: Iterable[dict]
+
+    def __post_init__(self):
+        if isinstance(self.rows, Mapping):
+            problem = f"expected rows, found the keys {', '.join(map(str, self.rows))}"
+            raise ValueError(f"{self.name}: {problem} (choose a split)")
+        if not isinstance(self.rows, Iterable):
+            kind = type(self.rows).__name__
+            raise ValueError(f"{self.name}: expected rows or the name of a file, found a {kind}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def read_records(source: str | InMemory) -> Records:
     """Yield ("where", record) for each record of a source; a line that is not JSON is a BadRow.
 
     Raises:
         ValueError: there is no such file, dataset or split, or it cannot be read.
     """
+    if isinstance(source, InMemory):
+        yield from _of_dataset(source.rows, source.name)
+        return
     name, parts = _split_source(source)
     path = Path(name)
     if not name:
@@ -346,7 +370,8 @@ def _of_dataset(dataset, name: str) -> Records:
     index = 0
     try:
         for record in dataset:
-            yield f"{name}[{index}]", _plain_record(record)
+            is_row = isinstance(record, Mapping)
+            yield f"{name}[{index}]", _plain_record(record) if is_row else record
             index += 1
     except Exception as error:  # damaged files, images that cannot be decoded, ...
         reason = _first_line(error)

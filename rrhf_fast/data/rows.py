@@ -26,7 +26,7 @@ from rrhf_fast.data.checks import (
     show,
 )
 from rrhf_fast.data.columns import Columns
-from rrhf_fast.data.files import NO_ARRAY, Records, read_records
+from rrhf_fast.data.files import NO_ARRAY, InMemory, Records, read_records
 from rrhf_fast.data.grouped import grouped
 from rrhf_fast.data.layouts import canonical
 from rrhf_fast.data.messages import (
@@ -147,7 +147,7 @@ class RowReport:
 
 
 def load_rows(
-    sources: str | list[str],
+    sources: str | InMemory | list[str],
     *,
     on_bad_rows: str = "error",
     use_responses: str = "all",
@@ -159,7 +159,7 @@ def load_rows(
     """Read and validate rows from files, folders and Hugging Face datasets, in order.
 
     Args:
-        sources: see files.py for what can be named.
+        sources: see files.py for what can be named, or rows in memory.
         on_bad_rows: "error" stops at the first bad row; "skip" leaves out bad responses, and rows
             with fewer than two good ones, and counts both by kind.
         use_responses: "all"; "provided" keeps the responses whose source starts with "provided",
@@ -199,7 +199,7 @@ def load_rows(
 
 
 def load_drafts(
-    sources: str | list[str],
+    sources: str | InMemory | list[str],
     *,
     on_bad_rows: str = "error",
     columns: dict[str, str] | None = None,
@@ -221,7 +221,7 @@ def load_drafts(
 
 
 def _load(
-    sources: str | list[str],
+    sources: str | InMemory | list[str],
     report: RowReport,
     parse: Callable[[Canonical, dict, str], T],
     *,
@@ -233,7 +233,7 @@ def _load(
 ) -> list[T]:
     """Parse all records with `parse`; `unused` as in `grouped`."""
     paths = Columns(columns) if columns else None
-    sources = [sources] if isinstance(sources, str) else sources
+    sources = sources if isinstance(sources, list) else [sources]
     records = _counted((item for source in sources for item in read_records(source)), report)
     if group_by is not None:
 
@@ -252,7 +252,7 @@ def _load(
         except BadRow as error:
             report.skip(error, on_bad_rows)
     if not rows:
-        names = ", ".join(sources)
+        names = ", ".join(map(str, sources))
         raise ValueError(
             f"{names}: no usable row among the {report.read} read {_kinds(report.bad)}".rstrip()
         )

@@ -26,7 +26,7 @@ def _run(config: IterateConfig) -> int:
     from rrhf_fast.model.save import SaveFailed
     from rrhf_fast.stages.endpoint import EndpointDown
     from rrhf_fast.train.backward import OutOfMemory
-    from rrhf_fast.train.loop import NotFinite
+    from rrhf_fast.train.step import NotFinite
 
     try:
         iterate(config)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rrhf_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from rrhf_fast.train.loop import TrainResult
+    from rrhf_fast.train.trainer import TrainResult
 
 __all__ = ["TrainConfig", "train"]
 
@@ -32,6 +32,6 @@ def train(config: TrainConfig) -> "TrainResult":
         >>> result.steps
         2
     """
-    from rrhf_fast.train.loop import run  # late: it loads PyTorch
+    from rrhf_fast.train.trainer import run  # late: it loads PyTorch
 
     return run(config)

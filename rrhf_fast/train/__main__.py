@@ -21,7 +21,7 @@ def _run(config: TrainConfig) -> int:
     # Heavy, and not needed for --help or a misspelt option.
     from rrhf_fast.model.save import SaveFailed
     from rrhf_fast.train.backward import OutOfMemory
-    from rrhf_fast.train.loop import NotFinite
+    from rrhf_fast.train.step import NotFinite
 
     try:
         result = train(config)

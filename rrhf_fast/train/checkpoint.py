@@ -13,6 +13,7 @@ them. The position in the data is the step, since the order of an epoch follows 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -44,6 +45,7 @@ from rrhf_fast.stages.run_folder import (
     read_state,
 )
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.save import trained_tensors
 
@@ -69,9 +71,13 @@ class Progress:
     skipped: int = 0  # steps in a row up to this one
     active_fraction: float = 1.0  # of tokens, about: a running mean over steps
 
-    def update(self, active_fraction: float) -> None:
-        """Take a step's active fraction into account."""
-        self.active_fraction += 0.2 * (active_fraction - self.active_fraction)
+    def add(self, totals: Totals, problem: str | None) -> None:
+        """Count a step; `problem` is why its update was skipped."""
+        self.step += 1
+        self.num_tokens += totals.num_tokens
+        self.skipped = self.skipped + 1 if problem else 0
+        if not math.isnan(totals.active_fraction):  # NaN for padded packs
+            self.active_fraction += 0.2 * (totals.active_fraction - self.active_fraction)
 
 
 class Stager(BlockingAsyncStager):

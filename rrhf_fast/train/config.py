@@ -164,6 +164,11 @@ class TrainConfig(LossConfig, RowsConfig, DataConfig):
     """Tokens of a fresh sample."""
     eval_samples: int = 1
     """Fresh samples a prompt, at temperature 1."""
+    metric_for_best_model: str = "loss"
+    """Held-out metric that callbacks such as transformers' EarlyStoppingCallback watch: loss,
+    rewards/accuracies, rewards/margins, reward."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better. Default: of all but losses."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Trackers to log to beside metrics.jsonl (pip install rrhf-fast[tracking])."""
     profile_steps: int | None = None

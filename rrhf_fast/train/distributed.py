@@ -44,6 +44,11 @@ class World:
         """Whether this rank prints and writes files that exist once."""
         return self.rank == 0
 
+    def print(self, text: str) -> None:
+        """Print on the first rank."""
+        if self.is_first:
+            print(text, flush=True)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
         if self.mesh is not None:

@@ -1,8 +1,9 @@
 """From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
 what was found."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import transformers
 from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
-from rrhf_fast.data.forest import forest_tokens
+from rrhf_fast.data.files import InMemory
+from rrhf_fast.data.forest import Pack, forest_tokens
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import RowReport, load_rows
@@ -30,10 +32,57 @@ from rrhf_fast.train.output_dir import check_output_dir, claim_output_dir
 from rrhf_fast.train.profile import WARMUP
 from rrhf_fast.train.summary import describe
 
+# What a dataset can be given as.
+Rows = str | list[str] | Iterable[dict]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is given as an object instead of by a name in the options."""
+
+    model: str | transformers.PreTrainedModel | None = None
+    train_dataset: Rows | None = None
+    eval_dataset: Rows | None = None
+    processing_class: transformers.PreTrainedTokenizerBase | None = None
+    reward_fn: RewardFn | None = None
+
+    def complete(self, config: TrainConfig) -> TrainConfig:
+        """The options, with the names of what is given."""
+        model, names = self.model, {}
+        if isinstance(model, str):
+            names["model_name_or_path"] = model
+        elif isinstance(model, transformers.PreTrainedModel):
+            names["model_name_or_path"] = model.config._name_or_path or "model"
+        elif model is not None:
+            kind = type(model).__name__
+            raise ValueError(f"model: expected a name or a PreTrainedModel, found a {kind}")
+        if self.reward_fn is not None:
+            names["eval_reward_fn"] = getattr(self.reward_fn, "__qualname__", "reward_fn")
+        for argument, option in DATASETS.items():
+            if (rows := getattr(self, argument)) is not None:
+                names[option] = rows if _is_name(rows) else argument
+        return replace(config, **names)
+
+    def rows(self, argument: str, config: TrainConfig) -> str | list[str] | InMemory | None:
+        """What `load_rows` reads for "train_dataset" or "eval_dataset"."""
+        rows = getattr(self, argument)
+        if rows is None or _is_name(rows):
+            return getattr(config, DATASETS[argument])
+        return InMemory(argument, rows)
+
+
+DATASETS = {"train_dataset": "train_data", "eval_dataset": "eval_data"}
+
+
+def _is_name(rows: Rows) -> bool:
+    return isinstance(rows, str) or (
+        isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, str) for row in rows)
+    )
+
 
 @dataclass
 class Run:
-    """What `train` works on."""
+    """What `RRHFTrainer` works on."""
 
     config: TrainConfig
     world: World
@@ -47,8 +96,26 @@ class Run:
     num_steps: int
     summary: str
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return steps_per_epoch(len(self.train.queries), self.config.train_batch_size)
 
-def prepare(config: TrainConfig, world: World) -> Run:
+    @property
+    def eval_steps(self) -> int:
+        """Optimizer steps from one evaluation to the next."""
+        return self.config.eval_steps or self.steps_per_epoch
+
+    @cached_property
+    def held_out_packs(self) -> list[Pack]:
+        """This rank's share of the held-out packs."""
+        if self.held_out is None:
+            return []
+        queries = range(len(self.held_out.queries))
+        return self.held_out.batch(queries, self.world.rank, self.world.size).packs
+
+
+def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
     """Check everything that can be checked before the first step, cheapest first. All ranks must
     call.
 
@@ -60,22 +127,24 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if config.model_name_or_path is None:
         config = with_demo(config)
     world.once(lambda: check_output_dir(config))
-    reward_fn = load_reward_fn(config.eval_reward_fn) if config.eval_reward_fn else None
+    reward_fn = given.reward_fn
+    if reward_fn is None and config.eval_reward_fn is not None:
+        reward_fn = load_reward_fn(config.eval_reward_fn)
     options = config.reading() | {
         "use_responses": config.use_responses,
         "stop_strings": config.stop_strings,
     }
-    rows, report = load_rows(config.train_data, **options)
+    rows, report = load_rows(given.rows("train_dataset", config), **options)
     held_out_rows, held_out_report = [], RowReport()
     if config.eval_data is not None:
-        held_out_rows, held_out_report = load_rows(config.eval_data, **options)
+        held_out_rows, held_out_report = load_rows(given.rows("eval_dataset", config), **options)
 
     set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
     set_seed(config.seed)
-    tokenizer = load_tokenizer(
+    tokenizer = given.processing_class or load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    lm, stored, save_dtype = _load(config, world)
+    lm, stored, save_dtype = _load(config, world, given.model)
     config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
     max_length = min(config.max_length, max_positions(lm) or config.max_length)
     limits = {
@@ -95,7 +164,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         queries, held_out = hold_out(queries, config.eval_fraction, config.seed)
     _check_vocabulary(queries + held_out, lm)
     learn_end_tokens(lm, tokenizer, learned_end_ids(queries))
-    num_tokens = _resolve_pack(config, world, queries + held_out)
+    num_tokens = _resolve_pack(config, world, queries + held_out, given.model)
     config = replace(config, max_tokens_per_pack=num_tokens)
 
     if config.use_peft:
@@ -182,11 +251,13 @@ def with_demo(config: TrainConfig) -> TrainConfig:
 
 
 def _load(
-    config: TrainConfig, world: World
+    config: TrainConfig, world: World, given: object
 ) -> tuple[transformers.PreTrainedModel, dict[str, Stored] | None, torch.dtype]:
     """The model; where its weights are, if it is still empty; and the dtype to save it in."""
     name, trust = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
     lm = stored = None
+    if isinstance(given, transformers.PreTrainedModel):
+        return _given_model(given, config)
     if world.mesh is not None:
         lm = empty_model(name, **trust)
         stored = locate_weights(lm, name)
@@ -198,13 +269,31 @@ def _load(
     return lm, stored, torch.float32 if config.use_peft or source is None else source
 
 
+def _given_model(
+    lm: transformers.PreTrainedModel, config: TrainConfig
+) -> tuple[transformers.PreTrainedModel, None, torch.dtype]:
+    """As `_load`, for a model in memory: in float32, without dropout."""
+    if getattr(lm, "peft_config", None):
+        raise ValueError("model: it has adapters already (merge them, or name the model)")
+    dtype = torch.float32 if config.use_peft else lm.dtype
+    if config.save_dtype != "auto":
+        dtype = getattr(torch, config.save_dtype)
+    check_finite(lm, config.model_name_or_path, "model")
+    return lm.float().eval(), None, dtype
+
+
 def _resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _resolve_pack(config: TrainConfig, world: World, queries: Sequence[TokenisedQuery]) -> int:
+def _resolve_pack(
+    config: TrainConfig,
+    world: World,
+    queries: Sequence[TokenisedQuery],
+    given: str | transformers.PreTrainedModel | None = None,
+) -> int:
     """max_tokens_per_pack as a number, the same on all ranks. Auto: the number of the checkpoint to
     resume from, so that packs stay as they were, or what the smallest GPU has room for."""
     if config.max_tokens_per_pack != "auto":
@@ -216,7 +305,12 @@ def _resolve_pack(config: TrainConfig, world: World, queries: Sequence[Tokenised
     if world.device.type == "cpu":
         return TrainConfig.max_tokens_per_pack
     with torch.random.fork_rng(devices=[]):  # adapters draw numbers, which the run would miss
-        lm = empty_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        if isinstance(given, transformers.PreTrainedModel):
+            with torch.device("meta"):
+                lm = type(given)(given.config)
+        else:
+            code = {"trust_remote_code": config.trust_remote_code}
+            lm = empty_model(config.model_name_or_path, **code)
         if config.use_peft:
             add_lora(lm, config)
     tokens = forest_tokens if config.packing == "forest" else padded_tokens

@@ -1,5 +1,7 @@
 """The weights of a run, gathered from its ranks and written."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -33,11 +35,11 @@ def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[s
     return weights
 
 
-def save_model(run: Run) -> None:
-    """Write model (or adapters) and tokenizer to output_dir. All ranks must call."""
+def save_model(run: Run, output_dir: Path | None = None) -> None:
+    """Write model (or adapters) and tokenizer, by default to the run's output_dir. All ranks must
+    call."""
     weights = gather_weights(run.model, run.world, run.save_dtype)
     if run.world.is_first:
+        folder = output_dir or run.output_dir
         with run.model.generation():  # the saved config must name an attention that others have
-            write_model(
-                run.model.lm, run.tokenizer, run.output_dir, dtype=run.save_dtype, weights=weights
-            )
+            write_model(run.model.lm, run.tokenizer, folder, dtype=run.save_dtype, weights=weights)

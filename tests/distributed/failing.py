@@ -8,7 +8,7 @@ from pathlib import Path
 from rrhf_fast import TrainConfig, train
 from rrhf_fast.model.save import SaveFailed
 from rrhf_fast.stages.command import leave
-from rrhf_fast.train import loop
+from rrhf_fast.train import trainer
 
 RANK = int(os.environ["RANK"])
 
@@ -38,7 +38,7 @@ def fail_together(folder: Path) -> None:
 
 
 def main() -> int:
-    folder, step = Path(sys.argv[1]), loop.take_step
+    folder, step = Path(sys.argv[1]), trainer.take_step
     fail_together(folder)
 
     def failing(run, batch, optimizer, number, *rest):
@@ -46,7 +46,7 @@ def main() -> int:
             raise RuntimeError("rank 1 fails")
         return step(run, batch, optimizer, number, *rest)
 
-    loop.take_step = failing
+    trainer.take_step = failing
     data = {"train_data": str(folder / "train.jsonl"), "output_dir": str(folder / "failing")}
     train(TrainConfig(model_name_or_path=str(folder / "untied"), train_batch_size=5, **data))
     print(f"rank {RANK} survived")

@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="the kernel needs triton")
 
 from rrhf_fast import TrainConfig
 from rrhf_fast.kernels import adamw_bf16 as kernel
-from rrhf_fast.train import adamw_bf16, loop
+from rrhf_fast.train import adamw_bf16
+from rrhf_fast.train import step as one_step
 from rrhf_fast.train.adamw_bf16 import AdamWBF16
 from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.distributed import World
@@ -113,7 +114,7 @@ def test_a_step_waits_once(dtype, max_grad_norm, monkeypatch):
         totals.sums += torch.arange(1, len(totals.sums) + 1, device="cuda")
         torch.cuda.set_sync_debug_mode("warn")
 
-    monkeypatch.setattr(loop, "backward_whole", backward)
+    monkeypatch.setattr(one_step, "backward_whole", backward)
     optimizer, _ = build_optimizer(model, config, 10)
     signals = SimpleNamespace(stop=False, hold=lambda: None)
     before = [p.detach().clone() for p in model.parameters()]
@@ -121,7 +122,7 @@ def test_a_step_waits_once(dtype, max_grad_norm, monkeypatch):
         try:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
-                totals, norm, problem = loop.take_step(
+                totals, norm, problem = one_step.take_step(
                     run, None, optimizer, step, Progress(), signals
                 )
                 totals.means(), totals.num_tokens, totals.flagged, totals.active_fraction

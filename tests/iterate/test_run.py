@@ -15,7 +15,7 @@ from rrhf_fast.iterate.__main__ import _run, main
 from rrhf_fast.iterate.config import IterateConfig, with_demo
 from rrhf_fast.iterate.report import is_hacking
 from rrhf_fast.sample.config import Policy
-from rrhf_fast.train import loop as engine
+from rrhf_fast.train import trainer as engine
 
 STAGES = ("samples.jsonl", "scored.jsonl", "trained.json", "evaluation/evaluation.json")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+import rrhf_fast.train.trainer  # noqa: F401 (before the forks)
 from rrhf_fast import demo
 from rrhf_fast.train.__main__ import main
-from rrhf_fast.train.loop import train  # noqa: F401 (imported before the forks)
 
 OPTIONS = {
     "model_name_or_path": demo.MODEL_DIR, "train_batch_size": 4, "max_steps": 24,

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.model.save import SaveFailed
 from rrhf_fast.stages.run_folder import complete_checkpoints
-from rrhf_fast.train import adamw_bf16, loop
+from rrhf_fast.train import adamw_bf16, trainer
 from rrhf_fast.train.checkpoint import Checkpoints, Progress, Stager
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.optimizer import build_optimizer
@@ -219,14 +219,14 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, data, unharmed, name):
 
 def signal_in_step(monkeypatch, number, name=signal.SIGTERM):
     """Make this process get a signal in the given step's backward."""
-    step = loop.take_step
+    step = trainer.take_step
 
     def signalled(run, batch, optimizer, now, *rest):
         if now == number:
             signal.raise_signal(name)
         return step(run, batch, optimizer, now, *rest)
 
-    monkeypatch.setattr(loop, "take_step", signalled)
+    monkeypatch.setattr(trainer, "take_step", signalled)
 
 
 def test_a_signal_comes_before_an_evaluation_which_is_made_up_for(
@@ -243,14 +243,14 @@ def test_a_signal_comes_before_an_evaluation_which_is_made_up_for(
 
 def test_a_resumed_run_has_the_options_it_announces(tmp_path, data, unharmed, monkeypatch, capsys):
     stopped_at(4, unharmed, tmp_path / "out")
-    build, optimizers = loop.build_optimizer, []
+    build, optimizers = trainer.build_optimizer, []
 
     def keep(*arguments):
         optimizer, schedule = build(*arguments)
         optimizers.append(optimizer)
         return optimizer, schedule
 
-    monkeypatch.setattr(loop, "build_optimizer", keep)
+    monkeypatch.setattr(trainer, "build_optimizer", keep)
     options = {"learning_rate": 1e-12, "weight_decay": 0.5, "adam_beta1": 0.5, "max_steps": 6}
     run(tmp_path / "out", data, resume_from_checkpoint="latest", eval_reward_fn=None, **options)
     out = capsys.readouterr().out

@@ -25,9 +25,9 @@ from rrhf_fast.model.save import SaveFailed
 from rrhf_fast.stages.run_folder import complete_checkpoints, read_state
 from rrhf_fast.train import evaluate
 from rrhf_fast.train.backward import OutOfMemory
-from rrhf_fast.train.loop import NotFinite
 from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.plot import plot_training
+from rrhf_fast.train.step import NotFinite
 from rrhf_fast.train.summary import warn_of_text
 
 ROOT = Path(__file__).parents[2]

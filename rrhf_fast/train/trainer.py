@@ -1,0 +1,398 @@
+"""`RRHFTrainer`: load, then step, log, evaluate and save until all steps are done."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rrhf_fast.data.packs import Batch, ahead, batches
+from rrhf_fast.model.layers import count_given_up, count_graphs
+from rrhf_fast.stages.reward_fn import RewardFn
+from rrhf_fast.train.callbacks import Callbacks
+from rrhf_fast.train.checkpoint import Checkpoints, Progress
+from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.distributed import is_on_all_ranks, join_world
+from rrhf_fast.train.evaluate import Totals, evaluate_ranking, evaluate_samples
+from rrhf_fast.train.memory import memory_table
+from rrhf_fast.train.metrics import MetricsLog
+from rrhf_fast.train.optimizer import build_optimizer
+from rrhf_fast.train.plot import plot_training
+from rrhf_fast.train.prepare import Given, Rows, prepare, with_demo
+from rrhf_fast.train.profile import StepProfiler
+from rrhf_fast.train.resume import first_evaluation, start, was_left_out
+from rrhf_fast.train.save import save_model
+from rrhf_fast.train.show import shown_rows
+from rrhf_fast.train.signals import Signals, uninterrupted
+from rrhf_fast.train.step import NotFinite, take_step
+
+GIVEN_UP = (
+    "the decoder's layers have reached PyTorch's limit on graphs (torch._dynamo.config."
+    "recompile_limit) and run uncompiled where they are new, which is slower and changes no result"
+)
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind. `before` and `after` hold the held-out metrics (empty without
+    held-out rows)."""
+
+    output_dir: Path | None  # None after a dry run
+    metrics: list[dict]  # the records of metrics.jsonl
+    steps: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
+    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
+
+
+def run(config: TrainConfig) -> TrainResult:
+    """See `rrhf_fast.train`."""
+    config.validate()
+    if config.dry_run or config.show_tokens:
+        config = with_demo(config) if config.model_name_or_path is None else config
+        print(memory_table(config) if config.dry_run else shown_rows(config))
+        return TrainResult(output_dir=None, metrics=[])
+    with RRHFTrainer(args=config) as trainer:
+        return trainer.train()
+
+
+class RRHFTrainer:
+    """Trains a causal language model by RRHF (arXiv 2304.05302) and saves it.
+
+    Args:
+        model: a name, a folder, or a loaded causal LM, which is trained in place with float32
+            weights; default `args.model_name_or_path`, and without that the embedded demo.
+        args: the options; default `TrainConfig()`.
+        train_dataset: rows with prompt, responses and scores: a list of dicts, a
+            `datasets.Dataset`, or what `args.train_data` takes.
+        eval_dataset: held-out rows of the same kinds.
+        processing_class: the tokenizer; default the model's own.
+        reward_fn: reward_fn(prompts, responses) -> scores of fresh samples at each evaluation;
+            default the function that `args.eval_reward_fn` names.
+        callbacks: of transformers, see `rrhf_fast.train.callbacks`. Their
+            `control.should_training_stop` ends training after the step at hand with a saved model;
+            `should_evaluate`, `should_save` and `should_log` are obeyed too.
+
+    Under torchrun every process makes one. Used in a `with` statement it leaves the process group
+    at the end; otherwise call `close`.
+
+    Raises:
+        ValueError: a mistake in options, files or rows.
+
+    Example:
+        >>> rows = [{"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1.0, 0.0]}] * 4
+        >>> options = TrainConfig(output_dir=folder, max_steps=2, train_batch_size=2)
+        >>> trainer = RRHFTrainer(model=demo_model, args=options, train_dataset=rows)
+        >>> trainer.train().steps
+        model ...
+        2
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        args: TrainConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_fn: RewardFn | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ):
+        given = Given(model, train_dataset, eval_dataset, processing_class, reward_fn)
+        config = given.complete(args or TrainConfig())
+        config.validate()
+        self._open = ExitStack()
+        self.world = self._open.enter_context(join_world(config))
+        try:
+            self.run = prepare(config, self.world, given)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        self.log = MetricsLog(self.run.output_dir, self.run.config, writes=self.world.is_first)
+        self.callbacks = Callbacks(callbacks, self.run)
+        self.step = 0
+        self._latest: tuple[int, dict] = (-1, {})  # step and metrics of the last evaluation
+        self._given_up = count_given_up()
+        self._event("on_init_end")
+
+    def train(self) -> TrainResult:
+        """Train until all steps are done, from a checkpoint if the options name one.
+
+        Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
+        samples.jsonl where a reward function is given, and checkpoints. Ctrl-C ends training early
+        and saves the model; SIGTERM and SIGUSR1 end it with a checkpoint.
+
+        Raises:
+            ValueError: the reward function misbehaves; the model of the steps so far is saved.
+            NotFinite: the loss or gradient is not finite; the last good weights are saved.
+            OutOfMemory: a pack does not fit the device.
+            SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
+        """
+        run, config = self.run, self.run.config
+        optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
+        checkpoints = Checkpoints(run, optimizer, schedule)
+        self.world.print(run.summary)
+        if self.world.size > 1:
+            copies, shards = self.world.mesh.shape
+            self.world.print(
+                f"ranks      {self.world.size}, weights in {copies} copies of {shards} parts"
+            )
+        progress = start(run, checkpoints, self.log)
+        self.step = progress.step
+        result = TrainResult(run.output_dir, metrics=self.log.records, steps=progress.step)
+        self.callbacks.given = {"optimizer": optimizer, "lr_scheduler": schedule}
+
+        with Signals(self.world) as signals, self._saving(result, checkpoints):
+            self._event("on_train_begin")
+            result.before = self._evaluate_at_start()
+            for batch in self._batches(optimizer):
+                started = time.perf_counter()
+                totals, grad_norm, problem = take_step(
+                    run, batch, optimizer, self.step + 1, progress, signals
+                )
+                progress.add(totals, problem)
+                if progress.skipped == config.max_skipped_steps:
+                    raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
+                result.steps = self.step = progress.step
+                record = self._record(totals, grad_norm, schedule, progress, started)
+                schedule.step()
+                self._event("on_step_end")
+
+                # A callback ends the run as its last step would; a signal ends it to be resumed.
+                is_last = self.callbacks.take("training_stop") or self.step == run.num_steps
+                if self.callbacks.take("log") or is_last or problem or self._is_due("logging"):
+                    self.log.write(record)
+                    self._event("on_log", logs=record)
+                signals.release()
+                is_stopped = totals.flagged and self.step < run.num_steps
+                if is_stopped and config.optim == "adamw_8bit":  # cannot be resumed: keep the model
+                    result.interrupted = True
+                    break
+                wants_evaluation = self.callbacks.take("evaluate") or self._is_due("eval")
+                if wants_evaluation and not is_last and not is_stopped:
+                    self._evaluate()
+                    is_last = self.callbacks.take("training_stop")
+                if self.callbacks.take("save") or is_stopped or self._is_due("save"):
+                    checkpoints.save(progress)
+                    self._event("on_save")
+                checkpoints.finish(wait=is_stopped)
+                result.preempted = is_stopped
+                if is_stopped or (is_last and self.step < run.num_steps):
+                    break
+            if not (result.interrupted or result.preempted):
+                checkpoints.finish()
+                result.after = self._evaluate()
+            self._event("on_train_end")
+        self.world.print(_closing(result))
+        return result
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the model as it is on the held-out rows, and by fresh samples where there is a
+        reward function. All ranks must call.
+
+        Returns:
+            eval_loss, eval_rewards/accuracies, eval_rewards/margins, eval_reward, ...
+
+        Raises:
+            ValueError: there are no held-out rows.
+        """
+        if self.run.held_out is None:
+            raise ValueError("eval_dataset: missing (or set eval_data or eval_fraction)")
+        measures, _ = self._measure()
+        self.callbacks.evaluated(measures)
+        return {f"eval_{name}": value for name, value in measures.items()}
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the model (or adapters) and the tokenizer as a Hugging Face folder, by default to
+        the run's output_dir. All ranks must call. Raises SaveFailed."""
+        save_model(self.run, output_dir and Path(output_dir))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The causal LM that is trained. Its attention is that of packed forests; generate inside
+        `with trainer.generation():`."""
+        return self.run.model.lm
+
+    def generation(self) -> AbstractContextManager:
+        """Inside, `model` has its own attention again, so that it can generate."""
+        return self.run.model.generation()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._open.close()
+
+    def __enter__(self) -> "RRHFTrainer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
+
+    def _batches(self, optimizer: torch.optim.Optimizer) -> Iterator[Batch]:
+        """This rank's packs of each step to come, built ahead, behind a progress bar."""
+        run, config, world = self.run, self.run.config, self.world
+        steps = batches(
+            run.train,
+            train_batch_size=config.train_batch_size,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            num_steps=run.num_steps,
+            first_step=self.step,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+        loader = ahead(steps, pin_memory=world.device.type == "cuda")
+        if config.profile_steps is not None and world.is_first:
+            options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
+            loader = StepProfiler(run.model, optimizer, **options).watch(loader)
+        options = {"total": run.num_steps, "initial": self.step, "disable": not world.is_first}
+        with tqdm(loader, unit="step", **options) as self._bar:
+            for batch in self._bar:
+                if self.step % run.steps_per_epoch == 0:
+                    self._event("on_epoch_begin")
+                self._event("on_step_begin")
+                yield batch
+                if self.step % run.steps_per_epoch == 0 or self.step == run.num_steps:
+                    self._event("on_epoch_end")
+
+    def _record(
+        self,
+        totals: Totals,
+        grad_norm: float,
+        schedule: LRScheduler,
+        progress: Progress,
+        started: float,
+    ) -> dict[str, float]:
+        """The metrics of the step that was just taken."""
+        speed = totals.num_tokens / (time.perf_counter() - started)
+        record = {"step": self.step, "epoch": self.step / self.run.steps_per_epoch}
+        record |= totals.means() | {
+            "grad_norm": grad_norm,
+            "learning_rate": float(schedule.get_last_lr()[0]),
+            "num_tokens": progress.num_tokens,
+            "tokens_per_second": speed,
+        }
+        if self.run.config.packing == "forest":
+            record["active_fraction"] = totals.active_fraction
+        if progress.skipped:
+            record["skipped"] = progress.skipped
+        if self.world.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.run.model.compiled:
+            record["compiled_graphs"] = count_graphs()
+            if count_given_up() > self._given_up:
+                self._given_up = count_given_up()
+                self._bar.write(f"warning: step {self.step}: {GIVEN_UP}")
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, accuracy {record['rewards/accuracies']:.2f}, "
+            f"{speed:,.0f} tokens/s"
+        )
+        return record
+
+    def _is_due(self, what: str) -> bool:
+        """Whether logging, evaluation or saving is due after this step."""
+        every = {
+            "logging": self.run.config.logging_steps,
+            "eval": self.run.eval_steps,
+            "save": self.run.config.save_steps,
+        }[what]
+        return every is not None and self.step % every == 0
+
+    def _measure(self) -> tuple[dict[str, float], list[dict]]:
+        """Held-out metrics, and the fresh samples with their rewards."""
+        run = self.run
+        measures = evaluate_ranking(run.model, run.held_out_packs, self.world)
+        if run.reward_fn is None:
+            return measures, []
+        rewards, samples = evaluate_samples(
+            run.model, run.tokenizer, run.held_out.queries, run.reward_fn, run.config, self.world
+        )
+        return measures | rewards, samples
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate once per step at most, and log."""
+        if self.run.held_out is None:
+            return {}
+        if self._latest[0] == self.step:
+            return self._latest[1]
+        measures, samples = self._measure()
+        if samples and self.world.is_first:
+            with (self.run.output_dir / "samples.jsonl").open("a" if self.step else "w") as file:
+                file.writelines(
+                    json.dumps({"step": self.step, **sample}) + "\n" for sample in samples
+                )
+        record = {f"eval/{name}": value for name, value in measures.items()}
+        self.log.write({"step": self.step} | record)
+        self._latest = self.step, measures
+        self._sync()
+        self.callbacks.evaluated(measures)
+        return measures
+
+    def _evaluate_at_start(self) -> dict[str, float]:
+        """The metrics before the first step; a resumed run has them in its records, and repeats an
+        evaluation that a signal cut off."""
+        if self.step == 0:
+            return self._evaluate()
+        records = self.log.records
+        is_due = self._is_due("eval") and self.step < self.run.num_steps
+        if is_due and self.world.once(lambda: was_left_out(records, self.step)):
+            self._evaluate()
+        return first_evaluation(records)
+
+    def _sync(self) -> None:
+        """Let callbacks know where the run is."""
+        state = self.callbacks.state
+        state.global_step, state.epoch = self.step, self.step / self.run.steps_per_epoch
+
+    def _event(self, name: str, **more) -> None:
+        self._sync()
+        self.callbacks(name, **more)
+
+    @contextmanager
+    def _saving(self, result: TrainResult, checkpoints: Checkpoints) -> Iterator[None]:
+        """Whatever ends the run, keep the model of its complete steps."""
+        together = True  # whether all ranks got here by the same way
+        try:
+            yield
+        except KeyboardInterrupt:
+            result.interrupted = True
+        except NotFinite:
+            raise
+        except BaseException as error:
+            together = self.world.size == 1 or is_on_all_ranks(error)
+            raise
+        finally:
+            with uninterrupted():
+                if result.steps and together and not result.preempted:
+                    save_model(self.run)
+                if result.steps and together:
+                    plot = self.run.output_dir / "training.png"
+                    # The other ranks wait: Slurm would take one that is done for a failure.
+                    self.world.once(lambda: plot_training(self.log.records, plot))
+                self.log.close()
+                if result.interrupted:
+                    checkpoints.finish()
+
+
+def _closing(result: TrainResult) -> str:
+    names = {
+        "rewards/accuracies": "held-out ranking accuracy",
+        "reward": "held-out reward of fresh samples",
+        "response_length": "tokens of a fresh sample",
+        "loss": "held-out loss",
+    }
+    lines = [
+        f"{title:<34} {result.before[name]:8.3f} -> {result.after[name]:8.3f}"
+        for name, title in names.items()
+        if name in result.before and name in result.after
+    ]
+    state = "stopped early" if result.interrupted else "done"
+    saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
+    if result.preempted:
+        state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
+    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])

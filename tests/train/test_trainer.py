@@ -1,0 +1,218 @@
+"""RRHFTrainer as users of transformers and TRL know one: objects in, callbacks, evaluate, save."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)
+
+from rrhf_fast import RRHFTrainer, TrainConfig, demo, train
+
+
+def rows_of(path, count):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()[:count]]
+
+
+ROWS, HELD_OUT = rows_of(demo.TRAIN_FILE, 16), rows_of(demo.EVAL_FILE, 6)
+OPTIONS = {"train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "eval_steps": 2}
+TIMES = {"tokens_per_second", "mfu"}
+
+
+def options(folder, **more):
+    return TrainConfig(output_dir=str(folder), **OPTIONS | more)
+
+
+def records(folder):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory):
+    """A run by options alone: rows in files, the model by its name."""
+    folder = tmp_path_factory.mktemp("by_name")
+    for name, rows in (("train", ROWS), ("eval", HELD_OUT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train_data": str(folder / "train.jsonl"), "eval_data": str(folder / "eval.jsonl")}
+    train(options(folder / "out", model_name_or_path=str(demo.MODEL_DIR), **data))
+    return folder
+
+
+def lists():
+    return {"train_dataset": ROWS, "eval_dataset": HELD_OUT}
+
+
+def arrow():
+    return {name: datasets.Dataset.from_list(rows) for name, rows in lists().items()}
+
+
+@pytest.mark.parametrize("rows", [lists, arrow, None], ids=["lists", "datasets", "paths"])
+def test_objects_give_the_same_run_as_names(by_name, rows, tmp_path):
+    given = rows() if rows else {}
+    for name in () if rows else ("train", "eval"):
+        given[f"{name}_dataset"] = str(by_name / f"{name}.jsonl")
+    trainer = RRHFTrainer(
+        model=AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR),
+        args=options(tmp_path),
+        processing_class=AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+        **given,
+    )
+    result = trainer.train()
+    assert records(tmp_path) == records(by_name / "out")
+    assert result.after["loss"] == trainer.evaluate()["eval_loss"]
+    expected, found = weights(by_name / "out"), weights(tmp_path)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_save_model_and_generation(tmp_path):
+    trainer = RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path / "out"), ROWS)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "copy"))
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "copy")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    prompt = torch.tensor([[5, 6, 7]])
+    with trainer.generation():
+        found = trainer.model.generate(prompt, max_new_tokens=5, do_sample=False)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert torch.equal(found, saved.generate(prompt, max_new_tokens=5, do_sample=False))
+
+
+def test_a_reward_function_scores_fresh_samples(tmp_path):
+    def reward_fn(prompts, responses):
+        return [float(len(response)) for response in responses]
+
+    args = options(tmp_path, eval_max_new_tokens=8, max_steps=2)
+    trainer = RRHFTrainer(demo.MODEL_DIR.as_posix(), args, ROWS, HELD_OUT, reward_fn=reward_fn)
+    trainer.train()
+    samples = rows_of(tmp_path / "samples.jsonl", None)
+    last = [sample for sample in samples if sample["step"] == 2]
+    mean = sum(len(sample["response"]) for sample in last) / len(last)
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(mean)
+
+
+class Events(TrainerCallback):
+    """Writes down what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+        return lambda args, state, control, **more: self.calls.append((name, state, more))
+
+
+def test_every_event_comes_in_its_place(tmp_path):
+    class Numbered(Events):
+        def __getattribute__(self, name):
+            if not name.startswith("on_"):
+                return super().__getattribute__(name)
+            return lambda args, state, control, **more: self.calls.append(
+                (name.removeprefix("on_"), state.global_step)
+            )
+
+    events = Numbered()
+    args = options(tmp_path, max_steps=3, train_batch_size=8, save_steps=2)
+    RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[events]).train()
+    assert events.calls == [
+        ("init_end", 0), ("train_begin", 0), ("evaluate", 0),
+        ("epoch_begin", 0), ("step_begin", 0), ("step_end", 1), ("log", 1),
+        ("step_begin", 1), ("step_end", 2), ("log", 2), ("evaluate", 2), ("save", 2),
+        ("epoch_end", 2),
+        ("epoch_begin", 2), ("step_begin", 2), ("step_end", 3), ("log", 3), ("epoch_end", 3),
+        ("evaluate", 3), ("train_end", 3),
+    ]  # fmt: skip
+
+
+def test_what_callbacks_are_told(tmp_path):
+    events = Events()
+    args = options(tmp_path, max_steps=2)
+    trainer = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[events])
+    trainer.train()
+    told = {name: more for name, _, more in events.calls}
+    assert told["on_log"]["logs"]["loss"] == records(tmp_path)[-2]["loss"]
+    assert told["on_evaluate"]["metrics"]["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert told["on_step_end"]["model"] is trainer.model
+    assert isinstance(told["on_step_end"]["optimizer"], torch.optim.Optimizer)
+    assert told["on_step_end"]["lr_scheduler"].last_epoch == 2
+
+
+class Wishes(TrainerCallback):
+    """Asks for something after one step."""
+
+    def __init__(self, wish, step):
+        self.wish, self.step = wish, step
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == self.step:
+            setattr(control, f"should_{self.wish}", True)
+        return control
+
+
+def test_a_callback_ends_training_with_a_saved_model(tmp_path):
+    args = options(tmp_path, max_steps=20)
+    result = RRHFTrainer(
+        str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[Wishes("training_stop", 3)]
+    ).train()
+    assert result.steps == 3 and not result.interrupted and not result.preempted
+    found = records(tmp_path)
+    assert [r["step"] for r in found if "loss" in r] == [1, 2, 3]
+    assert found[-1]["step"] == 3 and result.after["loss"] == found[-1]["eval/loss"]
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_callback_has_a_checkpoint_and_an_evaluation_made(tmp_path):
+    wishes = [Wishes("save", 1), Wishes("evaluate", 3)]
+    args = options(tmp_path, eval_steps=100)
+    RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=wishes).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [r["step"] for r in records(tmp_path) if "eval/loss" in r] == [0, 3, 4]
+
+
+def test_early_stopping_of_transformers(tmp_path):
+    """At a rate of nearly zero nothing improves by the threshold."""
+    args = options(tmp_path, max_steps=20, eval_steps=1, learning_rate=1e-9)
+    stopper = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=0.1)
+    result = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[stopper]).train()
+    assert result.steps == 2  # after the evaluations of steps 1 and 2
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"model": 3}, "model: expected a name or a PreTrainedModel, found a int"),
+        ({"train_dataset": {"train": ROWS}}, "train_dataset: expected rows, found the keys train"),
+        ({"train_dataset": 7}, "train_dataset: expected rows or the name of a file, found a int"),
+        ({"train_dataset": [{"prompt": "a"}]}, r"train_dataset\[0\]"),
+        ({"train_dataset": []}, "train_dataset: no usable row among the 0 read"),
+        ({"train_dataset": None}, "train_data: missing"),
+    ],
+)
+def test_mistakes_name_the_argument(given, problem, tmp_path):
+    arguments = {"model": str(demo.MODEL_DIR), "train_dataset": ROWS} | given
+    with pytest.raises(ValueError, match=problem):
+        RRHFTrainer(args=options(tmp_path), **arguments)
+
+
+def test_a_model_with_adapters_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    lm.add_adapter(peft.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="model: it has adapters already"):
+        RRHFTrainer(lm, options(tmp_path), ROWS)
+
+
+def test_evaluate_wants_held_out_rows(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset: missing"):
+        RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path), ROWS).evaluate()

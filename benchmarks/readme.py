@@ -1,7 +1,7 @@
-"""Write the README's section on speed from the figures in benchmarks/results.
+"""Write docs/speed.md, and the README's table on speed, from the figures in benchmarks/results.
 
-python benchmarks/readme.py            # rewrite the section
-python benchmarks/readme.py --check    # exit 1 if it is not what the figures say
+python benchmarks/readme.py            # rewrite both
+python benchmarks/readme.py --check    # exit 1 if one is not what the figures say
 """
 
 import json
@@ -248,8 +248,8 @@ def _scaling(figures: dict) -> str:
         rows.append([f"{unit} ({fixed})", *cells])
     ways = list(figures["sweeps"][0]["series"])
     return f"""\
-What more of something costs, by the slopes of [sweeps](benchmarks/results/scaling-paper-cpu.png):
-time and memory, beyond weights and gradients, of one query's loss and gradient
+What more of something costs, by the slopes of
+[sweeps](../benchmarks/results/scaling-paper-cpu.png): time and memory, beyond weights and gradients, of one query's loss and gradient
 ({figures["model"]} shape, hidden size {figures["hidden_size"]}; {_machine(figures)}):
 
 {_table(["one more", *ways], rows)}
@@ -312,17 +312,42 @@ def _plain(dtype: str) -> str:
     return dtype.removeprefix("torch.")
 
 
+def headline(results: Path = RESULTS) -> str:
+    """The README's table: the engine and what others do, on a GPU."""
+    parts = json.loads((results / "gpu" / "step.json").read_text())["parts"]
+    machine = parts["machine"]["figures"]
+    (tried,) = parts["contenders"]["figures"].values()
+    (case,) = tried["cases"]
+    rows = [
+        [
+            name,
+            f"{way['queries_per_second']:.0f}",
+            f"{way['mfu']:.0%}",
+            f"{_sound(way)['times_released']['median']:.1f}",
+        ]
+        for name, way in case["contenders"].items()
+    ]
+    return f"""\
+One {machine["device"]}, {case["model"]} shape, bfloat16, a prompt of 128 tokens and 6 responses of
+64 tokens, loss and gradient ([all figures, with their commands](docs/speed.md)):
+
+{_table(["", "queries/s", "MFU", "times the released method"], rows)}
+"""
+
+
 def main() -> int:
     """Rewrite or check; returns the exit code."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    made = before + BEGIN + "\n" + speed_section() + "\n" + END + after
-    if "--check" in sys.argv[1:]:
-        return int(made != text)
-    readme.write_text(made)
-    return 0
+    made = {ROOT / "README.md": headline(), ROOT / "docs" / "speed.md": speed_section()}
+    wrong = False
+    for page, section in made.items():
+        text = page.read_text()
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        new = f"{before}{BEGIN}\n{section}\n{END}{after}"
+        wrong |= new != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(new)
+    return int(wrong and "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

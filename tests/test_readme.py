@@ -27,9 +27,8 @@ from rrhf_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
-BLOCKS, DATA_BLOCKS = (
-    re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL) for page in (README, DATA)
-)
+PAGES = README + "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
@@ -39,7 +38,7 @@ def test_python_examples_run(code, tmp_path, monkeypatch):
 
 
 def test_the_rows_shown_are_rows():
-    rows = [text for language, text in BLOCKS + DATA_BLOCKS if language == "json"]
+    rows = [text for language, text in BLOCKS if language == "json"]
     assert len(rows) == 3
     for row in rows:
         assert len(parse_row(json.loads(row), "README.md").responses) == 2
@@ -63,9 +62,8 @@ CONFIGS = {
 
 
 def test_commands_and_options_exist():
-    blocks = BLOCKS + DATA_BLOCKS
     commands = "\n".join(
-        text.replace(" ...", "") for language, text in blocks if language == "bash"
+        text.replace(" ...", "") for language, text in BLOCKS if language == "bash"
     )
     lines = commands.replace("\\\n", "").splitlines()
     # The command of a batch script ends with the quote of an earlier line.
@@ -84,7 +82,7 @@ def test_commands_and_options_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", commands):
         assert f"\n{target}:" in makefile
-    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", README + DATA)
+    about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", PAGES)
     named = set(re.findall(r"--(\w+_\w+)", about_ours))
     known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
     assert named and named <= known | {"print_config", "nproc_per_node"}
@@ -133,6 +131,6 @@ def test_docstring_examples(module, tmp_path):
     assert runner.summarize(verbose=False).failed == 0
 
 
-def test_the_section_on_speed_is_what_the_figures_say():
+def test_the_pages_on_speed_are_what_the_figures_say():
     script = Path(__file__).parents[1] / "benchmarks" / "readme.py"
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0

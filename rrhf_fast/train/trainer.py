@@ -130,12 +130,15 @@ class RRHFTrainer:
         and saves the model; SIGTERM and SIGUSR1 end it with a checkpoint.
 
         Raises:
-            ValueError: the reward function misbehaves; the model of the steps so far is saved.
+            ValueError: the reward function misbehaves, and the model of the steps so far is saved;
+                or this trainer has trained already.
             NotFinite: the loss or gradient is not finite; the last good weights are saved.
             OutOfMemory: a pack does not fit the device.
             SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
         """
         run, config = self.run, self.run.config
+        if self.callbacks.given:
+            raise ValueError("train: this trainer has trained already (make another)")
         optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
         checkpoints = Checkpoints(run, optimizer, schedule)
         self.world.print(run.summary)

@@ -145,7 +145,7 @@ def test_what_callbacks_are_told(tmp_path):
     assert told["on_evaluate"]["metrics"]["eval_loss"] == trainer.evaluate()["eval_loss"]
     assert told["on_step_end"]["model"] is trainer.model
     assert isinstance(told["on_step_end"]["optimizer"], torch.optim.Optimizer)
-    assert told["on_step_end"]["lr_scheduler"].last_epoch == 2
+    assert told["on_step_end"]["lr_scheduler"].get_last_lr() == [0.0, 0.0]  # at the end
 
 
 class Wishes(TrainerCallback):
@@ -211,6 +211,13 @@ def test_a_model_with_adapters_is_refused(tmp_path):
     lm.add_adapter(peft.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="model: it has adapters already"):
         RRHFTrainer(lm, options(tmp_path), ROWS)
+
+
+def test_a_trainer_trains_once(tmp_path):
+    trainer = RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path, max_steps=1), ROWS)
+    trainer.train()
+    with pytest.raises(ValueError, match="train: this trainer has trained"):
+        trainer.train()
 
 
 def test_evaluate_wants_held_out_rows(tmp_path):

@@ -249,8 +249,9 @@ def _scaling(figures: dict) -> str:
     ways = list(figures["sweeps"][0]["series"])
     return f"""\
 What more of something costs, by the slopes of
-[sweeps](../benchmarks/results/scaling-paper-cpu.png): time and memory, beyond weights and gradients, of one query's loss and gradient
-({figures["model"]} shape, hidden size {figures["hidden_size"]}; {_machine(figures)}):
+[sweeps](../benchmarks/results/scaling-paper-cpu.png): time and memory, beyond weights and
+gradients, of one query's loss and gradient ({figures["model"]} shape, hidden size {figures["hidden_size"]};
+{_machine(figures)}):
 
 {_table(["one more", *ways], rows)}
 

@@ -250,8 +250,8 @@ def _scaling(figures: dict) -> str:
     return f"""\
 What more of something costs, by the slopes of
 [sweeps](../benchmarks/results/scaling-paper-cpu.png): time and memory, beyond weights and
-gradients, of one query's loss and gradient ({figures["model"]} shape, hidden size {figures["hidden_size"]};
-{_machine(figures)}):
+gradients, of one query's loss and gradient ({figures["model"]} shape, hidden size
+{figures["hidden_size"]}; {_machine(figures)}):
 
 {_table(["one more", *ways], rows)}
 

@@ -74,5 +74,6 @@ def profile(
     batches = (planner.batch(range(len(queries))) for _ in range(count))
     for number, batch in enumerate(profiler.watch(batches), 1):
         totals, *_ = take_step(run, batch, optimizer, number, progress, signals)
+        profiler.add(totals)
         progress.update(totals.active_fraction)
     return profiler.breakdown

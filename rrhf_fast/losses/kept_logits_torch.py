@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rrhf_fast.losses.linear_logprob_torch import chunk_logits
 from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.parts import Head
+from rrhf_fast.losses.parts import LinearHead
 
 
 class KeptLogits:
@@ -16,7 +16,7 @@ class KeptLogits:
     it can be called once per forward.
     """
 
-    def __init__(self, head: Head, workspace_mb: float, num_edges: int):
+    def __init__(self, head: LinearHead, workspace_mb: float, num_edges: int):
         self.head = head
         copies = 1 if head.softcap is None else 2  # the slope of the cap needs as much again
         fitting = int(workspace_mb * 2**20) // (len(head.weight) * head.weight.itemsize * copies)

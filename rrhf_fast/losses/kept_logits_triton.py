@@ -11,13 +11,13 @@ from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
 from rrhf_fast.losses.matrix_sum import MatrixSum, product
-from rrhf_fast.losses.parts import Head
+from rrhf_fast.losses.parts import LinearHead
 
 
 class KeptLogits:
     """As `kept_logits_torch.KeptLogits`; gradients are float32."""
 
-    def __init__(self, head: Head, workspace_mb: float, num_edges: int):
+    def __init__(self, head: LinearHead, workspace_mb: float, num_edges: int):
         self.head = head
         width = kernels.exps_width(len(head.weight))
         fitting = int(workspace_mb * 2**20) // (width * head.weight.itemsize)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rrhf_fast.losses.parts import Head, Wants
+from rrhf_fast.losses.parts import LinearHead, Wants
 
 
 class ChunkedLinearLogprob(torch.autograd.Function):
@@ -23,7 +23,7 @@ class ChunkedLinearLogprob(torch.autograd.Function):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb):
-        head = Head(weight, bias, softcap, logit_scale)
+        head = LinearHead(weight, bias, softcap, logit_scale)
         logp, lse = forward(hidden, head, rows, targets, workspace_mb)
         ctx.save_for_backward(lse, hidden, weight, bias, rows, targets)
         ctx.options = softcap, logit_scale, workspace_mb
@@ -34,13 +34,16 @@ class ChunkedLinearLogprob(torch.autograd.Function):
     def backward(ctx, grad):
         lse, hidden, weight, bias, rows, targets = ctx.saved_tensors
         softcap, logit_scale, workspace_mb = ctx.options
-        head, wants = Head(weight, bias, softcap, logit_scale), Wants(*ctx.needs_input_grad[:3])
+        head, wants = (
+            LinearHead(weight, bias, softcap, logit_scale),
+            Wants(*ctx.needs_input_grad[:3]),
+        )
         gradients = backward(grad, lse, hidden, head, rows, targets, workspace_mb, wants)
         return *gradients, *[None] * 5
 
 
 def forward(
-    hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, workspace_mb: float
+    hidden: Tensor, head: LinearHead, rows: Tensor, targets: Tensor, workspace_mb: float
 ) -> tuple[Tensor, Tensor]:
     """(logp [E], log of the softmax denominator [E]), at least float32."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -64,7 +67,7 @@ def backward(
     grad: Tensor,
     lse: Tensor,
     hidden: Tensor,
-    head: Head,
+    head: LinearHead,
     rows: Tensor,
     targets: Tensor,
     workspace_mb: float,
@@ -112,7 +115,9 @@ def _chunks(weight: Tensor, num_edges: int, dtype: torch.dtype, workspace_mb: fl
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
-def chunk_logits(states: Tensor, head: Head, chunk: slice, out: Tensor | None = None) -> Tensor:
+def chunk_logits(
+    states: Tensor, head: LinearHead, chunk: slice, out: Tensor | None = None
+) -> Tensor:
     """[E, H] states -> [E, C] logits of a chunk of the vocabulary."""
     z = torch.mm(states, head.weight[chunk].to(states.dtype).T, out=out)
     if head.bias is not None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
 from rrhf_fast.losses.matrix_sum import add_product, product
-from rrhf_fast.losses.parts import Head, Wants
+from rrhf_fast.losses.parts import LinearHead, Wants
 
 
 def forward(
-    hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, workspace_mb: float
+    hidden: Tensor, head: LinearHead, rows: Tensor, targets: Tensor, workspace_mb: float
 ) -> tuple[Tensor, Tensor]:
     """(logp [E], log of the softmax denominator [E]), float32; see `losses.linear_logprob`."""
     if len(rows) == 0:
@@ -43,7 +43,9 @@ def linear_logprob_op(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
     """See `forward`."""
-    return forward(hidden, Head(weight, bias, softcap, logit_scale), rows, targets, workspace_mb)
+    return forward(
+        hidden, LinearHead(weight, bias, softcap, logit_scale), rows, targets, workspace_mb
+    )
 
 
 @linear_logprob_op.register_fake
@@ -56,7 +58,7 @@ def backward(
     grad: Tensor,
     lse: Tensor,
     hidden: Tensor,
-    head: Head,
+    head: LinearHead,
     rows: Tensor,
     targets: Tensor,
     workspace_mb: float,
@@ -118,7 +120,7 @@ def linear_logprob_backward_op(
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backward`."""
-    head = Head(weight, bias, softcap, logit_scale)
+    head = LinearHead(weight, bias, softcap, logit_scale)
     wants = Wants(wants_hidden, wants_weight, wants_bias)
     return backward(grad, lse, hidden, head, rows, targets, workspace_mb, wants)
 
@@ -152,7 +154,7 @@ def _backward(ctx, grad, _):
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _operands(head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _operands(head: LinearHead, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as the kernels take them."""
     bias = None if head.bias is None else head.bias.contiguous()
     return head.weight.to(dtype).contiguous(), bias

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from rrhf_fast.losses import kept_logits_torch, linear_logprob_torch, rrhf_torch
 from rrhf_fast.losses.linear_logprob import check_shapes, choose_backend, linear_logprob
 from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.parts import Head, Layout, Ranking, Scales, Wants
+from rrhf_fast.losses.parts import Layout, LinearHead, Ranking, Scales, Wants
 from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rank
 from rrhf_fast.spans import span
 
@@ -184,7 +184,7 @@ def linear_rrhf_op(
     rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
     dtype = scales.score.dtype if backend == "torch" else hidden.dtype
     states = hidden.index_select(0, rows).to(dtype)
-    head = Head(
+    head = LinearHead(
         weight.to(dtype).contiguous(),
         None if bias is None else bias.contiguous(),
         softcap,
@@ -260,7 +260,7 @@ def _piece(
 class _GradientSums:
     """The wanted gradients of hidden states, weight and bias, while pieces add to them."""
 
-    def __init__(self, states: Tensor, head: Head, wants: Wants, dtype: torch.dtype):
+    def __init__(self, states: Tensor, head: LinearHead, wants: Wants, dtype: torch.dtype):
         self.dtype = dtype  # at least float32: they sum over many edges
         weight = head.weight
         self.d_states = torch.zeros_like(states, dtype=dtype) if wants.hidden else None
@@ -292,7 +292,7 @@ class _SlicedLogits:
     """Stands in for `KeptLogits` if a query is larger than the workspace: it keeps nothing and
     computes the logits a second time."""
 
-    def __init__(self, logprob: ModuleType, head: Head, workspace_mb: float):
+    def __init__(self, logprob: ModuleType, head: LinearHead, workspace_mb: float):
         self.logprob, self.head, self.workspace_mb = logprob, head, workspace_mb
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Ranking(NamedTuple):
     margins: Tensor  # [G]
 
 
-class Head(NamedTuple):
+class LinearHead(NamedTuple):
     """How hidden states become logits; see `linear_logprob`."""
 
     weight: Tensor  # [V, H]

@@ -26,11 +26,11 @@ from rrhf_fast.train.backward import (
 )
 from rrhf_fast.train.checkpoint import Checkpoints, Progress, changed_options
 from rrhf_fast.train.config import TrainConfig
-from rrhf_fast.train.distributed import World, is_on_all_ranks, join_world, whole
+from rrhf_fast.train.distributed import World, is_on_all_ranks, join_world
 from rrhf_fast.train.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.train.memory import memory_table
 from rrhf_fast.train.metrics import MetricsLog
-from rrhf_fast.train.optimizer import build_optimizer, clipped_step
+from rrhf_fast.train.optimizer import build_optimizer, clipped_step, gradient_norm
 from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import Run, prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
@@ -225,14 +225,18 @@ def _fit(
         if is_due and world.once(lambda: _was_left_out(log.records, progress.step)):
             _evaluate(run, held_out_packs, log, progress.step)
     loader = ahead(steps, pin_memory=world.device.type == "cuda")
+    profiler = None
     if config.profile_steps is not None and world.is_first:
         options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
-        loader = StepProfiler(run.model, optimizer, **options).watch(loader)
+        profiler = StepProfiler(run.model, optimizer, num_ranks=world.size, **options)
+        loader = profiler.watch(loader)
     bar = {"total": run.num_steps, "initial": progress.step, "disable": not world.is_first}
     with tqdm(loader, unit="step", **bar) as progress_bar:
         for step, batch in enumerate(progress_bar, progress.step + 1):
             start = time.perf_counter()
             totals, grad_norm, problem = take_step(run, batch, optimizer, step, progress, signals)
+            if profiler is not None:
+                profiler.add(totals)
             progress.skipped = progress.skipped + 1 if problem else 0
             if progress.skipped == config.max_skipped_steps:
                 raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
@@ -299,13 +303,12 @@ def take_step(
     if signals.stop:
         totals.flag()
     world.sum(totals.sums)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm = gradient_norm(model)
     # The one wait for the device: from here on, sums are on the host.
     read = torch.cat([totals.sums, norm.reshape(1).to(totals.sums)]).cpu()
     totals.sums, grad_norm = read[:-1], read[-1].item()
     problem = None
-    if torch.isfinite(totals.sums[0]) and grad_norm < float("inf"):
+    if totals.is_finite and grad_norm < float("inf"):
         signals.hold()
         clipped_step(optimizer, grad_norm, run.config.max_grad_norm or float("inf"))
     else:

@@ -73,7 +73,9 @@ def run(
 def _ranks(model: RRHFModel, queries: Sequence[TokenisedQuery]) -> list:
     planner = _planner(model, queries, max_tokens=1)
     with torch.no_grad():
-        scores = [model(planner.build([i]).to(model.device)).scores for i in range(len(queries))]
+        scores = [
+            model(planner.build([i]).to(model.device)).logp_scores for i in range(len(queries))
+        ]
     return [score.argsort().argsort().float().cpu().numpy() for score in scores]
 
 

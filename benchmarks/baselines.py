@@ -62,9 +62,10 @@ def two_steps(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
 
 def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
     """The loss by way of all logits of the pack's edges."""
-    hidden, weight, head = model.head_inputs(pack)
+    hidden, head = model.head_inputs(pack)
+    head = head._replace(weight=head.weight.to(hidden.dtype))
     logps = reference.linear_logprob(
-        hidden, weight.to(hidden.dtype), pack.edge_rows, pack.edge_targets, **head
+        hidden, rows=pack.edge_rows, targets=pack.edge_targets, **head._asdict()
     )
     return rrhf_loss(logps.float(), pack.rewards, **model.loss_options(pack)).loss
 

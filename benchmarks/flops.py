@@ -1,8 +1,5 @@
-"""Operations that loss and gradient need: of the products with weights, and of attention.
-
-As in "model FLOPs utilisation" (Chowdhery et al., arXiv 2204.02311, appendix B): not those that
-activation checkpointing repeats, nor padding, nor scores that attention hides.
-"""
+"""Operations that loss and gradient need (`rrhf_fast.model.flops`), for a given share of
+predictions with a gradient."""
 
 from collections.abc import Sequence
 
@@ -11,17 +8,16 @@ import torch
 from rrhf_fast.data.forest import PackedForest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.train.profile import decoder_flops
 
 
 def flops_of_packs(
     engine: RRHFModel, packs: Sequence[PackedForest], active_fraction: float
 ) -> float:
-    """Of packs; only this fraction of the predictions has a gradient."""
-    # Padding stands behind the last row that predicts.
-    depths = [pack.position_ids[: int(pack.edge_rows.max()) + 1] for pack in packs]
-    edges = sum(len(pack.edge_rows) for pack in packs)
-    return _flops(engine, torch.cat(depths), edges, active_fraction)
+    """Of packs."""
+    return sum(
+        float(sum(engine.costs.of_pack(pack, active_fraction * len(pack.edge_rows))))
+        for pack in packs
+    )
 
 
 def flops_of_rows(
@@ -29,19 +25,7 @@ def flops_of_rows(
 ) -> float:
     """Of the same where every response carries its own prompt."""
     responses = [(len(q.prompt_ids), len(ids)) for q in queries for ids in q.response_ids]
-    depths = [torch.arange(prompt + length - 1) for prompt, length in responses]
+    depths = torch.cat([torch.arange(prompt + length - 1) for prompt, length in responses])
     edges = sum(length for _, length in responses)
-    return _flops(engine, torch.cat(depths), edges, active_fraction)
-
-
-def _flops(
-    engine: RRHFModel, depths: torch.Tensor, num_edges: int, active_fraction: float
-) -> float:
-    config, head = engine.lm.config, engine.head.linear.weight
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Queries with keys and weights with values, a multiply-add being two; backward twice as much.
-    per_pair = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * size
-    # A token sees its path, which is as long as it stands deep.
-    pairs = float((depths.double() + 1).sum())
-    decoder = sum(decoder_flops(engine.lm)) * len(depths)
-    return decoder + per_pair * pairs + 2 * head.numel() * num_edges * (1 + 2 * active_fraction)
+    is_real = torch.ones_like(depths, dtype=torch.bool)
+    return float(sum(engine.costs.of_tokens(depths, is_real, edges, active_fraction * edges)))

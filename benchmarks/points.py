@@ -176,7 +176,7 @@ def _correlate(model: RRHFModel, queries: list[TokenisedQuery], correlation: flo
     planner = PackPlanner(queries, packing="forest", max_tokens_per_pack=1)
     for i, query in enumerate(queries):
         with torch.no_grad():
-            scores = model(planner.build([i]).to(model.device)).scores
+            scores = model(planner.build([i]).to(model.device)).logp_scores
         ranks = scores.argsort().argsort().float().cpu().numpy()
         noise = rng.standard_normal(len(ranks))
         share = (1 - correlation**2) ** 0.5

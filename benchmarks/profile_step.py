@@ -76,4 +76,5 @@ def profile(
     for number, batch in enumerate(profiler.watch(batches), 1):
         totals, _, problem = take_step(run, batch, optimizer, number, progress, signals)
         progress.add(totals, problem)
+        profiler.add(totals)
     return profiler.breakdown

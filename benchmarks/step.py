@@ -301,7 +301,7 @@ def _active_fraction(engine: RRHFModel, trees: Sequence[PackedForest]) -> float:
     totals = Totals(engine.device)
     for pack in trees:
         pack = pack.to(engine.device)
-        _, weights = engine(pack, wants_weights=True)
+        _, weights = engine.edge_weights(pack)
         totals.add_active(pack, weights != 0)
     return totals.active_fraction
 

@@ -1,23 +1,28 @@
-"""The ranking loss of packed responses and its gradient, one program a query.
+"""The ranking loss of packed responses and its gradient, one program per query.
 
     p_s    = scales[s] * sum of logps along response s
     c_s    = (better responses that s beats or misses by less than the margin) - (the reverse)
     rank_g = sum_s c_s p_s + margin * (number of such pairs)
     sft_g  = - sft_scales[b] * (sum of logps along b), b the first response of the highest reward
 
-Shapes: logps [E], path_edges [R], path_offsets [S+1], group_offsets [G+1], everything else a number
-a response [S] or a query [G]. Sums run in the order of the rows, so results repeat bit for bit.
+Shapes: logps [E], path_edges [R], path_offsets [S+1], group_offsets [G+1], all others one number
+per response [S] or query [G]. Sums run in the order of the rows, so results repeat bit for bit.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-# Tokens of a response read at once, and the edge of a square of pairs: responses have tens to
-# thousands of tokens, queries two to a thousand responses, and neither is worth a table of tiles.
+if TYPE_CHECKING:  # the kernels import nothing of what calls them
+    from rrhf_fast.losses.parts import Layout, Scales
+
+# Tokens of a response read at once, and the side of a square of pairs. Responses have tens to
+# thousands of tokens, queries two to a thousand responses; neither is worth a table of tiles.
 BLOCK_T = 256
 BLOCK_K = 16
-# Tensors that may be slices of a pack's: for their alignment, too, nothing is compiled anew.
+# Tensors that may be slices of a pack's: their alignment must not trigger a compilation either.
 SLICES = ["logps", "rewards", "scales", "sft_scales", "d_rank", "d_sft", "counts", "best"]
 
 
@@ -104,27 +109,23 @@ def backward_kernel(
 def forward(
     logps: torch.Tensor,
     rewards: torch.Tensor,
-    path_edges: torch.Tensor,
-    path_offsets: torch.Tensor,
-    group_offsets: torch.Tensor,
-    scales: torch.Tensor,
-    sft_scales: torch.Tensor,
+    layout: "Layout",
+    scales: "Scales",
     margin: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(rank_loss [G], sft_loss [G], scores [S], counts [S] int32, best [G], num_pairs [G],
-    num_correct [G], margins [G]); logps, scales, sft_scales are float32, indices int64."""
+    """The tensors of a `Ranking`; logps and scales are float32, indices int64."""
     if rewards.dtype != torch.float32:
         # Only their order matters, and ranks keep it where rounding would merge values.
         rewards = rewards.unique(return_inverse=True)[1].float()
-    num_groups = len(group_offsets) - 1
-    scores = torch.empty_like(scales)
-    counts = torch.empty_like(scales, dtype=torch.int32)
-    rank_loss = scales.new_empty(num_groups)
+    num_groups = len(layout.group_offsets) - 1
+    scores = torch.empty_like(scales.score)
+    counts = torch.empty_like(scales.score, dtype=torch.int32)
+    rank_loss = scales.score.new_empty(num_groups)
     sft_loss, margins = torch.empty_like(rank_loss), torch.empty_like(rank_loss)
-    best = torch.empty_like(group_offsets[1:])
+    best = torch.empty_like(layout.group_offsets[1:])
     num_pairs, num_correct = torch.empty_like(best), torch.empty_like(best)
     forward_kernel[(num_groups,)](
-        logps, path_edges, path_offsets, group_offsets, rewards, scales, sft_scales, margin,
+        logps, *layout, rewards, *scales, margin,
         scores, counts, rank_loss, sft_loss, best, num_pairs, num_correct, margins,
         BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K,
     )  # fmt: skip
@@ -135,18 +136,14 @@ def backward(
     num_edges: int,
     d_rank: torch.Tensor,
     d_sft: torch.Tensor,
-    path_edges: torch.Tensor,
-    path_offsets: torch.Tensor,
-    group_offsets: torch.Tensor,
-    scales: torch.Tensor,
-    sft_scales: torch.Tensor,
+    layout: "Layout",
+    scales: "Scales",
     counts: torch.Tensor,
     best: torch.Tensor,
 ) -> torch.Tensor:
     """d loss / d logps [E] from d loss / d rank_loss [G] and d loss / d sft_loss [G]."""
-    d_logps = scales.new_zeros(num_edges)
+    d_logps = scales.score.new_zeros(num_edges)
     backward_kernel[(len(best),)](
-        d_logps, d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales,
-        counts, best, BLOCK_T=BLOCK_T,
-    )  # fmt: skip
+        d_logps, d_rank, d_sft, *layout, *scales, counts, best, BLOCK_T=BLOCK_T
+    )
     return d_logps

@@ -1,5 +1,5 @@
-"""Public loss functions: log-probs off the head without logits, the RRHF ranking loss, and both in
-one sweep."""
+"""Public loss functions: log-probs from the head without logits, the RRHF ranking loss, and both
+in one sweep."""
 
 from rrhf_fast.losses.linear_logprob import linear_logprob
 from rrhf_fast.losses.linear_rrhf import linear_rrhf_loss

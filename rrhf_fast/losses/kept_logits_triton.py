@@ -1,9 +1,9 @@
-"""A few edges' logits over the whole vocabulary, made once and used for the log-probs and for the
+"""A few edges' logits over the whole vocabulary, computed once for the log-probs and their
 gradient: the Triton backend of `linear_rrhf_loss`.
 
-What is kept of a logit z is exp(z - maximum of its tile's row) in the dtype of the states. That
-rounds every probability by the same relative amount, as a rounded gradient would be; a rounded
-logit would make it wrong by per cents.
+It keeps exp(z - maximum of its tile's row) per logit z, in the dtype of the states. Rounding that
+changes every probability by the same relative amount, as rounding the gradient would; rounding the
+logit would change it by percents.
 """
 
 import torch
@@ -11,34 +11,27 @@ from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
 from rrhf_fast.losses.matrix_sum import MatrixSum, product
+from rrhf_fast.losses.parts import LinearHead
 
 
 class KeptLogits:
     """As `kept_logits_torch.KeptLogits`; gradients are float32."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        workspace_mb: float,
-        num_edges: int,
-    ):
-        self.weight, self.bias = weight, bias
-        self.softcap, self.logit_scale = softcap, logit_scale
-        width = kernels.exps_width(len(weight))
-        fitting = int(workspace_mb * 2**20) // (width * weight.itemsize)
+    def __init__(self, head: LinearHead, workspace_mb: float, num_edges: int):
+        self.head = head
+        width = kernels.exps_width(len(head.weight))
+        fitting = int(workspace_mb * 2**20) // (width * head.weight.itemsize)
         self.capacity = min(fitting, num_edges)
-        self.width, self.room = width, None  # made when it is needed
+        self.width, self.room = width, None  # allocated on first use
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
         """logp [E] of targets [E] after states [E, H], E at most `capacity`."""
         if self.room is None:
             self.room = states.new_empty(self.capacity, self.width)
         self.exps = self.room[: len(states)]
+        head = self.head
         logp, lse, tops = kernels.forward(
-            states, self.weight, self.bias, targets, self.softcap, self.logit_scale, self.exps
+            states, head.weight, head.bias, targets, head.softcap, head.logit_scale, self.exps
         )
         self.kept = (states, targets, tops, logp, lse)
         return logp
@@ -50,8 +43,8 @@ class KeptLogits:
         d_weight: MatrixSum | None,
         d_bias: Tensor | None,
     ) -> None:
-        """Fill d_states [E, H] (zero before) and add to d_weight and d_bias what grad [E] = d loss
-        / d logp makes of them."""
+        """Fill d_states [E, H] (zero before) and add to d_weight and d_bias the gradients that
+        follow from grad [E] = d loss / d logp."""
         active = grad.nonzero().squeeze(1)  # waits for the device: the products need the count
         if len(active) == 0:
             return
@@ -59,13 +52,14 @@ class KeptLogits:
         sums = None
         if d_bias is not None:
             sums = torch.empty_like(d_bias)
+        head = self.head
         kernels.dlogits_of_exps(
-            self.exps, sums, active, targets, tops, logp, lse, grad, len(self.weight), self.softcap,
-            self.logit_scale,
+            self.exps, sums, active, targets, tops, logp, lse, grad, len(head.weight), head.softcap,
+            head.logit_scale,
         )  # fmt: skip
-        dlogits = self.exps[: len(active), : len(self.weight)]
+        dlogits = self.exps[: len(active), : len(self.head.weight)]
         if d_states is not None:
-            d_states[active] = product(dlogits, self.weight, d_states.dtype)
+            d_states[active] = product(dlogits, self.head.weight, d_states.dtype)
         if d_weight is not None:
             d_weight.add_product(dlogits.T, states[active])
         if d_bias is not None:

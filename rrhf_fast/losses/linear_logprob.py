@@ -1,4 +1,4 @@
-"""Token log-probs straight from hidden states and the head's weight, without a logits tensor."""
+"""Token log-probs from hidden states and the head's weight, without a logits tensor."""
 
 import torch
 
@@ -26,13 +26,12 @@ def linear_logprob(
         logits = softcap * tanh(logits / softcap)                  if softcap is given
         logp   = logits[targets] - logsumexp(logits)
 
-    No [E, V] tensor exists at any time. Edges whose upstream gradient is exactly 0 cost nothing in
-    the backward.
+    No [E, V] tensor exists at any time. The backward skips edges whose upstream gradient is
+    exactly 0.
 
     Args:
         hidden: [N, H] bfloat16, float16, float32 or (torch only) float64.
-        weight: [V, H]; another dtype than hidden's is cast to it by the kernels, to at least
-            float32 by torch.
+        weight: [V, H]; the kernels cast it to hidden's dtype, torch to at least float32.
         rows, targets: [E] int64; a row may occur several times. No target is ignored: one outside
             [0, V), such as -100, is an error on the CPU; elsewhere, where a check would wait for
             the device, its log-prob is NaN.
@@ -43,11 +42,11 @@ def linear_logprob(
         workspace_mb: MiB for a slice of the vocabulary; default 512 for the kernels, 64 for torch.
 
     Returns:
-        [E] float32 (float64 for float64 input). Sums and exponentials are float32 at least,
+        [E] float32 (float64 for float64 input). Sums and exponentials are at least float32,
         whatever the input dtype.
 
     Raises:
-        ValueError: an argument that does not fit; names it, what was found and what was expected.
+        ValueError: an argument that does not fit; names it, what it is and what was expected.
     """
     check_shapes(hidden, weight, rows, targets, bias)
     backend = choose_backend(backend, hidden)
@@ -67,8 +66,8 @@ def check_shapes(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError for shapes that do not fit and, on the CPU, for targets that are no
-    tokens."""
+    """Raise ValueError for shapes that do not fit and, on the CPU, for targets outside the
+    vocabulary."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden, weight: expected [N, H] and [V, H], found {shapes}")
@@ -77,7 +76,7 @@ def check_shapes(
         raise ValueError(f"rows, targets: expected [E] and [E], found {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected ({weight.shape[0]},), found {tuple(bias.shape)}")
-    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    # A compiled graph cannot branch on values, and on CUDA the check would wait for the device.
     if targets.device.type == "cpu" and len(targets) and not torch.compiler.is_compiling():
         low, high = targets.aminmax()
         if low < 0 or high >= len(weight):
@@ -86,7 +85,7 @@ def check_shapes(
 
 
 def choose_backend(backend: str, hidden: torch.Tensor) -> str:
-    """ "triton" or "torch"; raises ValueError where the one asked for does not take `hidden`."""
+    """ "triton" or "torch"; raises ValueError if the requested one cannot take `hidden`."""
     check_backend(backend)
     problem = _kernel_problem(hidden)
     if backend == "triton" and problem:
@@ -97,7 +96,7 @@ def choose_backend(backend: str, hidden: torch.Tensor) -> str:
 
 
 def _kernel_problem(hidden: torch.Tensor) -> str | None:
-    """Why the kernels do not take these states, or None."""
+    """Why the kernels cannot take these states, or None."""
     if hidden.dtype not in KERNEL_DTYPES:
         return f"hidden: the kernels take bfloat16, float16 and float32, found {hidden.dtype}"
     if hidden.shape[1] % 8:

@@ -1,13 +1,14 @@
-"""`linear_logprob` on the Triton kernels, as operators that torch.compile and FSDP2 see through.
+"""`linear_logprob` on the Triton kernels, as operators for torch.compile and FSDP2.
 
-The forward keeps one number an edge, the log of its softmax denominator. The backward leaves out
+The forward keeps one number per edge, the log of its softmax denominator. The backward leaves out
 edges without a gradient and walks the vocabulary in slices: the kernel writes
 D = d loss / d logits of the active edges, then
 
     d_states += D @ weight[slice]        float32
     d_weight[slice] = D.T @ states       each slice written once
 
-Everything is summed in a fixed order, so results repeat bit for bit.
+All sums run in a fixed order, so results repeat bit for bit. The operators' schemas take tensors
+and numbers only, hence their flat arguments.
 """
 
 import torch
@@ -15,9 +16,23 @@ from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
 from rrhf_fast.losses.matrix_sum import add_product, product
+from rrhf_fast.losses.parts import LinearHead, Wants
 
 
 def forward(
+    hidden: Tensor, head: LinearHead, rows: Tensor, targets: Tensor, workspace_mb: float
+) -> tuple[Tensor, Tensor]:
+    """(logp [E], log of the softmax denominator [E]), float32; see `losses.linear_logprob`."""
+    if len(rows) == 0:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+    states = hidden.index_select(0, rows)
+    weight, bias = _operands(head, states.dtype)
+    targets = targets.contiguous()
+    return kernels.forward(states, weight, bias, targets, head.softcap, head.logit_scale)[:2]
+
+
+@torch.library.custom_op("rrhf_fast::linear_logprob", mutates_args=())
+def linear_logprob_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -27,16 +42,10 @@ def forward(
     logit_scale: float,
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
-    """(logp [E], log of the softmax denominator [E]), float32; see `losses.linear_logprob`."""
-    if len(rows) == 0:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    states = hidden.index_select(0, rows)
-    head = weight.to(states.dtype).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    return kernels.forward(states, head, bias, targets.contiguous(), softcap, logit_scale)[:2]
-
-
-linear_logprob_op = torch.library.custom_op("rrhf_fast::linear_logprob", forward, mutates_args=())
+    """See `forward`."""
+    return forward(
+        hidden, LinearHead(weight, bias, softcap, logit_scale), rows, targets, workspace_mb
+    )
 
 
 @linear_logprob_op.register_fake
@@ -46,6 +55,56 @@ def _(hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb):
 
 
 def backward(
+    grad: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    head: LinearHead,
+    rows: Tensor,
+    targets: Tensor,
+    workspace_mb: float,
+    wants: Wants,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not wanted."""
+    d_hidden = torch.zeros_like(hidden) if wants.hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(head.weight) if wants.weight else head.weight.new_empty(0)
+    d_bias = torch.zeros_like(head.bias) if wants.bias else head.weight.new_empty(0)
+    active = grad.nonzero().squeeze(1)  # waits for the device once: the products need the count
+    if len(active) == 0:
+        return d_hidden, d_weight, d_bias
+    rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active].float()
+    states = hidden.index_select(0, rows)
+    weight, bias = _operands(head, states.dtype)
+    tile = kernels.dlogits_tile(states)
+    width = _slice_width(len(active), len(weight), states.itemsize, workspace_mb, tile.block_n)
+    dlogits = states.new_empty(len(active), width)
+    bias_sums = None
+    if wants.bias:
+        num_tiles = -(-len(active) // tile.block_m)
+        bias_sums = states.new_empty(num_tiles, width, dtype=torch.float32)
+    d_states = torch.zeros_like(states, dtype=torch.float32) if wants.hidden else None
+    for first in range(0, len(weight), width):
+        part = slice(first, min(first + width, len(weight)))
+        kernels.dlogits(
+            dlogits, bias_sums, states, weight, bias, targets, lse, grad, head.softcap,
+            head.logit_scale, first,
+        )  # fmt: skip
+        d = dlogits[:, : part.stop - first]
+        if wants.hidden:
+            add_product(d_states, d, weight[part])
+        if wants.weight:
+            d_weight[part] = product(d.T, states, d_weight.dtype)
+        if wants.bias:
+            d_bias[part] = bias_sums[:, : part.stop - first].sum(0)
+    if wants.hidden:
+        # index_put_ sorts, so repeated rows are summed in a fixed order; index_add_ would use
+        # atomics.
+        total = torch.zeros_like(hidden, dtype=torch.float32)
+        d_hidden = total.index_put_((rows,), d_states, accumulate=True).to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+@torch.library.custom_op("rrhf_fast::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
     grad: Tensor,
     lse: Tensor,
     hidden: Tensor,
@@ -60,48 +119,10 @@ def backward(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not wanted."""
-    d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight) if wants_weight else weight.new_empty(0)
-    d_bias = torch.zeros_like(bias) if wants_bias else weight.new_empty(0)
-    active = grad.nonzero().squeeze(1)  # waits for the device once: the products need the count
-    if len(active) == 0:
-        return d_hidden, d_weight, d_bias
-    rows, targets, lse, grad = rows[active], targets[active], lse[active], grad[active].float()
-    states = hidden.index_select(0, rows)
-    head = weight.to(states.dtype).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    tile = kernels.dlogits_tile(states)
-    width = _slice_width(len(active), len(weight), states.itemsize, workspace_mb, tile.block_n)
-    dlogits = states.new_empty(len(active), width)
-    bias_sums = None
-    if wants_bias:
-        num_tiles = -(-len(active) // tile.block_m)
-        bias_sums = states.new_empty(num_tiles, width, dtype=torch.float32)
-    d_states = torch.zeros_like(states, dtype=torch.float32) if wants_hidden else None
-    for first in range(0, len(weight), width):
-        part = slice(first, min(first + width, len(weight)))
-        kernels.dlogits(
-            dlogits, bias_sums, states, head, bias, targets, lse, grad, softcap, logit_scale, first
-        )  # fmt: skip
-        d = dlogits[:, : part.stop - first]
-        if wants_hidden:
-            add_product(d_states, d, head[part])
-        if wants_weight:
-            d_weight[part] = product(d.T, states, weight.dtype)
-        if wants_bias:
-            d_bias[part] = bias_sums[:, : part.stop - first].sum(0)
-    if wants_hidden:
-        # index_put_ sorts, so rows that occur several times are summed in a fixed order;
-        # index_add_ would use atomics.
-        total = torch.zeros_like(hidden, dtype=torch.float32)
-        d_hidden = total.index_put_((rows,), d_states, accumulate=True).to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
-
-
-linear_logprob_backward_op = torch.library.custom_op(
-    "rrhf_fast::linear_logprob_backward", backward, mutates_args=()
-)
+    """See `backward`."""
+    head = LinearHead(weight, bias, softcap, logit_scale)
+    wants = Wants(wants_hidden, wants_weight, wants_bias)
+    return backward(grad, lse, hidden, head, rows, targets, workspace_mb, wants)
 
 
 @linear_logprob_backward_op.register_fake
@@ -126,16 +147,22 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     wants = ctx.needs_input_grad[:3]
     gradients = linear_logprob_backward_op(grad, *ctx.saved_tensors, *ctx.options, *wants)
-    found = (d if wanted else None for d, wanted in zip(gradients, wants, strict=True))
-    return (*found, *[None] * (2 + len(ctx.options)))
+    wanted = (d if wants_it else None for d, wants_it in zip(gradients, wants, strict=True))
+    return (*wanted, *[None] * (2 + len(ctx.options)))
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _operands(head: LinearHead, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as the kernels take them."""
+    bias = None if head.bias is None else head.bias.contiguous()
+    return head.weight.to(dtype).contiguous(), bias
+
+
 def _slice_width(
     num_edges: int, vocab_size: int, itemsize: int, workspace_mb: float, block_n: int
 ) -> int:
-    """Tokens of one slice: as many as the workspace holds, in whole tiles."""
+    """Tokens per slice: as many as the workspace holds, in whole tiles."""
     fitting = int(workspace_mb * 2**20 / (num_edges * itemsize)) // block_n
     return block_n * max(1, min(fitting, -(-vocab_size // block_n)))

@@ -1,9 +1,9 @@
 """From hidden states to the RRHF loss and its gradient in one sweep, a few queries at a time.
 
-A query's gradient depends on no other query, so it is known as soon as the query's own log-probs
-are. For as many queries as the workspace holds, the logits are made once, turned into log-probs,
-loss and the gradient of the logits, and used up: three matrix products. `linear_logprob` followed
-by `rrhf_loss` needs four, because its backward makes the logits again. The gradient exists when the
+A query's gradient depends on no other query, so it follows from the query's own log-probs. For as
+many queries as the workspace holds, the sweep computes the logits once and turns them into
+log-probs, loss and the gradient of the logits: three matrix products. `linear_logprob` followed by
+`rrhf_loss` needs four, because its backward recomputes the logits. The gradient exists when the
 forward ends; the backward only scales it.
 
 Legend: N tokens, E edges, H hidden size, V vocabulary, S responses, G queries.
@@ -20,15 +20,17 @@ from torch.autograd.function import once_differentiable
 from rrhf_fast.losses import kept_logits_torch, linear_logprob_torch, rrhf_torch
 from rrhf_fast.losses.linear_logprob import check_shapes, choose_backend, linear_logprob
 from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rrhf_loss
+from rrhf_fast.losses.parts import Layout, LinearHead, Ranking, Scales, Wants
+from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rank
+from rrhf_fast.spans import span
 
-# MiB. With too few, d_weight [V, H] is read and written again for each few queries; 8,192 edges of
+# MiB. A small workspace reads and writes d_weight [V, H] once per few queries; 8,192 edges of
 # 128,256 tokens take 2,004 in 16 bits.
 MAX_WORKSPACE_MB, MIN_WORKSPACE_MB = 2048, 128
 
 
 def workspace_for(memory: int) -> int:
-    """MiB of workspace for a GPU of so many bytes: a sixteenth of it, 128 to 2,048."""
+    """MiB of workspace for a GPU with `memory` bytes: a sixteenth, within 128 to 2,048."""
     return max(MIN_WORKSPACE_MB, min(memory // 16 // 2**20, MAX_WORKSPACE_MB))
 
 
@@ -55,11 +57,11 @@ def linear_rrhf_loss(
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> RRHFLoss:
-    """`rrhf_loss(linear_logprob(hidden, ...), ...)` for less work where a gradient is wanted.
+    """`rrhf_loss(linear_logprob(hidden, ...), ...)`, with less work where a gradient is wanted.
 
     Only `loss` of the result carries a gradient, in hidden, weight and bias, and it can be taken
-    once. Waits for the device once a few queries, because the matrix products need to know how many
-    edges have a gradient, and once more without `bounds`.
+    once. Waits for the device once per few queries, because the matrix products need to know how
+    many edges have a gradient, and once more without `bounds`.
 
     Args:
         hidden [N, H], weight [V, H], rows [E], targets [E], bias, softcap, logit_scale, backend:
@@ -68,19 +70,23 @@ def linear_rrhf_loss(
             the loss: as for `rrhf_loss`. The edges of a query are one span, in the order of the
             queries, as in `PackedForest`.
         bounds: G+1 triples of ints as in `PackedForest`: the edges, responses and path tokens
-            before each query, and in all. Read from the device where they are left out.
+            before each query, and in all. Read from the device if left out.
         workspace_mb: MiB for the logits of a few queries; default 512 for the kernels, 128 for
-            torch. A query that needs more by itself is walked in slices of the vocabulary, at the
-            price of the fourth product.
+            torch. A single query that needs more is walked in slices of the vocabulary, which
+            costs the fourth product.
 
     Returns:
         `RRHFLoss` (arXiv 2304.05302, eq. 1-4), in float32, or float64 for float64 input.
 
     Raises:
-        ValueError: an argument that does not fit; names it, what was found and what was expected.
+        ValueError: an argument that does not fit; names it, what it is and what was expected.
     """
     check_shapes(hidden, weight, rows, targets, bias)
+    layout = Layout(path_edges, path_offsets, group_offsets)
+    check_layout(len(rows), rewards, layout)
     backend = choose_backend(backend, hidden)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    scales = loss_scales(layout, length_penalty, sft_reduction, padded_widths, dtype)
     tensors = (hidden, weight, bias)
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     if not any(wants):
@@ -88,45 +94,31 @@ def linear_rrhf_loss(
             hidden, weight, rows, targets, bias=bias, softcap=softcap, logit_scale=logit_scale,
             backend=backend, workspace_mb=workspace_mb,
         )  # fmt: skip
-        return rrhf_loss(
-            logps, rewards, path_edges=path_edges, path_offsets=path_offsets,
-            group_offsets=group_offsets, length_penalty=length_penalty, rank_weight=rank_weight,
-            sft_weight=sft_weight, sft_reduction=sft_reduction, margin=margin,
-            padded_widths=padded_widths, backend=backend,
-        )  # fmt: skip
-    check_layout(len(rows), rewards, path_edges, path_offsets, group_offsets)
+        ranking = rank(logps, rewards, layout, scales, margin, backend)
+        return assemble(ranking, rank_weight, sft_weight)
     if bounds is not None:
-        check_bounds(bounds, len(rows), path_edges, path_offsets, group_offsets)
+        check_bounds(bounds, len(rows), layout)
         bounds = list(chain.from_iterable(bounds))
-    scales, sft_scales = loss_scales(
-        path_offsets,
-        group_offsets,
-        length_penalty=length_penalty,
-        sft_reduction=sft_reduction,
-        padded_widths=padded_widths,
-        dtype=torch.promote_types(hidden.dtype, torch.float32),
-    )
     if workspace_mb is None:
         workspace_mb = 512 if backend == "triton" else 128
-    loss, *parts = _LinearRRHF.apply(
-        *tensors, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
-        scales, sft_scales, softcap, logit_scale, float(margin), float(rank_weight),
-        float(sft_weight), backend, float(workspace_mb), *wants,
+    loss, *ranking = _LinearRRHF.apply(
+        *tensors, rows, targets, rewards, *layout, bounds, *scales, softcap, logit_scale,
+        float(margin), float(rank_weight), float(sft_weight), backend, float(workspace_mb), *wants,
     )  # fmt: skip
-    return RRHFLoss(loss, *parts)
+    return RRHFLoss(loss, *ranking)
 
 
 class _LinearRRHF(torch.autograd.Function):
     @staticmethod
-    # Products have the dtype that they are given, also where the decoder runs under autocast.
+    # Products keep the dtype of their operands where the decoder runs under autocast.
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, *arguments):
         *outputs, d_hidden, d_weight, d_bias = linear_rrhf_op(*arguments)
-        found = zip((d_hidden, d_weight, d_bias), arguments[-3:], strict=True)
+        gradients = zip((d_hidden, d_weight, d_bias), arguments[-3:], strict=True)
         # Not saved by autograd, so that the backward may scale them in place: a second [V, H] would
         # be the largest tensor here.
-        ctx.gradients = [gradient if wanted else None for gradient, wanted in found]
+        ctx.gradients = [gradient if wanted else None for gradient, wanted in gradients]
         ctx.num_inputs, ctx.backend = len(arguments), arguments[-5]
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
@@ -145,8 +137,8 @@ class _LinearRRHF(torch.autograd.Function):
 
 @torch.library.custom_op("rrhf_fast::scale", mutates_args=("gradient",))
 def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
-    """gradient *= factor, in place. A factor of 1, which the trainer's is, saves a pass over the
-    head's gradient: on CUDA the kernel sees it, since the host would have to wait."""
+    """gradient *= factor, in place. The trainer's factor is 1, which saves a pass over the head's
+    gradient; on CUDA the kernel tests for it, since the host would have to wait."""
     if backend == "triton":
         # Imported late: triton exists on Linux only.
         from rrhf_fast.kernels.scale import scale
@@ -168,7 +160,7 @@ def linear_rrhf_op(
     path_offsets: Tensor,
     group_offsets: Tensor,
     bounds: list[int] | None,
-    scales: Tensor,
+    score_scales: Tensor,
     sft_scales: Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -180,98 +172,133 @@ def linear_rrhf_op(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; a gradient that is not wanted is
-    empty."""
-    kept_logits, logprob, ranking = _modules(backend)
-    # The kernels count on rows that lie end to end.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; an unwanted gradient is empty. Flat
+    because an operator's schema takes tensors and numbers only."""
+    layout = Layout(path_edges, path_offsets, group_offsets)
+    scales = Scales(score_scales, sft_scales)
+    wants = Wants(wants_hidden, wants_weight, wants_bias)
+    # The kernels expect contiguous rows.
     rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    dtype = scales.dtype if backend == "torch" else hidden.dtype
+    dtype = scales.score.dtype if backend == "torch" else hidden.dtype
     states = hidden.index_select(0, rows).to(dtype)
-    matrix = weight.to(dtype).contiguous()
-    # Sums over many edges: at least float32.
-    d_states = torch.zeros_like(states, dtype=scales.dtype) if wants_hidden else None
-    d_weight = MatrixSum(weight.shape, scales.dtype, weight.device) if wants_weight else None
-    d_bias = torch.zeros_like(bias, dtype=scales.dtype) if wants_bias else None
-
-    head_arguments = (matrix, bias, softcap, logit_scale, workspace_mb)
-    kept = kept_logits.KeptLogits(*head_arguments, len(rows))
-    sliced = _SlicedLogits(logprob, *head_arguments)
+    head = LinearHead(
+        weight.to(dtype).contiguous(),
+        None if bias is None else bias.contiguous(),
+        softcap,
+        logit_scale,
+    )
     if bounds is None:
-        bounds = read_bounds(path_edges, path_offsets, group_offsets, len(rows))
+        bounds = read_bounds(layout, len(rows))
     else:
         bounds = list(zip(bounds[::3], bounds[1::3], bounds[2::3], strict=True))
     num_queries = len(bounds) - 1
-    d_rank = scales.new_full((num_queries,), rank_weight / num_queries)
-    d_sft = scales.new_full((num_queries,), sft_weight / num_queries)
+    d_rank = scales.score.new_full((num_queries,), rank_weight / num_queries)
+    d_sft = scales.score.new_full((num_queries,), sft_weight / num_queries)
+    sums = _GradientSums(states, head, wants, scales.score.dtype)
+    kept_logits, logprob, ranking = _modules(backend)
+    kept = kept_logits.KeptLogits(head, workspace_mb, len(rows))
+    sliced = _SlicedLogits(logprob, head, workspace_mb)
     parts = []
     for first, last in _spans([edge for edge, _, _ in bounds], kept.capacity):
-        edges, responses, tokens = map(slice, bounds[first], bounds[last])
-        layout = (
-            path_edges[tokens] - edges.start,
-            path_offsets[responses.start : responses.stop + 1] - tokens.start,
-            group_offsets[first : last + 1] - responses.start,
-            scales[responses],
-            sft_scales[responses],
-        )
+        edges, responses, *piece = _piece(layout, scales, bounds, first, last)
         num_edges = edges.stop - edges.start
-        head = kept if num_edges <= kept.capacity else sliced
-        logp = head.forward(states[edges], targets[edges])
-        parts.append(ranking.forward(logp, rewards[responses], *layout, margin))
-        counts, best = parts[-1][3:5]
-        upstream = d_rank[first:last], d_sft[first:last]
-        d_logp = ranking.backward(num_edges, *upstream, *layout, counts, best)
-        wanted = d_states[edges] if wants_hidden else None
-        head.add_gradients(d_logp, wanted, d_weight, d_bias)
-    joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    out = assemble(joined, rank_weight, sft_weight)
-    d_hidden = None
-    if wants_hidden:
-        # index_put_ sorts where index_add_ would use atomics: repeated rows sum in a fixed order.
-        total = torch.zeros_like(hidden, dtype=d_states.dtype)
-        d_hidden = total.index_put_((rows,), d_states, accumulate=True)
-    d_weight = d_weight.value() if wants_weight else None
-    found = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-    gradients = (
-        scales.new_empty(0) if total is None else total.to(like.dtype) for total, like in found
-    )
-    return *vars(out).values(), *gradients
+        logits = kept if num_edges <= kept.capacity else sliced
+        logp = logits.forward(states[edges], targets[edges])
+        with span("loss"):
+            part = Ranking(*ranking.forward(logp, rewards[responses], *piece, margin))
+            upstream = d_rank[first:last], d_sft[first:last]
+            slopes = part.pair_counts, part.best
+            d_logp = ranking.backward(num_edges, *upstream, *piece, *slopes)
+            parts.append(part._replace(best=part.best + responses.start))
+        logits.add_gradients(d_logp, *sums.of(edges))
+    whole = Ranking(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    out = assemble(whole, rank_weight, sft_weight)
+    return *vars(out).values(), *sums.gradients(hidden, weight, bias, rows)
 
 
 @linear_rrhf_op.register_fake
-def _(
-    hidden, weight, bias, rows, targets, rewards, path_edges, path_offsets, group_offsets, bounds,
-    scales, sft_scales, softcap, logit_scale, margin, rank_weight, sft_weight, backend,
-    workspace_mb, wants_hidden, wants_weight, wants_bias,
-):  # fmt: skip
-    group = scales.new_empty(group_offsets.shape[0] - 1)
+def _(hidden, weight, bias, rows, targets, rewards, *rest):
+    _, _, group_offsets, _, scores, *_, wants_hidden, wants_weight, wants_bias = rest
+    group = scores.new_empty(group_offsets.shape[0] - 1)
     count = torch.empty_like(group, dtype=torch.int64)
-    return (
-        scales.new_empty(()), group, torch.empty_like(group), torch.empty_like(scales),
-        count, torch.empty_like(count), torch.empty_like(group),
-        *(
-            like if wanted else scales.new_empty(0)
-            for like, wanted in (
-                (torch.empty_like(hidden), wants_hidden),
-                (weight.new_empty(weight.shape), wants_weight),
-                (None if bias is None else torch.empty_like(bias), wants_bias),
-            )
-        ),
-    )  # fmt: skip
+    ranking = Ranking(
+        rank_loss=group,
+        sft_loss=torch.empty_like(group),
+        logp_scores=torch.empty_like(scores),
+        pair_counts=torch.empty_like(scores, dtype=torch.int32),
+        best=count,
+        num_pairs=torch.empty_like(count),
+        num_correct=torch.empty_like(count),
+        margins=torch.empty_like(group),
+    )
+    gradients = (
+        torch.empty_like(hidden) if wants_hidden else scores.new_empty(0),
+        weight.new_empty(weight.shape) if wants_weight else scores.new_empty(0),
+        torch.empty_like(bias) if wants_bias else scores.new_empty(0),
+    )
+    return scores.new_empty(()), *ranking, *gradients
+
+
+def _piece(
+    layout: Layout, scales: Scales, bounds: Sequence[tuple[int, int, int]], first: int, last: int
+) -> tuple[slice, slice, Layout, Scales]:
+    """Edges and responses of queries [first, last), and their layout and scales, counted from
+    there."""
+    edges, responses, tokens = map(slice, bounds[first], bounds[last])
+    own_layout = Layout(
+        path_edges=layout.path_edges[tokens] - edges.start,
+        path_offsets=layout.path_offsets[responses.start : responses.stop + 1] - tokens.start,
+        group_offsets=layout.group_offsets[first : last + 1] - responses.start,
+    )
+    own_scales = Scales(scales.score[responses], scales.sft[responses])
+    return edges, responses, own_layout, own_scales
+
+
+class _GradientSums:
+    """The wanted gradients of hidden states, weight and bias, while pieces add to them."""
+
+    def __init__(self, states: Tensor, head: LinearHead, wants: Wants, dtype: torch.dtype):
+        self.dtype = dtype  # at least float32: they sum over many edges
+        weight = head.weight
+        self.d_states = torch.zeros_like(states, dtype=dtype) if wants.hidden else None
+        self.d_weight = MatrixSum(weight.shape, dtype, weight.device) if wants.weight else None
+        self.d_bias = torch.zeros_like(head.bias, dtype=dtype) if wants.bias else None
+
+    def of(self, edges: slice) -> tuple[Tensor | None, MatrixSum | None, Tensor | None]:
+        """The sums to which a piece with these edges adds."""
+        return None if self.d_states is None else self.d_states[edges], self.d_weight, self.d_bias
+
+    def gradients(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The gradients in the dtypes of these tensors; empty where not wanted."""
+        d_hidden = None
+        if self.d_states is not None:
+            # index_put_ sorts where index_add_ would use atomics: repeated rows sum in fixed order.
+            total = torch.zeros_like(hidden, dtype=self.dtype)
+            d_hidden = total.index_put_((rows,), self.d_states, accumulate=True)
+        d_weight = None if self.d_weight is None else self.d_weight.value()
+        pairs = ((d_hidden, hidden), (d_weight, weight), (self.d_bias, bias))
+        return tuple(
+            hidden.new_empty(0, dtype=self.dtype) if total is None else total.to(like.dtype)
+            for total, like in pairs
+        )
 
 
 class _SlicedLogits:
-    """For a query that is larger than the workspace: nothing is kept, and the logits are made a
-    second time. Does what `KeptLogits` does."""
+    """Stands in for `KeptLogits` if a query is larger than the workspace: it keeps nothing and
+    computes the logits a second time."""
 
-    def __init__(self, logprob: ModuleType, weight: Tensor, bias: Tensor | None, *options):
-        self.logprob, self.weight, self.bias, self.options = logprob, weight, bias, options
+    def __init__(self, logprob: ModuleType, head: LinearHead, workspace_mb: float):
+        self.logprob, self.head, self.workspace_mb = logprob, head, workspace_mb
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
         rows = torch.arange(len(states), device=states.device)
-        self.inputs = (states, self.weight, self.bias, rows, targets)
-        logp, self.lse = self.logprob.forward(*self.inputs, *self.options)
+        self.inputs = (states, self.head, rows, targets, self.workspace_mb)
+        logp, self.lse = self.logprob.forward(*self.inputs)
         return logp
 
     def add_gradients(
@@ -281,17 +308,18 @@ class _SlicedLogits:
         d_weight: MatrixSum | None,
         d_bias: Tensor | None,
     ) -> None:
-        wants = [total is not None for total in (d_states, d_weight, d_bias)]
-        found = self.logprob.backward(grad, self.lse, *self.inputs, *self.options, *wants)
+        wants = Wants(*(total is not None for total in (d_states, d_weight, d_bias)))
+        gradients = self.logprob.backward(grad, self.lse, *self.inputs, wants)
         if d_states is not None:
-            d_states += found[0]
+            d_states += gradients[0]
         if d_weight is not None:
-            d_weight.add(found[1])
+            d_weight.add(gradients[1])
         if d_bias is not None:
-            d_bias += found[2]
+            d_bias += gradients[2]
 
 
 def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The backend's kept logits, log-probs and ranking."""
     if backend == "torch":
         return kept_logits_torch, linear_logprob_torch, rrhf_torch
     # Imported late: triton exists on Linux only.
@@ -301,32 +329,26 @@ def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
     return kept_logits_triton, linear_logprob_triton, ranking
 
 
-def check_bounds(
-    bounds: Sequence[tuple[int, int, int]],
-    num_edges: int,
-    path_edges: Tensor,
-    path_offsets: Tensor,
-    group_offsets: Tensor,
-) -> None:
+def check_bounds(bounds: Sequence[tuple[int, int, int]], num_edges: int, layout: Layout) -> None:
     """Raise ValueError for bounds that begin or end elsewhere than the pack and, on the CPU, for
     those of other queries."""
+    path_edges, path_offsets, group_offsets = layout
     first, last = (0, 0, 0), (num_edges, len(path_offsets) - 1, len(path_edges))
     ends = (tuple(bounds[0]), tuple(bounds[-1])) if bounds else ()
     if len(bounds) != len(group_offsets) or ends != (first, last):
         expected = f"expected {len(group_offsets)} triples from {first} to {last}"
         raise ValueError(f"bounds: {expected}, found {len(bounds)}: {str(bounds)[:100]}")
-    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    # A compiled graph cannot branch on values, and on CUDA the check would wait for the device.
     if path_edges.device.type == "cpu" and not torch.compiler.is_compiling():
-        found = read_bounds(path_edges, path_offsets, group_offsets, num_edges)
-        for query, (given, here) in enumerate(zip(bounds, found, strict=True)):
-            if tuple(given) != here:
-                raise ValueError(f"bounds[{query}]: expected {here}, found {given}")
+        expected = read_bounds(layout, num_edges)
+        for query, (given, own) in enumerate(zip(bounds, expected, strict=True)):
+            if tuple(given) != own:
+                raise ValueError(f"bounds[{query}]: expected {own}, found {given}")
 
 
-def read_bounds(
-    path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor, num_edges: int
-) -> list[tuple[int, int, int]]:
+def read_bounds(layout: Layout, num_edges: int) -> list[tuple[int, int, int]]:
     """Where each query's edges, responses and path tokens begin, and where the last one's end."""
+    path_edges, path_offsets, group_offsets = layout
     token_offsets = path_offsets[group_offsets]
     lengths = token_offsets.diff()
     lowest, highest = (
@@ -343,7 +365,7 @@ def read_bounds(
 
 
 def _spans(first_edges: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
-    """Queries [first, last) whose edges fit `capacity`, or one query that alone does not."""
+    """Queries [first, last) whose edges fit `capacity`, or a single query that does not."""
     first = 0
     for query, (_, end) in enumerate(pairwise(first_edges)):
         if end - first_edges[first] > capacity and query > first:

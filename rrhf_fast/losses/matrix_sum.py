@@ -1,12 +1,12 @@
-"""Sums of matrix products, for gradients that gather from many chunks."""
+"""Sums of matrix products, for gradients that accumulate over many chunks."""
 
 import torch
 from torch import Tensor
 
 
 class MatrixSum:
-    """A sum of matrices, in `dtype`. The first term is written, not added, which saves filling the
-    sum with zeros and reading them back: two of four passes over a head's gradient."""
+    """A sum of matrices, in `dtype`. The first term is written instead of added, which saves
+    filling the sum with zeros and reading them back: two of four passes over a head's gradient."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         self._total = torch.empty(shape, dtype=dtype, device=device)
@@ -31,8 +31,8 @@ class MatrixSum:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
-    """total = beta * total + a @ b, all sums in the dtype of `total`; with beta 0, what it held
-    does not matter."""
+    """total = beta * total + a @ b, all sums in the dtype of `total`; beta 0 ignores what it
+    held."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda":

@@ -1,10 +1,10 @@
 """The RRHF loss on token log-probs, padded or packed.
 
-With no ties and no margin, dL_rank/dp_i = c_i = (rank of p_i) - (rank of r_i): a whole number, and
+Without ties and margin, dL_rank/dp_i = c_i = (rank of p_i) - (rank of r_i): an integer, and
 L_rank = sum_i c_i p_i because the hinge is piecewise linear. With ties (equal rewards form no pair)
-and a margin, c_i still is a whole number: the pairs that push response i down less those that pull
-it up. Counting it explicitly, instead of letting autograd add up pairs, makes the gradient of a
-response that is ranked right exactly 0, which the head's backward uses.
+and a margin, c_i is still an integer: the pairs that push response i down minus those that pull it
+up. Counting pairs, instead of letting autograd sum over them, makes the gradient of a correctly
+ranked response exactly 0, so the head's backward can skip it.
 
 Legend: E edges, R response tokens, S responses, G queries (groups).
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rrhf_fast.losses.parts import Layout, Ranking, Scales
 from rrhf_fast.losses.rrhf_torch import RRHFParts
 
 
@@ -23,7 +24,9 @@ class RRHFLoss:
     loss: torch.Tensor  # scalar: rank_weight * rank + sft_weight * sft, mean over the queries
     rank_loss: torch.Tensor  # [G] the hinge, summed over each query's pairs
     sft_loss: torch.Tensor  # [G] negative log-likelihood of each query's best response
-    scores: torch.Tensor  # [S] p, the length-normalised log-prob of each response
+    logp_scores: torch.Tensor  # [S] p, the length-normalised log-prob of each response
+    pair_counts: torch.Tensor  # [S] int32, c: the slope of rank_loss in p
+    best: torch.Tensor  # [G] int64, index in [S] of the first response of the highest reward
     num_pairs: torch.Tensor  # [G] int64, pairs of responses with different rewards
     num_correct: torch.Tensor  # [G] int64, those in which the better response has the higher p
     margins: torch.Tensor  # [G] sum over pairs of p_better - p_worse
@@ -68,8 +71,8 @@ def rrhf_loss(
         rank_weight, sft_weight: of the two parts.
         sft_reduction: "sum" (the paper) or "mean" over the best response's tokens.
         margin: added inside the hinge, in units of p.
-        padded_widths: [G] tokens, stands in for |y_i| in p and in the mean. The released code has
-            prompt + longest response there, end token included (`--compat official`).
+        padded_widths: [G] tokens, replaces |y_i| in p and in the mean. The released code uses
+            prompt + longest response, end token included (`--compat official`).
         backend: "triton" (float32 only), "torch", or "auto": the kernel for float32 CUDA tensors,
             torch for all others.
 
@@ -78,92 +81,83 @@ def rrhf_loss(
 
     Raises:
         ValueError: layout arguments missing, mixed or of the wrong shape; an unknown reduction or
-            backend; another dtype than float32 for the kernel; on the CPU also NaN among the
+            backend; a dtype other than float32 for the kernel; on the CPU also NaN among the
             rewards, a query without responses or a response without tokens.
 
     Example:
         >>> logps = torch.tensor([[[-1.0, -1.0], [-0.5, -0.5]]])  # one query, k = 2, T = 2
         >>> mask = torch.ones(1, 2, 2, dtype=torch.bool)
         >>> out = rrhf_loss(logps, torch.tensor([[1.0, 0.0]]), mask=mask)
-        >>> out.rank_loss.item(), out.sft_loss.item()  # the worse one is likelier by 0.5 a token
+        >>> out.rank_loss.item(), out.sft_loss.item()  # the worse is likelier by 0.5 per token
         (0.5, 2.0)
     """
+    check_backend(backend)
     if backend == "triton" and logps.dtype != torch.float32:
         raise ValueError(f"logps: the kernel expects float32, found {logps.dtype}")
-    packed = (path_edges, path_offsets, group_offsets)
-    if mask is not None and all(x is None for x in packed):
-        logps, rewards, *packed = _pack(logps, rewards, mask)
-    elif mask is not None or any(x is None for x in packed):
+    layout = (path_edges, path_offsets, group_offsets)
+    if mask is not None and all(x is None for x in layout):
+        logps, rewards, layout = _pack(logps, rewards, mask)
+    elif mask is not None or any(x is None for x in layout):
         raise ValueError(
             "expected either mask, or all of path_edges, path_offsets and group_offsets"
         )
-    path_edges, path_offsets, group_offsets = packed
-    check_backend(backend)
-    check_layout(len(logps), rewards, path_edges, path_offsets, group_offsets)
-    scales, sft_scales = loss_scales(
-        path_offsets,
-        group_offsets,
-        length_penalty=length_penalty,
-        sft_reduction=sft_reduction,
-        padded_widths=padded_widths,
-        dtype=torch.promote_types(logps.dtype, torch.float32),
-    )
-    layout = (path_edges, path_offsets, group_offsets)
+    layout = Layout(*layout)
+    check_layout(len(logps), rewards, layout)
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    scales = loss_scales(layout, length_penalty, sft_reduction, padded_widths, dtype)
+    ranking = rank(logps, rewards, layout, scales, margin, backend)
+    return assemble(ranking, rank_weight, sft_weight)
+
+
+def rank(
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    layout: Layout,
+    scales: Scales,
+    margin: float,
+    backend: str,
+) -> Ranking:
+    """The parts of the loss, differentiable in logps [E], computed by `backend` (see
+    `rrhf_loss`)."""
     on_kernels = logps.device.type == "cuda" and logps.dtype == torch.float32
     if backend == "torch" or (backend == "auto" and not on_kernels):
-        parts = RRHFParts.apply(logps, rewards, *layout, scales, sft_scales, margin)
-    else:
-        # Imported late: triton exists on Linux only.
-        from rrhf_fast.losses.rrhf_triton import rrhf_op
+        return Ranking(*RRHFParts.apply(logps, rewards, *layout, *scales, margin))
+    # Imported late: triton exists on Linux only.
+    from rrhf_fast.losses.rrhf_triton import rrhf_op
 
-        parts = rrhf_op(logps, rewards, *layout, scales, sft_scales, float(margin))
-    return assemble(parts, rank_weight, sft_weight)
+    return Ranking(*rrhf_op(logps, rewards, *layout, *scales, float(margin)))
 
 
-def assemble(parts: tuple[torch.Tensor, ...], rank_weight: float, sft_weight: float) -> RRHFLoss:
-    """What `forward` of either backend returned, as the public result."""
-    rank, sft, scores, _, _, num_pairs, num_correct, margins = parts
-    return RRHFLoss(
-        loss=(rank_weight * rank + sft_weight * sft).mean(),
-        rank_loss=rank,
-        sft_loss=sft,
-        scores=scores,
-        num_pairs=num_pairs,
-        num_correct=num_correct,
-        margins=margins,
-    )
+def assemble(ranking: Ranking, rank_weight: float, sft_weight: float) -> RRHFLoss:
+    """The public result: the parts and their weighted mean over the queries."""
+    loss = (rank_weight * ranking.rank_loss + sft_weight * ranking.sft_loss).mean()
+    return RRHFLoss(loss, *ranking)
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for an unknown one."""
+    """Raise ValueError if it is unknown."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend: expected "auto", "triton" or "torch", found {backend!r}')
 
 
-def check_layout(
-    num_edges: int,
-    rewards: torch.Tensor,
-    path_edges: torch.Tensor,
-    path_offsets: torch.Tensor,
-    group_offsets: torch.Tensor,
-) -> None:
-    """Raise ValueError where shapes disagree and, on the CPU, for NaN rewards or indices that lie
-    outside."""
+def check_layout(num_edges: int, rewards: torch.Tensor, layout: Layout) -> None:
+    """Raise ValueError for shapes that disagree and, on the CPU, for NaN rewards or indices out of
+    range."""
+    path_edges, path_offsets, group_offsets = layout
     num_responses = len(path_offsets) - 1
     if rewards.shape != (num_responses,):
-        expected = f"expected shape ({num_responses},), one a response"
+        expected = f"expected shape ({num_responses},), one per response"
         raise ValueError(f"rewards: {expected}, found {tuple(rewards.shape)}")
-    # A compiled graph cannot branch on values, and on CUDA it would wait for the device.
+    # A compiled graph cannot branch on values, and on CUDA the check would wait for the device.
     if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
         if rewards.isnan().any():
             raise ValueError("rewards: expected numbers, found NaN")
-        for name, spans in (("path_offsets", path_offsets), ("group_offsets", group_offsets)):
-            if len(spans) < 2 or spans[0] != 0 or (spans.diff() < 1).any():
-                raise ValueError(f"{name}: expected offsets that rise from 0, no span empty")
         for name, spans, end in (
             ("path_offsets", path_offsets, len(path_edges)),
             ("group_offsets", group_offsets, num_responses),
         ):
+            if len(spans) < 2 or spans[0] != 0 or (spans.diff() < 1).any():
+                raise ValueError(f"{name}: expected offsets that rise from 0, no span empty")
             if spans[-1] != end:
                 raise ValueError(f"{name}: expected to end at {end}, found {int(spans[-1])}")
         low, high = path_edges.aminmax()
@@ -173,35 +167,33 @@ def check_layout(
 
 
 def loss_scales(
-    path_offsets: torch.Tensor,
-    group_offsets: torch.Tensor,
-    *,
+    layout: Layout,
     length_penalty: float,
     sft_reduction: str,
     padded_widths: torch.Tensor | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S], [S]: what turns a response's sum of log-probs into its score, and into its SFT loss."""
+) -> Scales:
+    """Factors of each response's sum of log-probs, from its length; options as for `rrhf_loss`."""
     if sft_reduction not in ("sum", "mean"):
         raise ValueError(f'sft_reduction: expected "sum" or "mean", found {sft_reduction!r}')
-    if padded_widths is not None and padded_widths.shape != (len(group_offsets) - 1,):
-        expected = f"expected ({len(group_offsets) - 1},), one a query"
+    num_queries = len(layout.group_offsets) - 1
+    if padded_widths is not None and padded_widths.shape != (num_queries,):
+        expected = f"expected ({num_queries},), one per query"
         raise ValueError(f"padded_widths: {expected}, found {tuple(padded_widths.shape)}")
-    divisors = path_offsets.diff()
+    divisors = layout.path_offsets.diff()
     if padded_widths is not None:
         divisors = torch.repeat_interleave(
-            padded_widths, group_offsets.diff(), output_size=len(divisors)
+            padded_widths, layout.group_offsets.diff(), output_size=len(divisors)
         )
     divisors = divisors.to(dtype)
-    scales = divisors**-length_penalty
-    return scales, 1 / divisors if sft_reduction == "mean" else torch.ones_like(scales)
+    score = divisors**-length_penalty
+    return Scales(score, 1 / divisors if sft_reduction == "mean" else torch.ones_like(score))
 
 
 def _pack(
     logps: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Padded [G, k, T] to packed: log-probs [R], rewards [S], path_edges, path_offsets,
-    group_offsets."""
+) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+    """Padded [G, k, T] to packed: log-probs [R], rewards [S] and their layout."""
     if logps.dim() != 3 or mask.shape != logps.shape or rewards.shape != logps.shape[:2]:
         shapes = f"{tuple(logps.shape)}, {tuple(rewards.shape)}, {tuple(mask.shape)}"
         raise ValueError(
@@ -216,4 +208,4 @@ def _pack(
     starts = torch.zeros(1, dtype=torch.int64, device=logps.device)
     path_offsets = torch.cat([starts, lengths[present].cumsum(0)])
     group_offsets = torch.cat([starts, present.sum(-1).cumsum(0)])
-    return logps[mask], rewards[present], edges, path_offsets, group_offsets
+    return logps[mask], rewards[present], Layout(edges, path_offsets, group_offsets)

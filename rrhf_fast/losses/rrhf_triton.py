@@ -1,9 +1,13 @@
-"""The parts of `rrhf_loss` on the Triton kernel, as operators that torch.compile sees through."""
+"""The parts of `rrhf_loss` on the Triton kernel, as operators for torch.compile.
+
+A schema takes tensors and numbers only, hence the flat arguments.
+"""
 
 import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import ranking as kernels
+from rrhf_fast.losses.parts import Layout, Ranking, Scales
 
 
 @torch.library.custom_op("rrhf_fast::rrhf", mutates_args=())
@@ -13,24 +17,32 @@ def rrhf_op(
     path_edges: Tensor,
     path_offsets: Tensor,
     group_offsets: Tensor,
-    scales: Tensor,
+    score_scales: Tensor,
     sft_scales: Tensor,
     margin: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `rrhf_fast.kernels.ranking.forward`."""
-    tensors = (logps, rewards, path_edges, path_offsets, group_offsets, scales, sft_scales)
-    return kernels.forward(*(tensor.contiguous() for tensor in tensors), margin)
+    """The tensors of a `Ranking`."""
+    layout = Layout(path_edges.contiguous(), path_offsets.contiguous(), group_offsets.contiguous())
+    scales = Scales(score_scales.contiguous(), sft_scales.contiguous())
+    return kernels.forward(logps.contiguous(), rewards.contiguous(), layout, scales, margin)
 
 
 @rrhf_op.register_fake
-def _(logps, rewards, path_edges, path_offsets, group_offsets, scales, sft_scales, margin):
-    groups = scales.new_empty(group_offsets.shape[0] - 1)
-    counts = torch.empty_like(groups, dtype=torch.int64)
-    return (
-        groups, torch.empty_like(groups), torch.empty_like(scales),
-        torch.empty_like(scales, dtype=torch.int32), counts, torch.empty_like(counts),
-        torch.empty_like(counts), torch.empty_like(groups),
-    )  # fmt: skip
+def _(logps, rewards, path_edges, path_offsets, group_offsets, score_scales, sft_scales, margin):
+    group = score_scales.new_empty(group_offsets.shape[0] - 1)
+    count = torch.empty_like(group, dtype=torch.int64)
+    return tuple(
+        Ranking(
+            rank_loss=group,
+            sft_loss=torch.empty_like(group),
+            logp_scores=torch.empty_like(score_scales),
+            pair_counts=torch.empty_like(score_scales, dtype=torch.int32),
+            best=count,
+            num_pairs=torch.empty_like(count),
+            num_correct=torch.empty_like(count),
+            margins=torch.empty_like(group),
+        )
+    )
 
 
 @torch.library.custom_op("rrhf_fast::rrhf_backward", mutates_args=())
@@ -40,32 +52,32 @@ def rrhf_backward_op(
     path_edges: Tensor,
     path_offsets: Tensor,
     group_offsets: Tensor,
-    scales: Tensor,
+    score_scales: Tensor,
     sft_scales: Tensor,
-    counts: Tensor,
+    pair_counts: Tensor,
     best: Tensor,
     num_edges: int,
 ) -> Tensor:
-    """See `rrhf_fast.kernels.ranking.backward`."""
-    tensors = (path_edges, path_offsets, group_offsets, scales, sft_scales, counts, best)
+    """d loss / d logps [E]."""
+    layout = Layout(path_edges.contiguous(), path_offsets.contiguous(), group_offsets.contiguous())
+    scales = Scales(score_scales.contiguous(), sft_scales.contiguous())
     upstream = (d_rank.contiguous(), d_sft.contiguous())
-    return kernels.backward(num_edges, *upstream, *(tensor.contiguous() for tensor in tensors))
+    slopes = (pair_counts.contiguous(), best.contiguous())
+    return kernels.backward(num_edges, *upstream, layout, scales, *slopes)
 
 
 @rrhf_backward_op.register_fake
-def _(
-    d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales, counts, best,
-    num_edges,
-):  # fmt: skip
-    return scales.new_empty(num_edges)
+def _(d_rank, *tensors_and_number):
+    *_, num_edges = tensors_and_number
+    return d_rank.new_empty(num_edges)
 
 
 def _setup_context(ctx, inputs, output):
     logps, _, *layout_and_scales, _ = inputs
-    _, _, scores, counts, best, *rest = output
+    ranking = Ranking(*output)
     ctx.num_edges = len(logps)
-    ctx.save_for_backward(*layout_and_scales, counts, best)
-    ctx.mark_non_differentiable(scores, counts, best, *rest)
+    ctx.save_for_backward(*layout_and_scales, ranking.pair_counts, ranking.best)
+    ctx.mark_non_differentiable(*ranking[2:])
 
 
 def _backward(ctx, d_rank, d_sft, *_):

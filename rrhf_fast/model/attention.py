@@ -19,6 +19,7 @@ from rrhf_fast.data.forest import Movable, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_flash, forest_flex, forest_sdpa
 from rrhf_fast.model.backend import AttentionSpec
+from rrhf_fast.spans import span
 
 # In the order in which "auto" asks them. FlexAttention first: it reads keys where they lie and adds
 # up their gradients in float32.
@@ -206,7 +207,7 @@ def _forest_attention(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     # Graphs are made for each state of autocast, and a trial runs without.
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False), span("attention"):
         out = forest.backend.attend(
             query,
             key,

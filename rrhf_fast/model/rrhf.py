@@ -1,8 +1,8 @@
-"""The root module: a pack goes in, one scalar loss comes out. Decoder, head and loss in one
-forward."""
+"""The root module: decoder, head and loss of a pack in one forward."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
 from rrhf_fast.losses.linear_rrhf import workspace_for
+from rrhf_fast.losses.parts import LinearHead
 from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, one_line
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import (
@@ -24,6 +25,7 @@ from rrhf_fast.model.decoder import (
     read_head,
     self_check,
 )
+from rrhf_fast.model.flops import Costs
 from rrhf_fast.model.layers import (
     checkpoint_layers,
     compile_layers,
@@ -33,21 +35,22 @@ from rrhf_fast.model.layers import (
 )
 from rrhf_fast.model.sharded import small_twin
 from rrhf_fast.model.weight_copies import copy_weights, keep_gradients, update_copies
+from rrhf_fast.spans import span
 
-# Tokens of a pack are padded to a multiple of this where that lets kernels and graphs fit: the
-# block of FlexAttention.
+# The tokens of a pack are padded to a multiple of this, FlexAttention's block, if kernels or
+# graphs need it.
 PADDING_MULTIPLE = 128
 
 
 class RRHFModel(nn.Module):
     """A causal LM that scores the responses of a pack and returns their RRHF loss.
 
-    `packing` "forest" runs packed forests (and refuses models that it would be wrong for); "none"
-    runs padded batches. `attn_implementation` is a name of `rrhf_fast.model.attention.BACKENDS` or
-    "auto"; `max_tokens` the tokens of the largest pack to come, as far as they are known. `compile`
-    None compiles layers on CUDA, if they can be. `activation_checkpointing` is "none", "selective"
-    or "full". `device` is where the model will run, if it is not there yet; `is_sharded`, that FSDP
-    will shard it, which has copies of weights of its own.
+    `packing` "forest" runs packed forests (and refuses models for which they would be wrong);
+    "none" runs padded batches. `attn_implementation` is a name of
+    `rrhf_fast.model.attention.BACKENDS` or "auto"; `max_tokens` the tokens of the largest pack to
+    come, if known. `compile` None compiles layers on CUDA if possible. `activation_checkpointing`
+    is "none", "selective" or "full". `device` is where the model will run, if it is not there yet;
+    `is_sharded` says that FSDP will shard it, which keeps its own copies of weights.
 
     Raises:
         ValueError: model, attention or compiler cannot do what is asked; says which and why.
@@ -69,25 +72,25 @@ class RRHFModel(nn.Module):
         is_sharded: bool = False,
     ):
         super().__init__()
-        # Where packs go. A model to be sharded over ranks is still elsewhere, or has no weights.
+        # Where packs go. A model that is yet to be sharded is elsewhere, or has no weights.
         self.device = device or lm.device
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
-        # MiB for the head's logits; None is the default of the losses.
+        # MiB for the head's logits; None means the losses' default.
         self.workspace_mb: float | None = None
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             self.workspace_mb = workspace_for(memory)
         self.plain_attention = lm.config._attn_implementation
         self.attention: Choice | None = None
-        self.warnings: list[str] = []  # what was preferred, failed, and was replaced
-        # A model that cannot be run there yet is checked by one of its kind.
+        self.warnings: list[str] = []  # preferences that failed and were replaced
+        # A small model of the same kind stands in for one that cannot run there yet.
         runnable = lm if lm.device == self.device else small_twin(lm, self.device)
         if packing == "forest":
             check_forest_support(lm, max_length)
-            specs = self_check(runnable, max_length)
+            self.attention_specs = self_check(runnable, max_length)
             self.attention = choose_backend(
                 attn_implementation,
-                specs,
+                self.attention_specs,
                 device=self.device,
                 dtype=compute_dtype if compute_dtype != torch.float32 else lm.dtype,
                 max_tokens=max_tokens,
@@ -122,7 +125,7 @@ class RRHFModel(nn.Module):
             checkpoint_layers(lm, activation_checkpointing)
 
     def _compile(self, *, is_optional: bool) -> None:
-        """Compile the layers and run them once: a compiler must not fail in mid-run."""
+        """Compile the layers and run them once, so that a failing compiler shows before the run."""
         compile_layers(self.lm)
         queries = check_queries(self.lm)
         if self.attention is None:
@@ -133,7 +136,7 @@ class RRHFModel(nn.Module):
         try:
             with torch.enable_grad():
                 self(pack.to(self.device)).loss.backward()
-        except Exception as error:  # a compiler's, of any type
+        except Exception as error:  # from a compiler, of any type
             reason = f"{type(error).__name__}: {one_line(error)}"
             problem = f"a step of compiled layers failed ({reason})"
             if not is_optional:
@@ -145,60 +148,71 @@ class RRHFModel(nn.Module):
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """What the token count of a packed forest should be a multiple of."""
+        """The number of which the token count of a packed forest should be a multiple."""
         fits = self.compiled or (self.attention and self.attention.name == "forest_flex")
         return PADDING_MULTIPLE if fits else 1
 
     def plan(self, pack: PackedForest | WeightedForest) -> Movable:
-        """How the chosen attention computes this pack; best made on the host, before the pack moves
+        """The chosen attention's plan for this pack; best made on the host, before the pack moves
         to a device."""
         return self.attention.backend.plan(pack)
 
+    @cached_property
+    def costs(self) -> Costs:
+        """Operations of this model's parts, for packed forests. Which weights are frozen must not
+        change after the first use."""
+        return Costs.of(self.lm, self.attention_specs, self.head)
+
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Inside this block `lm` is a plain Hugging Face model: it generates, and is saved as one.
-        Its layers are not compiled there: a cache grows with every token."""
+        """Inside this block `lm` is a plain Hugging Face model that generates and can be saved. Its
+        layers run uncompiled there, because a cache grows with every token."""
         with attention(self.lm, self.plain_attention), torch.compiler.set_stance("force_eager"):
             yield
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Inside this block products of matrices are in `compute_dtype`; weights, norms and RoPE
-        stay in float32."""
+        """Inside this block matrix products run in `compute_dtype`; weights, norms and RoPE stay in
+        float32."""
         enabled = self.compute_dtype != torch.float32
         update_copies(self.copied)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
-    def forward(
-        self, pack: Pack | WeightedForest, *, share: float = 1.0, wants_weights: bool = False
-    ) -> RRHFLoss | tuple[RRHFLoss, torch.Tensor] | torch.Tensor:
-        """`share` times the loss of one pack, mean over its queries; log-probs and loss are float32
-        or better. Only `loss` carries a gradient. Its parts are the queries' own, whatever `share`.
-
-        With `wants_weights` nothing does, and d loss / d logp [E] is returned too. Of a
-        `WeightedForest` the loss is the weighted sum of its log-probs, and has no share.
-        """
-        options = {} if isinstance(pack, WeightedForest) else self.loss_options(pack, share)
-        if wants_weights:
-            with torch.no_grad():
-                logps = self.edge_logps(pack)
-            with torch.enable_grad():
-                out = rrhf_loss(logps.requires_grad_(), pack.rewards, **options)
-                return out, torch.autograd.grad(out.loss, logps)[0]
-        if isinstance(pack, WeightedForest):
-            return (self.edge_logps(pack) * pack.edge_weights).sum()
+    def forward(self, pack: Pack, *, share: float = 1.0) -> RRHFLoss:
+        """`share` times the loss of one pack, mean over its queries; log-probs and loss are at
+        least float32. Only `loss` carries a gradient. Its parts do not depend on `share`."""
+        options = self.loss_options(pack, share)
         if not isinstance(pack, PackedForest):
             return rrhf_loss(self.edge_logps(pack), pack.rewards, **options)
-        hidden, weight, head = self.head_inputs(pack)
-        edges = (pack.edge_rows, pack.edge_targets)
-        options |= {"bounds": pack.bounds, "workspace_mb": self.workspace_mb, **head}
-        return linear_rrhf_loss(hidden, weight, *edges, pack.rewards, **options)
+        hidden, head = self.head_inputs(pack)
+        with span("head"):
+            return linear_rrhf_loss(
+                hidden, rows=pack.edge_rows, targets=pack.edge_targets, rewards=pack.rewards,
+                bounds=pack.bounds, workspace_mb=self.workspace_mb, **head._asdict(), **options,
+            )  # fmt: skip
+
+    def edge_weights(self, pack: Pack, *, share: float = 1.0) -> tuple[RRHFLoss, torch.Tensor]:
+        """What `forward` returns, without a gradient, and the weight d loss / d logp [E] of each
+        edge."""
+        with torch.no_grad():
+            logps = self.edge_logps(pack)
+        with torch.enable_grad(), span("loss"):
+            out = rrhf_loss(logps.requires_grad_(), pack.rewards, **self.loss_options(pack, share))
+            return out, torch.autograd.grad(out.loss, logps)[0]
+
+    def weighted_loss(self, part: WeightedForest) -> torch.Tensor:
+        """The sum of the log-probs of the part's edges, times their weights. Its gradient is that
+        of the loss from which the weights come."""
+        return (self.edge_logps(part) * part.edge_weights).sum()
 
     def edge_logps(self, pack: Pack | WeightedForest) -> torch.Tensor:
         """[E] log-prob of each edge's target."""
         if isinstance(pack, PackedForest | WeightedForest):
-            hidden, weight, head = self.head_inputs(pack)
-            head["workspace_mb"] = self.workspace_mb
-            return linear_logprob(hidden, weight, pack.edge_rows, pack.edge_targets, **head)
+            hidden, head = self.head_inputs(pack)
+            with span("head"):
+                return linear_logprob(
+                    hidden, rows=pack.edge_rows, targets=pack.edge_targets,
+                    workspace_mb=self.workspace_mb, **head._asdict(),
+                )  # fmt: skip
         assert isinstance(pack, PaddedBatch)
         with self.autocast():
             logits = self.lm(
@@ -209,11 +223,9 @@ class RRHFModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
-    def head_inputs(
-        self, pack: PackedForest | WeightedForest
-    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Hidden states [N, H], the head's weight [V, H] and its other arguments."""
-        with self.autocast():
+    def head_inputs(self, pack: PackedForest | WeightedForest) -> tuple[torch.Tensor, LinearHead]:
+        """Hidden states [N, H] of a pack, and the head that turns them into logits."""
+        with self.autocast(), span("decoder"):
             plan = self.plan(pack) if pack.plan is None else pack.plan
             hidden = decode_forest(self.lm, pack, Forest(self.attention.backend, plan))
         keep_gradients(self.copied, hidden)
@@ -221,8 +233,7 @@ class RRHFModel(nn.Module):
             # Autocast leaves the residual stream in float32, but the head is a product too.
             hidden = hidden.to(self.compute_dtype)
         head, linear = self.head, self.head.linear
-        options = {"softcap": head.softcap, "logit_scale": head.logit_scale}
-        return hidden, linear.weight, {"bias": linear.bias, **options}
+        return hidden, LinearHead(linear.weight, linear.bias, head.softcap, head.logit_scale)
 
     def loss_options(self, pack: Pack, share: float = 1.0) -> dict:
         """The pack's layout and `share` times the configured loss, as arguments of the loss

@@ -1,9 +1,9 @@
 """Loss and gradient of one optimizer step's packs, in one of two ways with the same result.
 
 Whole: forward and backward of every pack. Active: score every pack without gradients, then forward
-and backward of what has a gradient (`rrhf_fast.data.active`), packed anew. In forwards of a pack,
-with `kept` the share of its tokens that have a gradient and `whole` 3, or 4 where checkpointing
-runs each layer once more:
+and backward of the part that has a gradient (`rrhf_fast.data.active`), in new packs. Cost in
+forwards of a pack, with `kept` the share of its tokens that have a gradient and `whole` 3, or 4
+where checkpointing runs each layer once more:
 
     whole against 1 + whole * kept
 """
@@ -16,43 +16,49 @@ import torch
 from rrhf_fast.data.active import active_part, join, without_weight
 from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.data.packs import Batch
-from rrhf_fast.losses import RRHFLoss, rrhf_loss
+from rrhf_fast.losses import RRHFLoss
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.spans import span
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World, prepare_backward
 from rrhf_fast.train.evaluate import Totals
 
-# The active way has to promise at least this much less work, since its second packs are smaller.
-MARGIN = 0.1
+# The active way must save at least this share of the work, since its second packs are smaller.
+MIN_SAVING = 0.1
 
 
 class OutOfMemory(RuntimeError):
-    """A pack does not fit the device; says how large it is and what to lower."""
+    """A pack does not fit the device; states its size and which option to lower."""
 
 
 def is_worthwhile(config: TrainConfig, kept: float) -> bool:
-    """Whether a step of which this share of tokens has a gradient takes the active way."""
+    """Whether a step takes the active way when a share `kept` of its tokens has a gradient."""
     if config.active_set != "auto":
         return config.active_set == "on"
     whole = 4 if config.activation_checkpointing == "full" else 3
-    return config.packing == "forest" and 1 + whole * kept < (1 - MARGIN) * whole
+    return config.packing == "forest" and 1 + whole * kept < (1 - MIN_SAVING) * whole
 
 
 def backward_whole(
     model: RRHFModel, batch: Batch, config: TrainConfig, world: World, totals: Totals
 ) -> None:
-    """Add up the gradient of the mean loss of `batch`, and its sums in `totals`."""
+    """Add the gradient of the mean loss of `batch` to the weights' `grad`, and its sums to
+    `totals`."""
     for number, pack in enumerate(batch.packs, 1):
         prepare_backward(model, config, is_last=number == len(batch.packs))
         with _clear_memory_error(model, config, pack):
-            pack = pack.to(model.device)
+            pack = _moved(pack, model)
             # As part of the loss, the share costs no pass over the head's gradient.
             share = _share(pack, batch, world)
             out = model(pack, share=share)
             out.loss.backward()
-        totals.add(out, pack, share)
-        if isinstance(pack, PackedForest):
-            totals.add_active(pack, _has_gradient(out, pack, model, share))
+        with span("loss"):
+            totals.add(out, pack, share)
+            if isinstance(pack, PackedForest):
+                is_active = active_edges(out, pack, model.loss_config)
+                totals.add_active(pack, is_active)
+                totals.add_flops(pack, model.costs.of_pack(pack, is_active.sum()))
 
 
 def backward_active(
@@ -62,50 +68,53 @@ def backward_active(
     parts = []
     for pack in batch.packs:
         with _clear_memory_error(model, config, pack):
-            pack = pack.to(model.device)
+            pack = _moved(pack, model)
             share = _share(pack, batch, world)
-            out, weights = model(pack, share=share, wants_weights=True)
-        totals.add(out, pack, share)
-        parts.append(active_part(pack, weights))
-        totals.add_active(pack, weights != 0)
+            out, weights = model.edge_weights(pack, share=share)
+        with span("loss"):
+            totals.add(out, pack, share)
+            totals.add_active(pack, weights != 0)
+        with span("data"):
+            part = active_part(pack, weights)
+        parts.append(part)
+        with span("loss"):
+            totals.add_flops(pack, model.costs.of_pack(pack, 0, has_backward=False))
+            totals.add_flops(pack, model.costs.of_pack(part, len(part.edge_rows)))
     options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
-    packs = join(parts, max_tokens=config.max_tokens_per_pack, **options)
-    # Every rank gathers weights as often as the others, and some gradient there must be.
-    count = max(1, *world.gather(len(packs)))
-    filler = join([without_weight(pack)], max_tokens=1, **options)
+    # Every rank gathers weights as often as the others, and each needs at least one backward.
+    with span("data"):
+        packs = join(parts, max_tokens=config.max_tokens_per_pack, **options)
+        count = max(1, *world.gather(len(packs)))
+        filler = join([without_weight(pack)], max_tokens=1, **options)
     packs += filler * (count - len(packs))
     for number, part in enumerate(packs, 1):
         prepare_backward(model, config, is_last=number == count)
         with _clear_memory_error(model, config, part):
-            model(part).backward()
+            model.weighted_loss(part).backward()
+
+
+def active_edges(out: RRHFLoss, pack: Pack, config: LossConfig) -> torch.Tensor:
+    """[E] bool, the edges of responses with a gradient: those whose rank loss has a slope, and the
+    best ones."""
+    has_gradient = (out.pair_counts != 0) & (config.rank_weight != 0)
+    if config.sft_weight != 0:
+        has_gradient.index_fill_(0, out.best, True)
+    along_paths = torch.repeat_interleave(
+        has_gradient.long(), pack.path_offsets.diff(), output_size=len(pack.path_edges)
+    )
+    counts = torch.zeros_like(pack.edge_rows).index_add_(0, pack.path_edges, along_paths)
+    return counts > 0
+
+
+def _moved(pack: Pack, model: RRHFModel) -> Pack:
+    with span("data"):
+        return pack.to(model.device)
 
 
 def _share(pack: Pack, batch: Batch, world: World) -> float:
     """The weight of a pack's loss in the mean over the step's queries, however they are packed and
     dealt to ranks: FSDP takes the mean over ranks."""
     return pack.num_queries / batch.num_queries * world.size
-
-
-@torch.no_grad()
-def _has_gradient(
-    out: RRHFLoss, pack: PackedForest, model: RRHFModel, share: float
-) -> torch.Tensor:
-    """[E] bool, the edges of responses with a gradient, which follow from the scores and the pack's
-    share alone."""
-    one_each = torch.arange(len(out.scores) + 1, device=out.scores.device)
-    options = model.loss_options(pack, share) | {
-        "path_edges": one_each[:-1], "path_offsets": one_each, "length_penalty": 0.0,
-        "sft_reduction": "sum", "padded_widths": None,
-    }  # fmt: skip
-    with torch.enable_grad():
-        scores = out.scores.detach().requires_grad_()
-        loss = rrhf_loss(scores, pack.rewards, **options).loss
-        slopes = torch.autograd.grad(loss, scores)[0]
-    along_paths = torch.repeat_interleave(
-        (slopes != 0).long(), pack.path_offsets.diff(), output_size=len(pack.path_edges)
-    )
-    counts = torch.zeros_like(pack.edge_rows).index_add_(0, pack.path_edges, along_paths)
-    return counts > 0
 
 
 @contextmanager

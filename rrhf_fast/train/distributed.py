@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 
@@ -155,6 +156,8 @@ def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
     for layer in decoder_layers(model.lm):
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
+    for name in ("edge_weights", "weighted_loss"):
+        register_fsdp_forward_method(model, name)
 
 
 def prepare_backward(model: nn.Module, config: TrainConfig, *, is_last: bool) -> None:

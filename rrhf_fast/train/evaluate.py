@@ -1,6 +1,9 @@
-"""Held-out measures: loss, ranking accuracy, and the reward of fresh samples."""
+"""Sums and means over packs, and held-out measures: loss, ranking accuracy, and the reward of
+fresh samples."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.data.tokenise import TokenisedQuery, decode_response, learned_end_ids
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
+from rrhf_fast.model.flops import Flops
 from rrhf_fast.model.generate import sample_responses
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.stages.reward_fn import RewardFn
@@ -18,71 +22,124 @@ from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World, gathered
 
 
+class Sums(NamedTuple):
+    """What `Totals` sums over packs."""
+
+    loss: float  # of queries, as are the two parts
+    rank_loss: float
+    sft_loss: float
+    num_correct: float  # pairs in which the better response has the higher p
+    margins: float  # over pairs, of p_better - p_worse
+    num_pairs: float
+    num_queries: float
+    num_tokens: float  # padding included
+    num_flags: float
+    num_active_tokens: float  # those with a gradient
+    num_real_tokens: float  # those of packs whose active ones are counted, without padding
+    decoder_flops: float
+    attention_flops: float
+    head_flops: float
+
+
 class Totals:
-    """Sums of `RRHFLoss` over packs, kept on the device; `means` brings them to the host once."""
+    """`Sums` over packs, in one tensor on the device; reading brings them to the host.
+
+    `sums` [14] float64 may be summed over ranks, and replaced by its copy on the host to wait for
+    the device only once.
+    """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.sums = torch.zeros(11, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
+
+    def _add(self, **amounts: torch.Tensor | float) -> None:
+        for name, amount in amounts.items():
+            self.sums[Sums._fields.index(name)] += amount
+
+    def read(self) -> Sums:
+        """The sums as numbers."""
+        return Sums(*self.sums.tolist())
 
     def add(self, out: RRHFLoss, pack: Pack, share: float = 1.0) -> None:
-        """Add one pack, if it is no filler. `share` is what its loss was multiplied by. Waits for
-        no device."""
-        if not pack.num_queries:
-            return
-        parts = [
-            out.loss.detach() * (pack.num_queries / share),
-            out.rank_loss.detach().sum(),
-            out.sft_loss.detach().sum(),
-        ]
-        parts += [out.num_correct.sum(), out.margins.sum(), out.num_pairs.sum()]
-        self.sums[:6] += torch.stack([part.double() for part in parts])
-        self.sums[6] += pack.num_queries
-        self.sums[7] += pack.num_tokens
+        """Add one pack's loss, which was multiplied by `share`, unless the pack is a filler. Waits
+        for no device."""
+        if pack.num_queries:
+            self._add(
+                loss=out.loss.detach() * (pack.num_queries / share),
+                rank_loss=out.rank_loss.detach().sum(),
+                sft_loss=out.sft_loss.detach().sum(),
+                num_correct=out.num_correct.sum(),
+                margins=out.margins.sum(),
+                num_pairs=out.num_pairs.sum(),
+                num_queries=pack.num_queries,
+                num_tokens=pack.num_tokens,
+            )
 
     def add_active(self, pack: PackedForest, is_active: torch.Tensor) -> None:
-        """Add how many of a pack's tokens lead to an edge that `is_active` [E]; padding leads to
-        none."""
+        """Count the pack's tokens that lead to an edge in `is_active` [E], and those that lead to
+        any edge, as all but padding do."""
         if pack.num_queries:
-            self.sums[9] += kept_rows(pack, is_active).sum()
-            self.sums[10] += kept_rows(pack, torch.ones_like(is_active)).sum()
+            self._add(
+                num_active_tokens=kept_rows(pack, is_active).sum(),
+                num_real_tokens=kept_rows(pack, torch.ones_like(is_active)).sum(),
+            )
 
-    @property
-    def active_fraction(self) -> float:
-        """The share of tokens that have a gradient; nan where nobody counted."""
-        kept, tokens = self.sums[9:].tolist()
-        return kept / tokens if tokens else float("nan")
+    def add_flops(self, pack: Pack, flops: Flops) -> None:
+        """Add the work on a pack, unless it is a filler."""
+        if pack.num_queries:
+            self._add(**{f"{part}_flops": count for part, count in flops._asdict().items()})
 
     def flag(self) -> None:
-        """Raise a flag that `sum` hands to all ranks: the same all-reduce carries it."""
-        self.sums[8] += 1
+        """Raise a flag that the sum over ranks carries to all of them."""
+        self._add(num_flags=1)
 
     @property
     def flagged(self) -> bool:
         """Whether any rank raised the flag."""
-        return self.sums[8].item() > 0
+        return self.read().num_flags > 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a finite number."""
+        return math.isfinite(self.read().loss)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all packs, padding included, fillers not."""
-        return int(self.sums[7].item())
+        return int(self.read().num_tokens)
+
+    @property
+    def active_fraction(self) -> float:
+        """The share of tokens that have a gradient; NaN if not tracked."""
+        sums = self.read()
+        return _ratio(sums.num_active_tokens, sums.num_real_tokens)
+
+    @property
+    def flops(self) -> Flops:
+        """Operations that the packs' loss and gradient needed, by part; 0 if not tracked."""
+        sums = self.read()
+        return Flops(sums.decoder_flops, sums.attention_flops, sums.head_flops)
 
     def means(self) -> dict[str, float]:
-        """Losses a query; accuracy and margin a pair (nan without pairs)."""
-        loss, rank, sft, correct, margin, pairs, queries = self.sums[:7].tolist()
+        """Losses per query; accuracy and margin per pair (NaN without pairs)."""
+        sums = self.read()
         return {
-            "loss": loss / queries,
-            "rank_loss": rank / queries,
-            "sft_loss": sft / queries,
-            "rewards/accuracies": correct / pairs if pairs else float("nan"),
-            "rewards/margins": margin / pairs if pairs else float("nan"),
+            "loss": sums.loss / sums.num_queries,
+            "rank_loss": sums.rank_loss / sums.num_queries,
+            "sft_loss": sums.sft_loss / sums.num_queries,
+            "rewards/accuracies": _ratio(sums.num_correct, sums.num_pairs),
+            "rewards/margins": _ratio(sums.margins, sums.num_pairs),
         }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
 
 
 @torch.no_grad()
 def evaluate_ranking(
     model: RRHFModel, packs: Sequence[Pack], world: World | None = None
 ) -> dict[str, float]:
-    """`Totals.means` of held-out packs; of all ranks' packs, if `world` is given."""
+    """`Totals.means` of held-out packs, over all ranks if `world` is given."""
     totals = Totals(model.device)
     for pack in packs:
         pack = pack.to(model.device)
@@ -100,15 +157,15 @@ def evaluate_samples(
     config: TrainConfig,
     world: World | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Sample `eval_samples` fresh responses a prompt at temperature 1 and score them. Each rank of
-    `world` samples for its share of the prompts; the first scores.
+    """Sample `eval_samples` fresh responses per prompt at temperature 1 and score them. Each rank
+    of `world` samples for its share of the prompts; the first one scores.
 
     Returns:
         {"reward", "reward_ci95" (half width of a normal interval over prompts), "response_length"
-        in tokens}, and one {"prompt", "response", "reward"} for each sample.
+        in tokens}, and one {"prompt", "response", "reward"} per sample.
 
     Raises:
-        ValueError: the reward function returned something else than one finite number a response.
+        ValueError: the reward function did not return one finite number per response.
     """
     world = world or World(model.device)
     prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
@@ -150,11 +207,11 @@ def _score(reward_fn: RewardFn, prompts: list, responses: list[str], name: str) 
     """[N] float64 rewards, checked."""
     try:
         rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
-    except Exception as error:  # whatever the user's function raises
+    except Exception as error:  # from the user's function, of any type
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"eval_reward_fn: {name} raised {problem}") from error
     if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
-        expected = f"expected {len(responses)} finite numbers, one a response"
+        expected = f"expected {len(responses)} finite numbers, one per response"
         problem = f"{name}: {expected}, found {rewards.shape} {rewards}"
         raise ValueError(f"eval_reward_fn: {problem[:200]}")
     return rewards

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from rrhf_fast.spans import span
 from rrhf_fast.train.adamw_bf16 import AdamWBF16
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.distributed import whole
 from rrhf_fast.train.schedule import build_schedule
 
 
@@ -39,6 +41,13 @@ def build_optimizer(
     return optimizer, build_schedule(optimizer, config, num_steps)
 
 
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """The norm of all gradients together, over all ranks; all ranks must ask."""
+    with span("optimizer"):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
+
 def clipped_step(optimizer: torch.optim.Optimizer, grad_norm: float, max_norm: float) -> None:
     """One step on gradients scaled down to `max_norm` as by `torch.nn.utils.clip_grad_norm_`, given
     their norm.
@@ -59,7 +68,8 @@ def clipped_step(optimizer: torch.optim.Optimizer, grad_norm: float, max_norm: f
         optimizer.step()
         del optimizer.grad_scale
     else:  # torchao's takes no scale
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, on_device(grad_norm))
+        with span("optimizer"):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, on_device(grad_norm))
         optimizer.step()
 
 

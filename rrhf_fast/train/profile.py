@@ -1,38 +1,30 @@
 """Where the time of training steps goes: a trace, and each part's time and work.
 
-While steps are recorded, the functions that stand for a part are wrapped in a range of its name;
-before and after, nothing is. An operator belongs to the innermost range around it. One of the
-backward pass belongs to the part of the forward operator whose gradient it is: autograd gives both
-the same number.
+The parts are the ranges of `rrhf_fast.spans`. An operator belongs to the innermost range around it,
+one of the backward pass to the part of the forward operator whose gradient it computes: autograd
+gives both the same number.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
-from transformers import PreTrainedModel
 
-from rrhf_fast.data.active import WeightedForest, kept_rows
-from rrhf_fast.data.forest import Movable, PackedForest
 from rrhf_fast.data.packs import Batch
-from rrhf_fast.losses import rrhf_torch
-from rrhf_fast.model import rrhf
-from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.train import backward
+from rrhf_fast.spans import PARTS, span
+from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.roofline import Breakdown, measure_roofline
 
 # Steps before the recorded ones: layers compile, the optimizer makes its state.
 WARMUP = 3
-# Names of ranges; "communication", "other" and "idle" have none of ours.
+# The range around the recorded steps. "communication", "other" and "idle" have no range.
 STEPS = "training steps"
-RANGES = ("data", "decoder", "attention", "head", "loss", "optimizer")
 COLLECTIVES = ("FSDP::", "c10d::", "_c10d_functional::", "gloo:", "nccl:")
 
 
@@ -40,7 +32,8 @@ class StepProfiler:
     """Lets `WARMUP` steps pass, records `num_steps`, and writes trace.json.gz (for Perfetto or
     chrome://tracing), breakdown.md and breakdown.png to `folder`. `breakdown` is None until then.
 
-    Each rank may have one; it tells of that rank alone. Works on packed forests.
+    Every rank may have one. Times are those of its own rank, work is the mean over ranks. Works on
+    packed forests.
     """
 
     def __init__(
@@ -50,45 +43,55 @@ class StepProfiler:
         *,
         num_steps: int,
         folder: Path,
+        num_ranks: int = 1,
     ):
         self.model, self.optimizer = model, optimizer
-        self.num_steps, self.folder = num_steps, folder
+        self.num_steps, self.folder, self.num_ranks = num_steps, folder, num_ranks
         self.breakdown: Breakdown | None = None
+        self._is_recording = False
+        self._totals: list[Totals] = []  # of the recorded steps
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields the same batches. A step lasts from the asking for its batch to the asking for the
-        next one, with evaluations and checkpoints in between."""
+        """Yields the same batches. A step lasts from the request for its batch to the request for
+        the next one, evaluations and checkpoints included."""
         for _, batch in zip(range(WARMUP), batches, strict=False):
             yield batch
-        work, recorded = Work(self.model), 0
         with ExitStack() as recording:
-            for owner, name, part in _parts_of(self.model):
-                recording.enter_context(_ranged(owner, name, part, work.note))
             _wait(self.model.device)
             profile = recording.enter_context(torch.profiler.profile())
             recording.enter_context(record_function(STEPS))
-            while recorded < self.num_steps:
-                with record_function("data"):
+            self._is_recording = True
+            for _ in range(self.num_steps):
+                with span("data"):
                     batch = next(batches, None)
                 if batch is None:
                     break
                 yield batch
-                recorded += 1
+            self._is_recording = False
             _wait(self.model.device)
-        if recorded:
-            self._write(profile, work, recorded)
+        if self._totals:
+            self._write(profile)
         yield from batches
 
-    def _write(self, profile: torch.profiler.profile, work: "Work", num_steps: int) -> None:
+    def add(self, totals: Totals) -> None:
+        """Note the sums over all ranks of the step just done."""
+        if self._is_recording:
+            self._totals.append(totals)
+
+    def _write(self, profile: torch.profiler.profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
         total, seconds = attribute(profile.events())
+        num_steps = len(self._totals)
+        # Per step and rank.
+        mean = Totals()
+        mean.sums = sum(totals.sums for totals in self._totals) / (num_steps * self.num_ranks)
         self.breakdown = Breakdown(
             total=total / num_steps,
             seconds={part: spent / num_steps for part, spent in seconds.items()},
-            flops={part: count / num_steps for part, count in work.flops().items()},
+            flops=mean.flops._asdict(),
             bytes={"optimizer": optimizer_bytes(self.optimizer)},
-            num_tokens=work.num_tokens / num_steps,
+            num_tokens=mean.read().num_real_tokens,
             num_steps=num_steps,
             device=self.model.device,
             roofline=measure_roofline(self.model.device, self.model.compute_dtype),
@@ -96,57 +99,15 @@ class StepProfiler:
         self.breakdown.write(self.folder)
 
 
-def _parts_of(model: RRHFModel) -> list[tuple[object, str, str]]:
-    """(owner, name, part) of the functions that stand for a part, as their callers find them."""
-    rankings = [rrhf_torch]
-    if model.device.type == "cuda":
-        # Imported late: triton exists on Linux only.
-        from rrhf_fast.kernels import ranking
-
-        rankings.append(ranking)
-    return [
-        (Movable, "to", "data"),
-        (backward, "active_part", "data"),
-        (backward, "join", "data"),
-        (rrhf, "decode_forest", "decoder"),
-        (model.attention.backend, "attend", "attention"),
-        (rrhf, "linear_rrhf_loss", "head"),
-        (rrhf, "linear_logprob", "head"),
-        (rrhf, "rrhf_loss", "loss"),
-        (backward, "_has_gradient", "loss"),
-        *((ranking, name, "loss") for ranking in rankings for name in ("forward", "backward")),
-        (torch.nn.utils, "get_total_norm", "optimizer"),
-        (torch.nn.utils, "clip_grads_with_norm_", "optimizer"),
-    ]
-
-
-@contextmanager
-def _ranged(owner: object, name: str, part: str, note: Callable) -> Iterator[None]:
-    """Inside, calls of owner.name stand in a range, and `note` is told of them."""
-    function = getattr(owner, name)
-
-    def call(*args, **kwargs):
-        with record_function(part):
-            out = function(*args, **kwargs)
-        note(name, args, out)
-        return out
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        setattr(owner, name, function)
-
-
 def attribute(events: Iterable) -> tuple[float, dict[str, float]]:
     """Seconds from the first recorded step's begin to the last one's end, and each part's share.
 
-    On the CPU a part has the time of the training thread that is its own, Python's included. On
-    CUDA it has its kernels' time; "communication" is what no other kernel hides, and "idle" when
+    On the CPU a part gets its own time on the training thread, Python included. On CUDA it gets its
+    kernels' time; "communication" is the part that no other kernel hides, and "idle" the time when
     the device does nothing, mostly because the host is late.
 
     Args:
-        events: of a torch profiler, with ranges of the parts' names in a range named `STEPS`.
+        events: of a torch profiler, with ranges named after the parts within one named `STEPS`.
     """
     events = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
@@ -177,32 +138,32 @@ def attribute(events: Iterable) -> tuple[float, dict[str, float]]:
 
 
 def assign_parts(events: list) -> list[str]:
-    """The part of each event on the host; events stand in the order of their begins."""
+    """The part of each event on the host; events are sorted by their begins."""
     parts: dict = {}
     makers: dict[tuple[int, int], str] = {}  # part by thread and number of a forward operator
     latest = defaultdict(lambda: "other")  # part of each thread's latest backward operator
     for event in events:
-        if event.name in RANGES:
+        if event.name in PARTS:
             part = event.name
-        elif event.name.startswith("Optimizer."):  # a range that PyTorch makes
+        elif event.name.startswith("Optimizer."):  # PyTorch's own range
             part = "optimizer"
         elif event.name.startswith(COLLECTIVES):
             part = "communication"
         elif event.name.startswith("autograd::engine::evaluate_function"):
-            # What adds a gradient up has no forward operator. It runs right after what made it.
+            # Accumulating a gradient has no forward operator. It follows the gradient's maker.
             maker = (event.fwd_thread, event.sequence_nr)
             part = latest[event.thread] = makers.get(maker, latest[event.thread])
         else:
             part = parts.get(event.cpu_parent, "other")
         parts[event] = part
         if event.sequence_nr >= 0 and not event.fwd_thread:
-            # Several operators may bear a number; the last one to begin made the graph's node.
+            # Several operators may share a number; the last one to begin made the graph's node.
             makers[event.thread, event.sequence_nr] = part
     return [parts[event] for event in events]
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of what spans [begin, end) cover together; in the order of their begins."""
+    """The length that intervals [begin, end) cover together; sorted by their begins."""
     length, until = 0.0, float("-inf")
     for begin, end in spans:
         length += max(0.0, end - max(begin, until))
@@ -210,99 +171,9 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return length
 
 
-class Work:
-    """What the recorded steps had to compute, told by the calls that they made."""
-
-    def __init__(self, model: RRHFModel):
-        self._model = model
-        self._decoded: list[tuple[PackedForest | WeightedForest, list, bool]] = []
-        self._num_edges = 0
-        self._with_gradient: list[torch.Tensor] = []  # bool
-
-    def note(self, name: str, args: tuple, out: object) -> None:
-        """A call of a function of `_parts_of` is done. Waits for no device."""
-        if name == "decode_forest":
-            _, pack, forest = args
-            # A copy: with activation checkpointing the backward appends to it.
-            self._decoded.append((pack, list(forest.specs), torch.is_grad_enabled()))
-        elif name in ("linear_rrhf_loss", "linear_logprob"):
-            _, _, rows, *_ = args
-            self._num_edges += len(rows)
-            if name == "linear_logprob" and torch.is_grad_enabled():
-                self._with_gradient.append(torch.ones_like(rows))
-        elif name == "_has_gradient":
-            self._with_gradient.append(out)
-
-    def flops(self) -> dict[str, float]:
-        """Floating-point operations of the matrix products of each part, a multiply-add being two.
-
-        Counted is what the result needs: not what is computed again in the backward, nor padding
-        and hidden scores; where the active part is trained alone, its scoring counts. The backward
-        of a product is two of its kind, one where a weight is frozen; of a prediction without a
-        gradient there is none.
-        """
-        decoder = attention = 0
-        forward, backward = decoder_flops(self._model.lm)
-        for pack, specs, has_backward in self._decoded:
-            depths = pack.position_ids[_real_rows(pack)]
-            decoder += len(depths) * (forward + has_backward * backward)
-            # A token sees its path, which is as long as it stands deep.
-            pairs = {
-                window: int((depths + 1).clamp(max=window or pack.num_tokens).sum())
-                for window in {spec.window for spec in specs}
-            }
-            attention += (1 + 2 * has_backward) * sum(
-                attention_flops(spec, pairs[spec.window]) for spec in specs
-            )
-        weight = self._model.head.linear.weight
-        active = sum(int(flags.sum()) for flags in self._with_gradient)
-        products = self._num_edges + active * (1 + weight.requires_grad)
-        return {
-            "decoder": decoder,
-            "attention": attention,
-            "head": 2 * weight.numel() * products,
-        }
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the steps' packs, padding not counted, nor those that are encoded again to
-        train the active part."""
-        packs = (pack for pack, *_ in self._decoded if isinstance(pack, PackedForest))
-        return sum(int(_real_rows(pack).sum()) for pack in packs)
-
-
-def _real_rows(pack: PackedForest | WeightedForest) -> torch.Tensor:
-    return kept_rows(pack, torch.ones_like(pack.edge_rows, dtype=torch.bool))
-
-
-def decoder_flops(lm: PreTrainedModel) -> tuple[float, float]:
-    """Of the products with the decoder's weights, one token's forward and backward."""
-    looked_up = {
-        id(p)
-        for m in lm.base_model.modules()
-        if isinstance(m, nn.Embedding)
-        for p in m.parameters()
-    }
-    per_token = getattr(lm.config.get_text_config(), "num_experts_per_tok", None)
-    forward = backward = 0
-    for parameter in lm.base_model.parameters():
-        if parameter.dim() < 2 or id(parameter) in looked_up:
-            continue
-        # Matrices of experts are stacked; a token goes through a few of them.
-        used = per_token / len(parameter) if parameter.dim() == 3 and per_token else 1
-        forward += 2 * parameter.numel() * used
-        backward += 2 * parameter.numel() * used * (1 + parameter.requires_grad)
-    return forward, backward
-
-
-def attention_flops(spec: AttentionSpec, pairs: int) -> int:
-    """Of one layer's forward, for so many pairs of a query and a key that it sees."""
-    return 2 * pairs * spec.num_heads * (spec.head_size + spec.value_size)
-
-
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """That one step has to move: gradients are read for their norm and for the update; parameters
-    and moments are read and written."""
+    """Bytes that one step has to move: it reads gradients for their norm and for the update, and
+    reads and writes parameters and moments."""
     moved = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:

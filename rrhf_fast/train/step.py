@@ -9,9 +9,8 @@ from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import Batch
 from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
 from rrhf_fast.train.checkpoint import Progress
-from rrhf_fast.train.distributed import whole
 from rrhf_fast.train.evaluate import Totals
-from rrhf_fast.train.optimizer import clipped_step
+from rrhf_fast.train.optimizer import clipped_step, gradient_norm
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.signals import Signals
 
@@ -43,13 +42,12 @@ def take_step(
     if signals.stop:
         totals.flag()
     world.sum(totals.sums)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm = gradient_norm(model)
     # The one wait for the device: from here on, sums are on the host.
     read = torch.cat([totals.sums, norm.reshape(1).to(totals.sums)]).cpu()
     totals.sums, grad_norm = read[:-1], read[-1].item()
     problem = None
-    if torch.isfinite(totals.sums[0]) and grad_norm < float("inf"):
+    if totals.is_finite and grad_norm < float("inf"):
         signals.hold()
         clipped_step(optimizer, grad_norm, run.config.max_grad_norm or float("inf"))
     else:

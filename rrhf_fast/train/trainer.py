@@ -120,6 +120,7 @@ class RRHFTrainer:
         self.step = 0
         self._latest: tuple[int, dict] = (-1, {})  # step and metrics of the last evaluation
         self._given_up = count_given_up()
+        self._profiler: StepProfiler | None = None
         self._event("on_init_end")
 
     def train(self) -> TrainResult:
@@ -160,6 +161,8 @@ class RRHFTrainer:
                 totals, grad_norm, problem = take_step(
                     run, batch, optimizer, self.step + 1, progress, signals
                 )
+                if self._profiler is not None:
+                    self._profiler.add(totals)
                 progress.add(totals, problem)
                 if progress.skipped == config.max_skipped_steps:
                     raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
@@ -252,7 +255,8 @@ class RRHFTrainer:
         loader = ahead(steps, pin_memory=world.device.type == "cuda")
         if config.profile_steps is not None and world.is_first:
             options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
-            loader = StepProfiler(run.model, optimizer, **options).watch(loader)
+            self._profiler = StepProfiler(run.model, optimizer, num_ranks=world.size, **options)
+            loader = self._profiler.watch(loader)
         options = {"total": run.num_steps, "initial": self.step, "disable": not world.is_first}
         with tqdm(loader, unit="step", **options) as self._bar:
             for batch in self._bar:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rrhf_fast import reference
 from rrhf_fast.losses import linear_rrhf_loss, rrhf_loss
 from rrhf_fast.losses.linear_rrhf import linear_rrhf_op, read_bounds, workspace_for
+from rrhf_fast.losses.parts import Layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -88,7 +89,7 @@ def assert_exact(inputs, backend, **options):
     rounded = [*vars(rounded).values(), *rounded_gradients]
     expected = [*vars(exact).values(), *exact_gradients]
     # The rank loss is a small difference of scores.
-    size = max(1.0, exact.scores.abs().max().item())
+    size = max(1.0, exact.logp_scores.abs().max().item())
     for a, b, c in zip(found, rounded, expected, strict=True):
         assert a.isfinite().all()
         allowed = (b.double() - c).abs().max() + eps * max(size, c.abs().max().item())
@@ -203,7 +204,7 @@ def test_responses_that_are_ranked_right_get_exactly_nothing(backend):
     """With the weight of the SFT part 0 and everything in order, there is no gradient at all."""
     (hidden, weight, bias), (rows, targets, _), layout = case(dtype=torch.float32)
     logps = reference.linear_logprob(hidden, weight, rows, targets, bias=bias)
-    scores = rrhf_loss(logps, torch.zeros(14, device=DEVICE), **layout).scores
+    scores = rrhf_loss(logps, torch.zeros(14, device=DEVICE), **layout).logp_scores
     out = linear_rrhf_loss(
         hidden, weight, rows, targets, scores, bias=bias, sft_weight=0, backend=backend, **layout
     )
@@ -290,7 +291,7 @@ def test_opcheck_and_compile(backend):
     tensors = [t.detach() for t in (hidden, weight, bias)]
     scales = torch.rand(14, device=DEVICE)
     options = (None, 1.0, 0.0, 1.0, 1.0, backend, 1.0, True, False, True)
-    bounds = read_bounds(*layout.values(), len(rows))
+    bounds = read_bounds(Layout(**layout), len(rows))
     for flat in (None, [number for triple in bounds for number in triple]):
         arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, scales, scales)
         torch.library.opcheck(linear_rrhf_op, (*arguments, *options))
@@ -308,7 +309,7 @@ def test_opcheck_and_compile(backend):
 
 def test_bounds_change_nothing_and_wrong_ones_are_refused():
     (hidden, weight, _), indices, layout = case()
-    bounds = read_bounds(*layout.values(), len(indices[0]))
+    bounds = read_bounds(Layout(**layout), len(indices[0]))
     expected = linear_rrhf_loss(hidden, weight, *indices, **layout).loss
     found = linear_rrhf_loss(hidden, weight, *indices, bounds=bounds, **layout).loss
     assert torch.equal(found, expected)

@@ -97,7 +97,7 @@ def test_counts_and_margins():
     )
     edges, layout = packed(logps, rewards)
     out = rrhf_loss(edges, **layout)
-    assert out.scores.tolist() == [-1, -2, -3, -4]
+    assert out.logp_scores.tolist() == [-1, -2, -3, -4]
     assert (out.num_pairs.item(), out.num_correct.item()) == (5, 3)
     assert out.margins.item() == 1 + 2 + 3 - 1 - 2
     assert out.rank_loss.item() == 1 + 2
@@ -124,7 +124,7 @@ def test_many_responses_and_long_ones():
     logps[0][5] = -torch.rand(5000, dtype=torch.float64)
     edges, layout = packed(logps, rewards)
     out = rrhf_loss(edges, **layout)
-    p, r = out.scores, rewards[0]
+    p, r = out.logp_scores, rewards[0]
     worse = r[:, None] < r[None, :]
     expected = torch.where(worse, (p[:, None] - p[None, :]).clamp(min=0), 0.0).sum()
     torch.testing.assert_close(out.rank_loss[0].detach(), expected)

@@ -327,8 +327,8 @@ def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
     pack = build_forest(queries())
     exact = RRHFModel(lm, LossConfig(), max_length=64)(pack)
     rounded = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)(pack)
-    assert rounded.scores.dtype == torch.float32
-    torch.testing.assert_close(rounded.scores, exact.scores, rtol=0.05, atol=0.05)
+    assert rounded.logp_scores.dtype == torch.float32
+    torch.testing.assert_close(rounded.logp_scores, exact.logp_scores, rtol=0.05, atol=0.05)
     assert torch.equal(rounded.num_pairs, exact.num_pairs)
 
 
@@ -373,7 +373,7 @@ def test_in_bfloat16_products_are_rounded_and_nothing_else(kind):
     assert seen.pop("product") == {torch.bfloat16}
     assert seen.pop("norm") == {torch.float32}
     assert seen.pop("rope", {torch.float32}) == {torch.float32}
-    assert out.loss.dtype == out.scores.dtype == torch.float32
+    assert out.loss.dtype == out.logp_scores.dtype == torch.float32
     assert {grad.dtype for grad in gradients(out.loss, lm).values()} == {torch.float32}
 
 

@@ -17,6 +17,7 @@ from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.losses import linear_rrhf, rrhf
 from rrhf_fast.losses.linear_rrhf import read_bounds
+from rrhf_fast.losses.parts import Layout
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.evaluate import Totals
@@ -101,6 +102,6 @@ def test_a_pack_waits_once_a_chunk(as_on_cuda, monkeypatch, options, workspace_m
 
 def test_a_pack_knows_its_bounds():
     pack = build_forest(queries())
-    layout = (pack.path_edges, pack.path_offsets, pack.group_offsets)
-    assert pack.bounds == tuple(read_bounds(*layout, len(pack.edge_rows)))
+    layout = Layout(pack.path_edges, pack.path_offsets, pack.group_offsets)
+    assert pack.bounds == tuple(read_bounds(layout, len(pack.edge_rows)))
     assert pack.to("meta").bounds == pack.bounds

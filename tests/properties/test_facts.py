@@ -30,11 +30,11 @@ def test_rank_identity(rewards, seed):
     """Fact 1: dL_rank/dp_i = c_i = rank(p_i) - rank(r_i), L_rank = sum_i c_i p_i, c sums to 0."""
     logps, rewards, mask = one_query(rewards, seed)
     out = rrhf_loss(logps, rewards, mask=mask, sft_weight=0.0)
-    c = ranks(out.scores) - ranks(rewards[0])
+    c = ranks(out.logp_scores) - ranks(rewards[0])
     (gradient,) = torch.autograd.grad(out.rank_loss.sum(), logps)
     assert c.sum() == 0
     torch.testing.assert_close(gradient, (c / 3.0)[None, :, None].expand_as(gradient).double())
-    torch.testing.assert_close(out.rank_loss.sum().detach(), (c * out.scores).sum())
+    torch.testing.assert_close(out.rank_loss.sum().detach(), (c * out.logp_scores).sum())
 
 
 @given(scores, seeds, st.sampled_from([math.atan, lambda r: r**3, lambda r: 7 * r - 1]))
@@ -76,7 +76,7 @@ def test_gradient_is_one_number_a_response_and_exactly_zero_when_ranked_right(re
     (gradient,) = torch.autograd.grad(out.loss, logps)
     assert (gradient == gradient[..., :1]).all()
     best = rewards[0].argmax()
-    right = ranks(out.scores) == ranks(rewards[0])
+    right = ranks(out.logp_scores) == ranks(rewards[0])
     right[best] = False
     assert (gradient[0, right] == 0.0).all()
     assert (gradient[0, best] != 0.0).all()

@@ -101,5 +101,5 @@ def test_duplicates_score_alike_and_cost_no_token(case, which):
     )
     pack = build_forest([doubled])
     assert pack.num_tokens == build_forest([case]).num_tokens
-    scores = model()(pack).scores
+    scores = model()(pack).logp_scores
     assert scores[-1] == scores[which]

@@ -48,7 +48,7 @@ def step(lm, backward, config, ranked_right=0.5, max_tokens=80, at_least=3):
     planner = PackPlanner(queries, packing=config.packing, max_tokens_per_pack=max_tokens)
     with torch.no_grad():
         for i in range(round(ranked_right * len(queries))):
-            scores = model(planner.build([i])).scores
+            scores = model(planner.build([i])).logp_scores
             queries[i].rewards[:] = scores.argsort().argsort().float().numpy()
     batch, totals = planner.batch(range(len(queries))), Totals()
     assert len(batch.packs) >= at_least

@@ -16,23 +16,21 @@ from benchmarks.workloads import PAPER, Lengths, draw
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.losses import linear_rrhf
-from rrhf_fast.model import forest_sdpa, rrhf
+from rrhf_fast.model import forest_sdpa
+from rrhf_fast.model.flops import attention_flops, decoder_flops
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.train import backward, profile
+from rrhf_fast.spans import PARTS, span
+from rrhf_fast.train import profile
 from rrhf_fast.train.backward import backward_active, backward_whole
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
-from rrhf_fast.train.optimizer import build_optimizer, clipped_step
+from rrhf_fast.train.optimizer import build_optimizer, clipped_step, gradient_norm
 from rrhf_fast.train.profile import (
-    RANGES,
     STEPS,
     StepProfiler,
-    Work,
     assign_parts,
-    attention_flops,
     attribute,
-    decoder_flops,
     optimizer_bytes,
 )
 from rrhf_fast.train.roofline import Roofline
@@ -70,10 +68,11 @@ def record(tmp_path, monkeypatch, model, config, compute, num_steps=2):
     keep = lambda found: events.extend(found) or attribute(found)  # noqa: E731
     monkeypatch.setattr(profile, "attribute", keep)
     for batch in profiler.watch(small_batch(model) for _ in range(20)):
-        compute(model, batch, config, World(model.device), Totals(model.device))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        clipped_step(optimizer, norm.item(), 1.0)
+        totals = Totals(model.device)
+        compute(model, batch, config, World(model.device), totals)
+        clipped_step(optimizer, gradient_norm(model).item(), 1.0)
         optimizer.zero_grad()
+        profiler.add(totals)
         if profiler.breakdown is not None:
             break
     return profiler, events
@@ -111,28 +110,31 @@ def test_operators_belong_to_their_part(tmp_path, monkeypatch, roofline, compute
 
     breakdown = profiler.breakdown
     assert sum(breakdown.seconds.values()) == pytest.approx(breakdown.total, rel=0.03)
-    assert all(breakdown.seconds[part] > 0 for part in RANGES)
+    assert all(breakdown.seconds[part] > 0 for part in PARTS)
     assert breakdown.seconds["other"] < breakdown.total / 4
     assert 0 < breakdown.utilisation < 1
 
 
-def test_nothing_stays_behind(tmp_path, monkeypatch):
+def test_ranges_exist_only_while_a_profiler_runs(tmp_path, monkeypatch):
+    """Also after a recorded step that failed."""
     config = TrainConfig()
     model = small_model(config)
-    before = (rrhf.decode_forest, forest_sdpa.attend, torch.nn.utils.get_total_norm)
 
-    def fails(*_):
-        assert rrhf.decode_forest is not before[0]
-        raise RuntimeError
+    def has_range():
+        with span("data") as found:
+            return found is not None
 
     def compute(*args):
-        calls.append(args)
-        (backward_whole if len(calls) <= 3 else fails)(*args)
+        seen.append(has_range())
+        if len(seen) > 3:
+            raise RuntimeError
+        backward_whole(*args)
 
-    calls = []
+    seen = []
     with pytest.raises(RuntimeError):
         record(tmp_path, monkeypatch, model, config, compute)
-    assert (rrhf.decode_forest, forest_sdpa.attend, torch.nn.utils.get_total_norm) == before
+    assert seen == [False] * 3 + [True]
+    assert not has_range()
 
 
 @pytest.mark.parametrize("compute", [backward_whole, backward_active])
@@ -140,21 +142,9 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch, compute):
     """All products but attention's, whose padding and hidden scores PyTorch counts."""
     config = TrainConfig(max_tokens_per_pack=100)
     model = small_model(config)
-    batch, work = small_batch(model), Work(model)
+    batch, totals = small_batch(model), Totals()
     # A counter does not look into an operator.
     monkeypatch.setattr(linear_rrhf, "linear_rrhf_op", linear_rrhf.linear_rrhf_op._init_fn)
-    for module, name in (
-        (rrhf, "decode_forest"), (rrhf, "linear_rrhf_loss"), (rrhf, "linear_logprob"),
-        (backward, "_has_gradient"),
-    ):  # fmt: skip
-        function = getattr(module, name)
-
-        def noted(*args, name=name, function=function, **kwargs):
-            out = function(*args, **kwargs)
-            work.note(name, args, out)
-            return out
-
-        monkeypatch.setattr(module, name, noted)
 
     def addmm_flops(total, a, b, **_):
         return 2 * a[0] * a[1] * b[1]
@@ -162,23 +152,27 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch, compute):
     in_place = {torch.ops.aten.addmm_: addmm_flops}
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        compute(model, batch, config, World(torch.device("cpu")), Totals())
+        compute(model, batch, config, World(torch.device("cpu")), totals)
     counts = counter.get_flop_counts()["Global"]
     attention = counts.pop(torch.ops.aten.bmm)
-    found = work.flops()
-    expected = found["decoder"] + found["head"]
+    found = totals.flops
+    expected = found.decoder + found.head
     if compute is backward_active:  # which makes the logits a second time
-        weight = model.head.linear.weight
-        expected += 2 * weight.numel() * sum(map(len, work._with_gradient))
+        product = 2 * model.head.linear.weight.numel()
+        num_edges = sum(len(pack.edge_rows) for pack in batch.packs)
+        # Scored all, then forward and two products of the backward for those with a gradient.
+        with_gradient, rest = divmod(found.head / product - num_edges, 3)
+        assert with_gradient > 0 and rest == 0
+        expected += product * with_gradient
     assert sum(counts.values()) == expected
-    assert 0 < found["attention"] < attention
+    assert 0 < found.attention < attention
 
 
 def test_attention_is_counted_by_what_is_seen(monkeypatch):
     config = TrainConfig()
     model = small_model(config)
-    pack, work = small_batch(model, 1).packs[0], Work(model)
-    spec = forest_spec(model, pack, work)
+    pack = small_batch(model, 1).packs[0]
+    (spec,) = set(model.attention_specs)
     # A layer's attention alone: some versions of RoPE are batched products, too.
     q, k, v = (
         torch.randn(1, heads, pack.num_tokens, size, requires_grad=True)
@@ -197,16 +191,8 @@ def test_attention_is_counted_by_what_is_seen(monkeypatch):
     assert counted == 3 * attention_flops(spec, padded)
     rows = torch.arange(pack.num_tokens)
     seen = (rows <= rows[:, None]) & (rows[:, None] < pack.subtree_end)
-    assert work.flops()["attention"] == 2 * 3 * attention_flops(spec, int(seen.sum()))
-
-
-def forest_spec(model, pack, work):
-    """What both layers ask of their attention; tells `work` of the forward."""
-    forest = rrhf.Forest(forest_sdpa, pack.plan)
-    args = (model.lm, pack, forest)
-    work.note("decode_forest", args, rrhf.decode_forest(*args))
-    (spec,) = set(forest.specs)
-    return spec
+    found = model.costs.of_pack(pack, 0).attention
+    assert found == 2 * 3 * attention_flops(spec, int(seen.sum()))
 
 
 def test_frozen_weights_have_no_gradient_to_compute():
@@ -291,10 +277,10 @@ def test_a_profiled_run_is_the_same_run(tmp_path, roofline):
     assert (folder / "breakdown.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "breakdown.md").read_text()
     assert "mean of 2 recorded steps" in page
-    assert all(f"| {part} |" in page for part in RANGES)
+    assert all(f"| {part} |" in page for part in PARTS)
     with gzip.open(folder / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {STEPS, *RANGES} <= names
+    assert {STEPS, *PARTS} <= names
 
 
 def test_runs_that_cannot_be_profiled(tmp_path):
@@ -307,7 +293,7 @@ def test_runs_that_cannot_be_profiled(tmp_path):
 def test_the_benchmark_profiles_whole_steps(tmp_path):
     breakdown = profile_benchmark(preset="smoke", device="cpu", out=tmp_path, num_queries=1)
     assert breakdown.num_tokens == PAPER.prompt + PAPER.k * (PAPER.response - 1)
-    assert all(breakdown.seconds[part] > 0 for part in RANGES)
+    assert all(breakdown.seconds[part] > 0 for part in PARTS)
 
 
 @pytest.mark.gpu

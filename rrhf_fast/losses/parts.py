@@ -1,0 +1,54 @@
+"""The groups of tensors that the loss functions and their backends hand on.
+
+Legend: E edges, R response tokens, S responses, G queries (groups), V vocabulary, H hidden size.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Response s owns the log-probs path_edges[path_offsets[s]:path_offsets[s+1]], query g the
+    responses group_offsets[g]:group_offsets[g+1]."""
+
+    path_edges: Tensor  # [R] int64
+    path_offsets: Tensor  # [S+1] int64
+    group_offsets: Tensor  # [G+1] int64
+
+
+class Scales(NamedTuple):
+    """Factors that turn a response's sum of log-probs into its score and into its SFT loss."""
+
+    score: Tensor  # [S]
+    sft: Tensor  # [S]
+
+
+class Ranking(NamedTuple):
+    """What a backend computes per query and per response; only the losses carry gradients."""
+
+    rank_loss: Tensor  # [G]
+    sft_loss: Tensor  # [G]
+    logp_scores: Tensor  # [S]
+    pair_counts: Tensor  # [S] int32
+    best: Tensor  # [G] int64
+    num_pairs: Tensor  # [G] int64
+    num_correct: Tensor  # [G] int64
+    margins: Tensor  # [G]
+
+
+class LinearHead(NamedTuple):
+    """How hidden states become logits; see `linear_logprob`."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+
+class Wants(NamedTuple):
+    """Which gradients are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool

@@ -1,4 +1,4 @@
-"""The weights of a run, gathered from its ranks and written."""
+"""Gather the weights of a run from its ranks and write them."""
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from rrhf_fast.train.prepare import Run
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, by name: with adapters they alone, else all parameters and persistent
-    buffers. They share memory with the model."""
+    """The tensors that training changes, by name: the adapters if there are any, else all
+    parameters and persistent buffers. They share memory with the model."""
     parameters = dict(model.named_parameters())
     adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
     tensors = named_tensors(model)
@@ -22,8 +22,8 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; elsewhere {}.
-    Gathers a tensor at a time. All ranks must call."""
+    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; {} on others.
+    Gathers one tensor at a time. All ranks must call."""
     weights = {}
     for name, tensor in trained_tensors(model).items():
         tensor = whole(tensor.detach())
@@ -37,7 +37,7 @@ def save_model(run: Run) -> None:
     """Write model (or adapters) and tokenizer to output_dir. All ranks must call."""
     weights = gather_weights(run.model, run.world, run.save_dtype)
     if run.world.is_first:
-        with run.model.generation():  # the saved config must name an attention that others have
+        with run.model.generation():  # the saved config must name a standard attention
             write_model(
                 run.model.lm, run.tokenizer, run.output_dir, dtype=run.save_dtype, weights=weights
             )

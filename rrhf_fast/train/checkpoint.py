@@ -131,7 +131,7 @@ class Checkpoints:
                     _remove(old)
 
     def clear(self, *, keep_complete: bool) -> None:
-        """Remove earlier runs' incomplete checkpoints, or all their checkpoints, from output_dir."""
+        """Remove incomplete checkpoints of earlier runs from output_dir, or all checkpoints."""
         if not self._run.world.is_first:
             return
         for folder in self._run.output_dir.glob("checkpoint-*"):

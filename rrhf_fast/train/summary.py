@@ -69,8 +69,8 @@ def describe(
     oversized = [size for size in train.sizes if size > config.max_tokens_per_pack]
     if oversized:
         lines["note"] = (
-            f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) and "
-            f"get a pack each; the largest has {max(oversized):,} tokens"
+            f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) "
+            f"and each get their own pack; the largest has {max(oversized):,} tokens"
         )
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 

@@ -1,4 +1,4 @@
-"""Models that cannot be used are refused in one line that says why."""
+"""Unusable models are refused in one line that says why."""
 
 import importlib
 import json
@@ -66,7 +66,7 @@ def test_either_packing(packing, rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "score", "evaluate"])
-def test_adapters_are_no_model(command, rows, tmp_path, capsys):
+def test_adapters_are_not_a_model(command, rows, tmp_path, capsys):
     folder = tmp_path / "adapters"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")

@@ -13,7 +13,7 @@ from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.sharded import empty_model
-from rrhf_fast.train import prepare
+from rrhf_fast.train import memory, prepare
 from rrhf_fast.train.__main__ import main
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.memory import (
@@ -197,7 +197,7 @@ def test_dry_run_chooses_packs_for_each_number_of_gpus(monkeypatch):
         (1, [2048]),
         (just_too_much / 0.8501, [8192, *6 * [9216]]),  # more GPUs: less of the weights each
     ):
-        monkeypatch.setattr("rrhf_fast.train.memory.DRY_RUN_MEMORY", num_bytes)
+        monkeypatch.setattr(memory, "DRY_RUN_MEMORY", num_bytes)
         first, _, *rows = memory_table(config).splitlines()
         assert f"packs of {', '.join(map(str, sizes))} tokens (auto, on GPUs of 80 GiB)" in first
         assert rows[-1].split()[5] == f"{activations[sizes[-1]] / 2**30:.2f}"

@@ -1,5 +1,5 @@
-"""The active-set backward against the whole one, by the share of tokens that has a gradient, with
-and without activation checkpointing, interleaved."""
+"""The active-set backward against the whole one, by the share of tokens with a gradient, with and
+without activation checkpointing, interleaved."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,19 +13,18 @@ from benchmarks.plots import grouped_bars
 from benchmarks.results import Save, no_save, recorded
 from benchmarks.tables import text_table
 from benchmarks.timing import interleaved, ratio
-from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill
+from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, planner_for
 from rrhf_fast import TrainConfig
-from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
 
-# Of the queries, ranked backwards: all their responses have a gradient. Of the others the best one
-# alone has.
+# Shares of queries ranked in reverse, where all responses have a gradient; of the other queries
+# only the best response has one.
 SHARES = (0.0, 0.25, 0.5, 1.0)
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative, in the norm
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative error (norm)
 SHAPES = {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"}
 
 
@@ -38,7 +37,7 @@ def run(
     num_queries: int | None = None,
     save: Save = no_save,
 ) -> dict:
-    """Time both ways for queries of the paper's lengths; returns the figures."""
+    """Time both ways on queries of the paper's lengths; return the figures."""
     max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
     num_queries = num_queries or (fill(PAPER, max_tokens) if device == "cuda" else 4)
     figures = {"model": SHAPES[preset], "workload": str(PAPER), "max_tokens_per_pack": max_tokens}
@@ -71,7 +70,7 @@ def run(
 
 
 def _ranks(model: RRHFModel, queries: Sequence[TokenisedQuery]) -> list:
-    planner = _planner(model, queries, max_tokens=1)
+    planner = planner_for(model, queries, 1)
     with torch.no_grad():
         scores = [
             model(planner.build([i]).to(model.device)).logp_scores for i in range(len(queries))
@@ -79,20 +78,10 @@ def _ranks(model: RRHFModel, queries: Sequence[TokenisedQuery]) -> list:
     return [score.argsort().argsort().float().cpu().numpy() for score in scores]
 
 
-def _planner(model: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: int) -> PackPlanner:
-    return PackPlanner(
-        queries,
-        packing="forest",
-        max_tokens_per_pack=max_tokens,
-        pad_to_multiple_of=model.pad_to_multiple_of,
-        plan=model.plan,
-    )
-
-
 def _case(
     model: RRHFModel, queries: Sequence[TokenisedQuery], config: TrainConfig, rounds: int
 ) -> dict:
-    planner = _planner(model, queries, config.max_tokens_per_pack)
+    planner = planner_for(model, queries, config.max_tokens_per_pack)
     batch = planner.batch(range(len(queries)))
 
     def step(backward: Callable) -> Totals:
@@ -120,7 +109,7 @@ def _case(
 
 
 def table(figures: dict) -> str:
-    """How many times as fast as the whole backward, by the share of tokens with a gradient."""
+    """Speed relative to the whole backward, by the share of tokens with a gradient."""
     rows = [
         [
             f"checkpointing {case['activation_checkpointing']}",
@@ -138,7 +127,7 @@ def table(figures: dict) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """A group of bars a share of active tokens, a panel a way of checkpointing."""
+    """One group of bars per share of active tokens, one panel per checkpointing mode."""
     panels = []
     measured = [case for case in figures["cases"] if "speedup" in case]
     for mode in dict.fromkeys(case["activation_checkpointing"] for case in measured):
@@ -148,4 +137,4 @@ def plot(figures: dict, path: Path) -> None:
         }
         groups = [f"{case['active_fraction']:.0%}" for case in cases]
         panels.append((f"{figures['model']}, checkpointing {mode}", groups, heights))
-    grouped_bars(panels, path, ylabel="seconds a step", xlabel="tokens with a gradient")
+    grouped_bars(panels, path, ylabel="seconds per step", xlabel="tokens with a gradient")

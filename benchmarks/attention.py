@@ -1,9 +1,9 @@
 """Attention over packed forests against the same responses unpacked, forward and backward,
 interleaved; and the tokens/s of a whole decoder on a forest against plain rows.
 
-Every contender gets the same queries, keys, values and upstream gradient, and one tree of what it
-computes is checked against float64 before it is timed. A contender that cannot serve here, fails
-or is wrong is reported as such and left out.
+Every contender gets the same queries, keys, values and upstream gradient, and its results for one
+tree are checked against float64 before it is timed. A contender that is unsupported here, fails or
+is wrong is reported as such and left out.
 """
 
 import inspect
@@ -35,20 +35,20 @@ from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import decode_forest
 from rrhf_fast.model.rrhf import RRHFModel
 
-# Tokens of the prompt, tokens of a response, responses.
+# Tokens of the prompt, tokens per response, responses.
 SHAPES = [(128, 64, 6), (512, 256, 6), (1024, 128, 8), (2048, 512, 8)]
 SMALL_SHAPES = [(128, 64, 6), (256, 32, 8)]  # for machines without a GPU
 LLAMA_8B = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, value_size=128)
 SMALL = AttentionSpec(num_heads=8, num_kv_heads=2, head_size=32, value_size=32)
-# By name: the block size of a plan, and options for FlexAttention's kernels in the place of ours.
+# By name: the block size of a plan, and options that replace ours for FlexAttention's kernels.
 FLEX = {
     "forest_flex": (128, {}),
     "forest_flex, blocks of 256": (256, {}),
     "forest_flex, lengths masked": (128, {"IS_DIVISIBLE": False}),
 }
 UNPACKED = "unpacked"
-TOKENS = {"smoke": 2_048, "paper": 16_384, "full": 65_536}  # of a pack, about
-# Largest relative error of the output or a gradient, in the norm, against float64.
+TOKENS = {"smoke": 2_048, "paper": 16_384, "full": 65_536}  # per pack, approximately
+# Largest relative error (norm) of the output or a gradient, against float64.
 TOLERANCE = 0.02
 
 
@@ -64,10 +64,10 @@ def run(
     decoder: bool = True,
     save: Save = no_save,
 ) -> dict:
-    """Time all contenders on all shapes in packs of the preset's size; returns the figures.
+    """Time all contenders on all shapes in packs of the preset's size; return the figures.
 
     Args:
-        rounds: of timing; 0 checks only.
+        rounds: of timing; 0 only checks.
         shapes, tokens: (prompt, response, k) and tokens per pack, instead of the preset's.
         only: names of contenders, instead of all.
         whole: check every row of the pack, not only the first tree. Needs N^2 scores in float64.
@@ -93,7 +93,7 @@ def run(
 
 @dataclass
 class Contender:
-    """One way to compute: its own copies of the inputs, and which rows of the pack they are."""
+    """One implementation, with its own copies of the inputs and their rows in the pack."""
 
     attend: Callable[..., torch.Tensor]  # [1, H, n, D] and keys, values -> [n, H, D]
     rows: torch.Tensor  # [n] int64
@@ -101,18 +101,18 @@ class Contender:
     upstream: torch.Tensor  # [n, H, D]
 
     def step(self) -> list[torch.Tensor]:
-        """Output and gradients."""
+        """Compute output and gradients."""
         out = self.attend(*self.tensors)
         return [out, *torch.autograd.grad(out, self.tensors, self.upstream)]
 
 
 def _forest(shape: tuple[int, int, int], tokens: int) -> PackedForest:
-    """As many queries of this shape as make about `tokens`."""
+    """Queries of this shape, about `tokens` tokens in total."""
     prompt, response, k = shape
     rng = np.random.default_rng(0)
 
     def query(i: int) -> TokenisedQuery:
-        # The first tokens of a query's responses differ: nothing but the prompt is shared.
+        # The first tokens of a query's responses differ: only the prompt is shared.
         ids = rng.integers(k, 30_000, (k, response), dtype=np.int32)
         ids[:, 0] = np.arange(k)
         rewards = np.arange(k, dtype=np.float32)
@@ -123,7 +123,7 @@ def _forest(shape: tuple[int, int, int], tokens: int) -> PackedForest:
 
 
 def _response_rows(pack: PackedForest, prompt: int) -> torch.Tensor:
-    """[S, P + R - 1] rows of the pack: each response behind its own copy of the prompt."""
+    """[S, P + R - 1] rows of the pack: each response after its own copy of the prompt."""
     rows = pack.edge_rows[pack.path_edges].view(len(pack.rewards), -1)
     return torch.cat([rows[:, :1] + torch.arange(1 - prompt, 0), rows], dim=1)
 
@@ -138,7 +138,7 @@ def _measure(
     whole: bool,
     save: Callable[[], None],
 ) -> None:
-    """Check every contender, then time those that are right; `case` grows meanwhile."""
+    """Check every contender, then time the correct ones; results are added to `case`."""
     device, dtype, results = (
         torch.device(device_name),
         compute_dtype(device_name),
@@ -155,7 +155,7 @@ def _measure(
         return states.to(device, dtype)
 
     tensors = [draw(spec.num_heads), draw(spec.num_kv_heads), draw(spec.num_kv_heads)]
-    # What padding computes is nobody's business.
+    # Results for padding are ignored.
     upstream = draw(spec.num_heads)[0].transpose(0, 1).contiguous()
     upstream[unpacked.max() + 1 :] = 0
     exact = _exact(pack, tensors, upstream, pack.num_tokens if whole else int(pack.subtree_end[0]))
@@ -191,18 +191,18 @@ def _ways(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Callable[[], Callable] | str]:
-    """By name: what makes a function ([1, H, n, D] and keys, values) -> [n, H, D]; or why there is
-    none."""
-    found: dict[str, Callable[[], Callable] | str] = {}
+    """By name: a factory of a function ([1, H, n, D] and keys, values) -> [n, H, D], or why there
+    is none."""
+    ways: dict[str, Callable[[], Callable] | str] = {}
     for name, backend in BACKENDS.items():
         if problem := backend.obstacle(spec, device, dtype, pack.num_tokens):
-            found[name] = problem
+            ways[name] = problem
         elif name == "forest_flex":
             for label, options in FLEX.items():
-                found[label] = partial(_flex, pack, device, *options)
+                ways[label] = partial(_flex, pack, device, *options)
         else:
-            found[name] = partial(_backend, backend, pack, device)
-    return found | {UNPACKED: partial(_unpacked, *unpacked.shape, device.type)}
+            ways[name] = partial(_backend, backend, pack, device)
+    return ways | {UNPACKED: partial(_unpacked, *unpacked.shape, device.type)}
 
 
 def _backend(backend: ModuleType, pack: PackedForest, device: torch.device) -> Callable:
@@ -221,7 +221,7 @@ def _flex(pack: PackedForest, device: torch.device, block_size: int, options: di
 
 @contextmanager
 def _kernel_options(changes: dict) -> Iterator[None]:
-    """Inside, forest_flex asks FlexAttention for its own options with these changes."""
+    """Inside, forest_flex's options for FlexAttention are changed by these."""
     own = forest_flex.kernel_options
     forest_flex.kernel_options = lambda *arguments: own(*arguments) | changes
     try:
@@ -244,8 +244,8 @@ def _contender(
 
 
 def _unpacked(num_rows: int, length: int, device: str) -> Callable:
-    """Flash attention of the flash-attn package, else PyTorch's; rows laid end to end. Without a
-    GPU, scaled_dot_product_attention on as many rows."""
+    """Flash attention from the flash-attn package, else PyTorch's, on rows laid end to end. Without
+    a GPU, scaled_dot_product_attention on a batch of the rows."""
     if device == "cpu":
 
         def batched(q, k, v):
@@ -274,7 +274,7 @@ def _unpacked(num_rows: int, length: int, device: str) -> Callable:
 
 
 def gqa_option(varlen_attn: Callable) -> dict[str, bool]:
-    """PyTorch 2.13 has to be told of fewer key heads, 2.11 sees them and has no such argument."""
+    """PyTorch 2.13 must be told of fewer key heads; 2.11 detects them and has no such argument."""
     known = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return {"enable_gqa": True} if known else {}
 
@@ -282,8 +282,8 @@ def gqa_option(varlen_attn: Callable) -> dict[str, bool]:
 def _exact(
     pack: PackedForest, tensors: list[torch.Tensor], upstream: torch.Tensor, n: int
 ) -> list[torch.Tensor]:
-    """Output and gradients of the first n rows, whole trees, in float64, [n, heads, D] each. A key
-    head at a time, so that the scores of many rows fit."""
+    """Output and gradients of the first n rows (whole trees) in float64, [n, heads, D] each. One
+    key head at a time, so that the scores of many rows fit."""
     end, depths = pack.subtree_end[:n].to(upstream.device), pack.position_ids[:n]
     query, key, value = (t[0, :, :n].double() for t in tensors)
     groups, parts = len(query) // len(key), []
@@ -316,8 +316,8 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _decoder(shape: tuple[int, int, int], tokens: int, device: str, rounds: int) -> dict:
-    """Tokens/s of a decoder's forward and backward: a forest, and as many tokens in plain rows of
-    the same model, which its own attention computes."""
+    """Tokens/s of a decoder's forward and backward on a forest, and on as many tokens in plain rows
+    with the model's own attention."""
     on_gpu = device == "cuda"
     sizes = (
         {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 4}
@@ -370,7 +370,7 @@ def _decoder(shape: tuple[int, int, int], tokens: int, device: str, rounds: int)
 
 
 def table(figures: dict) -> str:
-    """Milliseconds forward and backward, and times as fast as the same responses unpacked."""
+    """Milliseconds forward and backward, and the speed relative to unpacked responses."""
     parts = []
     for case in figures["cases"]:
         rows = []

@@ -1,5 +1,4 @@
-"""What the engine is measured against, written from descriptions of the peers' behaviour, each at
-its best."""
+"""Baselines for the engine, written from descriptions of the peers' behaviour, each at its best."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,8 +36,8 @@ def released_loss(lm: PreTrainedModel, query: TokenisedQuery) -> torch.Tensor:
 
 
 def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], **options):
-    """A pack without padding in which every response carries its own copy of the prompt: what
-    training without shared prefixes computes. Arguments and result as for `build_forest`."""
+    """A pack without padding in which every response carries its own copy of the prompt, as in
+    training without shared prefixes. Arguments and result as for `build_forest`."""
     alone = [
         TokenisedQuery(query.prompt_ids, [ids], query.rewards[i : i + 1])
         for query in queries
@@ -56,12 +55,12 @@ def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], 
 
 
 def two_steps(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
-    """The loss with log-probs first and the ranking after: the backward makes the logits again."""
+    """The loss with log-probs first and ranking second: the backward recomputes the logits."""
     return rrhf_loss(model.edge_logps(pack), pack.rewards, **model.loss_options(pack)).loss
 
 
 def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
-    """The loss by way of all logits of the pack's edges."""
+    """The loss computed from all logits of the pack's edges."""
     hidden, head = model.head_inputs(pack)
     head = head._replace(weight=head.weight.to(hidden.dtype))
     logps = reference.linear_logprob(
@@ -70,7 +69,7 @@ def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
     return rrhf_loss(logps.float(), pack.rewards, **model.loss_options(pack)).loss
 
 
-# Each lever off: name -> the loss of a pack.
+# Each lever off: name -> a function that returns a pack's loss.
 HEADS: dict[str, Callable[[RRHFModel, PackedForest], torch.Tensor]] = {
     "without the one sweep": two_steps,
     "with a plain head": plain_head,

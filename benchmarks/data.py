@@ -1,7 +1,7 @@
-"""What the host does for a step, against the step: tokenising, planning, building packs.
+"""The host's work for a step, against the step: tokenising, planning, building packs.
 
-Packs are built ahead by a thread, so they cost nothing as long as their share of a step's time is
-well below 1.
+A thread builds packs ahead, so they cost nothing as long as their share of a step's time is well
+below 1.
 """
 
 import time
@@ -23,7 +23,7 @@ from rrhf_fast.model.rrhf import RRHFModel
 
 TOKENISE, BUILD, REPEATING = "tokenise", "build", "build, no prefix shared"
 COUNT, PLAN, PLAN_RANKS, ATTENTION = "count", "plan", "plan for 8 ranks", "plan attention"
-# Of each optimizer step.
+# Work of each optimizer step.
 EVERY_STEP = (PLAN, BUILD, ATTENTION)
 SHAPES = {"smoke": "tiny", "paper": "SmolLM2-135M", "full": "SmolLM2-135M"}
 GPU_SHAPE = "Llama-3.2-1B"
@@ -130,7 +130,7 @@ def _case(
             loss.backward()
         loss.item()  # waits for the device
 
-    step()  # makes what is made once
+    step()  # one-time initialisation
     a_query = _seconds(step, rounds) / len(few)
     seconds = {name: _seconds(function, rounds) for name, function in work.items()}
     host = sum(seconds[name] for name in EVERY_STEP) / len(queries)
@@ -145,7 +145,7 @@ def _case(
             "tokens": sum(pack.num_tokens for pack in step_packs),
             "seconds": a_query * len(few),
         },
-        # Of the time that loss and gradient of the same queries take.
+        # Relative to the time of loss and gradient of the same queries.
         "share_of_step": host / a_query,
     }
 
@@ -160,7 +160,7 @@ def _seconds(function: Callable[[], object], rounds: int) -> float:
 
 
 def _rates(figures: dict, case: dict) -> dict[str, float]:
-    """Tokens a second of each part, the step last; tokens of the packs, but for tokenising."""
+    """Tokens per second of each part, the step last; counts packs' tokens, except in tokenising."""
     text = figures["tokenise"]
     tokens = {name: case["tokens"] for name in case["seconds"]}
     tokens[REPEATING] = case["tokens_no_prefix_shared"]
@@ -170,7 +170,7 @@ def _rates(figures: dict, case: dict) -> dict[str, float]:
 
 
 def table(figures: dict) -> str:
-    """Tokens a second and microseconds a query of each part, and the host's share of a step."""
+    """Tokens per second and microseconds per query of each part, and the host's share of a step."""
     text = figures["tokenise"]
     lines = [
         f"{TOKENISE}: {text['tokens'] / text['seconds']:,.0f} tokens/s, {text['rows']}, "
@@ -185,7 +185,7 @@ def table(figures: dict) -> str:
             f"{case['queries']} queries of {case['workload']}: {case['tokens']:,} tokens in "
             f"{case['packs']} packs, {case['tokens_no_prefix_shared']:,} where only prompts are "
             f"shared, {case['tokens_unpacked']:,} unpacked",
-            f"{'':26} {'tokens/s':>12} {'µs a query':>12}",
+            f"{'':26} {'tokens/s':>12} {'µs per query':>12}",
         ]
         rates = _rates(figures, case)
         del rates[TOKENISE]
@@ -199,7 +199,7 @@ def table(figures: dict) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Tokens a second of each part on a logarithmic axis, a panel a workload; the step is red."""
+    """Tokens per second of each part (log axis), one panel per workload; the step is red."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +212,7 @@ def plot(figures: dict, path: Path) -> None:
     for axis, case in zip(axes.flat, cases, strict=True):
         rates = _rates(figures, case)
         colors = ["C0"] * (len(rates) - 1) + ["C3"]
-        # Dots: on a logarithmic axis a bar's length says nothing.
+        # Dots: on a logarithmic axis the length of a bar is meaningless.
         axis.scatter(rates.values(), list(rates), color=colors)
         for name, rate in rates.items():
             axis.annotate(

@@ -1,4 +1,4 @@
-"""Loss and gradient of a few queries in float64, by the reference."""
+"""Loss and gradient of a few queries in float64, from the reference."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from rrhf_fast import reference
 from rrhf_fast.data.tokenise import TokenisedQuery
 
-# Mean log-probs of responses that are closer than this may change places by rounding, which changes
-# a whole response's gradient. They are made to form no pair.
+# Rounding may swap responses whose mean log-probs are closer than this, which would change a whole
+# response's gradient. Such responses get equal rewards and form no pair.
 NEAR_TIES = {torch.float32: 1e-4, torch.bfloat16: 0.005}
 
 
@@ -23,11 +23,11 @@ class Exact:
     queries: list[TokenisedQuery]
     loss: float
     gradient: list[torch.Tensor]  # by parameter, float64
-    num_pairs: int  # that the model ranks wrong
+    num_pairs: int  # that the model ranks wrongly
 
     def errors(self, lm: PreTrainedModel, run: Callable[[], float]) -> dict[str, float]:
-        """Relative errors of the loss that `run` returns and, in the norm, of the whole gradient
-        that it leaves in `lm`."""
+        """Relative errors of the loss that `run` returns and (norm) of the whole gradient that it
+        leaves in `lm`."""
         loss = run()
         pairs = list(zip(lm.parameters(), self.gradient, strict=True))
         squares = sum((p.grad.double() - exact).square().sum() for p, exact in pairs)
@@ -41,10 +41,10 @@ class Exact:
 def exact_of(
     plain: PreTrainedModel, queries: Sequence[TokenisedQuery], dtype: torch.dtype
 ) -> Exact:
-    """One response at a time. Near ties of `dtype` are taken out of the queries, so that every
-    order that rounding can bring about has the same gradient."""
+    """Compute one response at a time. Near ties in `dtype` are removed from the queries, so that
+    every order that rounding can cause has the same gradient."""
     model = copy.deepcopy(plain).double()
-    found = Exact([], 0.0, [], 0)
+    exact = Exact([], 0.0, [], 0)
     for query in queries:
         prompt, *responses = (
             torch.from_numpy(ids).long().to(model.device)
@@ -56,28 +56,28 @@ def exact_of(
         scores = np.array([logp.sum().item() for logp in logps]) / width
         near = NEAR_TIES[dtype] * min(map(len, logps)) / width
         rewards = without_near_ties(query.rewards, scores, near)
-        found.queries.append(replace(query, rewards=rewards))
+        exact.queries.append(replace(query, rewards=rewards))
         is_wrong = (rewards[:, None] < rewards) & (scores[:, None] > scores)
-        found.num_pairs += int(is_wrong.sum())
+        exact.num_pairs += int(is_wrong.sum())
         logps = [logp.requires_grad_() for logp in logps]
         loss, _, _ = reference.rrhf_loss(
             logps, torch.from_numpy(rewards), sft_reduction="mean", padded_width=width
         )
         (loss / len(queries)).backward()
-        # Again with gradients, so that the activations of one response only are kept.
+        # Again with gradients, which keeps the activations of one response at a time.
         for logp, ids in zip(logps, responses, strict=True):
             reference.response_logps(model, prompt, ids).backward(logp.grad)
-        found.loss += loss.item() / len(queries)
-    found.gradient = [p.grad for p in model.parameters()]
-    return found
+        exact.loss += loss.item() / len(queries)
+    exact.gradient = [p.grad for p in model.parameters()]
+    return exact
 
 
 def without_near_ties(rewards: np.ndarray, scores: np.ndarray, near: float) -> np.ndarray:
-    """[k], [k] -> [k] rewards, the same within each run of scores that are at most `near` apart:
+    """[k], [k] -> [k] rewards, averaged within each run of scores that are at most `near` apart:
     equal rewards form no pair."""
     order = np.argsort(scores)
     runs = np.split(order, np.flatnonzero(np.diff(scores[order]) > near) + 1)
-    found = rewards.copy()
+    merged = rewards.copy()
     for run in runs:
-        found[run] = rewards[run].mean()
-    return found
+        merged[run] = rewards[run].mean()
+    return merged

@@ -1,5 +1,5 @@
-"""Operations that loss and gradient need (`rrhf_fast.model.flops`), for a given share of
-predictions with a gradient."""
+"""Operations that loss and gradient need (`rrhf_fast.model.flops`), if a given fraction of the
+predictions has a gradient."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from rrhf_fast.model.rrhf import RRHFModel
 def flops_of_packs(
     engine: RRHFModel, packs: Sequence[PackedForest], active_fraction: float
 ) -> float:
-    """Of packs."""
+    """Operations for packs."""
     return sum(
         float(sum(engine.costs.of_pack(pack, active_fraction * len(pack.edge_rows))))
         for pack in packs
@@ -23,7 +23,7 @@ def flops_of_packs(
 def flops_of_rows(
     engine: RRHFModel, queries: Sequence[TokenisedQuery], active_fraction: float
 ) -> float:
-    """Of the same where every response carries its own prompt."""
+    """The same if every response carries its own prompt."""
     responses = [(len(q.prompt_ids), len(ids)) for q in queries for ids in q.response_ids]
     depths = torch.cat([torch.arange(prompt + length - 1) for prompt, length in responses])
     edges = sum(length for _, length in responses)

@@ -1,15 +1,15 @@
-"""The first run on a GPU: what is right, what is fast, and why not, part by part.
+"""The first run on a GPU: what is correct, what is fast, and why not, part by part.
 
 python benchmarks/gpu_first_run.py correctness --out DIR   # head, attention, compiled layers, tests
 python benchmarks/gpu_first_run.py kernels --out DIR       # head and attention against their peers
 python benchmarks/gpu_first_run.py step --out DIR          # whole steps by size of packs; profile
 python benchmarks/gpu_first_run.py report DIR              # the figures as Markdown
 
-Each command takes at most ten minutes and writes DIR/<command>.json anew after every part; --only
-picks parts, so that several checks can share one GPU, each command with a DIR of its own. A part
-that fails, hangs or crashes is recorded and the next one run. Where the head is wrong, nothing more
-is; where FlexAttention or the compiler fails, later parts go on without it. --device cpu runs the
-same parts at toy sizes.
+Each command takes at most ten minutes and rewrites DIR/<command>.json after every part; --only
+selects parts, so that several checks can share one GPU, each command with its own DIR. A part that
+fails, hangs or crashes is recorded, and the next one runs. If the head is wrong, the run ends; if
+FlexAttention or the compiler fails, later parts continue without it. --device cpu runs the same
+parts at toy sizes.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from benchmarks.isolated import (
     run_part,
 )  # fmt: skip
 
-# Of a command, all its parts together; the rest of ten minutes is for what happens between them.
+# Limit for all parts of a command; the rest of ten minutes is for work between parts.
 SECONDS = 570
-# Modules without which nothing runs; and those that only some parts want, by the wheel's name.
+# Modules that everything needs, and the wheels of those that only some parts need.
 NEEDED = ["torch", "triton", "transformers", "numpy", "safetensors", "matplotlib", "tqdm"]
 WHEELS = {
     "datasets": "datasets", "dill": "dill", "multiprocess": "multiprocess",
@@ -51,7 +51,7 @@ WHEELS = {
 
 PARTS = "benchmarks.gpu_parts:"
 MODEL, PACK = "Llama-3.2-1B", 16_384
-# The machine, first in every command: its ceilings are what the figures are read against.
+# The machine comes first in every command: figures are compared with its ceilings.
 BEST = Part("machine", PARTS + "best", 40)
 OURS = ["rrhf_fast triton, two steps", "rrhf_fast triton, one sweep"]
 ON_CPU = ["rrhf_fast torch, two steps", "rrhf_fast torch, one sweep"]
@@ -163,8 +163,8 @@ COMMANDS = {
 
 
 def run_parts(parts: Iterable[Part], results: dict, out: Path) -> None:
-    """Run them in turn, and write `results`, whose "parts" grow, to `out`/<command>.json after each
-    of them."""
+    """Run parts in turn, and after each write `results`, with all "parts" so far, to
+    `out`/<command>.json."""
     from benchmarks.results import write_json
 
     device, env = results["device"], dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
@@ -182,7 +182,7 @@ def run_parts(parts: Iterable[Part], results: dict, out: Path) -> None:
             if "folder" in options:
                 options["folder"] = str(out / options["folder"])
             record = records[part.name] = run_part(part, options, out, env)
-            # A part that hangs saves nothing; one that is only slow does.
+            # A hanging part saves nothing; a slow one does.
             hung = record["status"] == TIMED_OUT and not record.get("figures")
             if hung or record["status"] in (FAILED, KILLED):
                 results["engine_options"] |= part.instead
@@ -195,7 +195,7 @@ def run_parts(parts: Iterable[Part], results: dict, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 if every part is ok, 1 if not, 2 if nothing can be run."""
+    """Returns the exit code: 0 if every part is ok, 1 if not, 2 if nothing can run."""
     options = _parser().parse_args(arguments)
     if options.command == "report":
         print(report(options.folder))
@@ -223,10 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-        command.add_argument("--attention", help="of the engine; default: as correctness.json says")
-        command.add_argument("--eager", action="store_true", help="layers are not compiled")
-        command.add_argument("--only", nargs="+", metavar="PART", help="names, or how they begin")
-        command.add_argument("--patience", type=float, default=1.0, help="times each part's limit")
+        command.add_argument("--attention", help="the engine's; default: from correctness.json")
+        command.add_argument("--eager", action="store_true", help="do not compile layers")
+        command.add_argument("--only", nargs="+", metavar="PART", help="names or prefixes")
+        command.add_argument("--patience", type=float, default=1.0, help="factor on parts' limits")
     commands.add_parser("report").add_argument("folder", type=Path)
     return parser
 
@@ -241,7 +241,7 @@ def _run(options: argparse.Namespace, missing: list[str]) -> int:
         "missing_wheels": missing,
         "engine_options": _engine_options(options, out),
     }
-    # As Ctrl-C: the part is ended and what it had is written.
+    # Like Ctrl-C: end the part and write its figures so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_parts(_parts(options), results, out)
     return int(any(record["status"] != OK for record in results["parts"].values()))
@@ -254,7 +254,7 @@ def _parts(options: argparse.Namespace) -> list[Part]:
 
 
 def _engine_options(options: argparse.Namespace, out: Path) -> dict:
-    """What is asked for, else what `correctness` has found to work."""
+    """The requested options, else those that worked in `correctness`."""
     asked = {} if options.attention is None else {"attn_implementation": options.attention}
     asked |= {"compile": False} if options.eager else {}
     earlier = out / "correctness.json"
@@ -263,7 +263,7 @@ def _engine_options(options: argparse.Namespace, out: Path) -> dict:
     return json.loads(earlier.read_text())["engine_options"] | asked
 
 
-# Of a result, what the report shows.
+# Figures of a result that the report shows.
 SHOWN = (
     "device", "driver", "torch", "triton", "tflops", "copy_gb_per_second", "ms", "over_products",
     "speedup", "tokens_per_second", "mfu", "times_released", "graphs", "peak_gib", "peak_extra_mb",
@@ -272,7 +272,7 @@ SHOWN = (
 
 
 def report(folder: Path) -> str:
-    """A Markdown table for each command's file."""
+    """One Markdown table per command's file."""
     texts = []
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text())
@@ -281,15 +281,15 @@ def report(folder: Path) -> str:
         lines = [f"## {results['command']}, {results['date']}", ""]
         lines += ["| part | result | seconds | figures |", "|---|---|--:|---|"]
         for name, record in results["parts"].items():
-            found = "<br>".join(_lines(record.get("figures"), ""))
+            shown = "<br>".join(_lines(record.get("figures"), ""))
             status = f"{record['status']} {record['detail']}".strip()
-            lines.append(f"| {name} | {status} | {record.get('seconds', 0):.0f} | {found} |")
+            lines.append(f"| {name} | {status} | {record.get('seconds', 0):.0f} | {shown} |")
         texts.append("\n".join(lines))
     return "\n\n".join(texts)
 
 
 def _lines(figures: object, place: str) -> list[str]:
-    """Where something of `SHOWN` stands, and what."""
+    """The figures in `SHOWN`, each with its path."""
     if isinstance(figures, list):
         return [line for one in figures for line in _lines(one, place + _label(one))]
     if not isinstance(figures, dict):
@@ -301,7 +301,7 @@ def _lines(figures: object, place: str) -> list[str]:
 
 
 def _label(case: object) -> str:
-    """What tells one case of a list from the others."""
+    """A label that distinguishes a case from the others in its list."""
     names = ("shape", "softcap", "fraction", "prompt/response/k", "workload", "max_tokens_per_pack")
     known = case if isinstance(case, dict) else {}
     return " ".join(f"{name} {known[name]}" for name in names if name in known) + " "

@@ -1,6 +1,6 @@
-"""Parts of the first run on a GPU that are no benchmark by themselves: checks, and benchmarks that
-try again with less where memory runs out. Each saves its figures on the way, and raises where
-something is wrong."""
+"""Parts of the first run on a GPU that are not benchmarks by themselves: checks, and benchmarks
+that retry with smaller packs if memory runs out. Each saves its figures as it goes, and raises on
+any problem."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,15 +23,15 @@ def head(*, save: Save, **options) -> None:
 
 
 def attend(*, save: Save, **options) -> None:
-    """Backends of attention on every row of a pack against float64; options as for
+    """Attention backends against float64, on every row of a pack; options as for
     `attention.run`."""
     options |= {"preset": "smoke", "rounds": 0, "whole": True, "decoder": False}
     _require(attention.run(**options, save=save))
 
 
 def engine(*, save: Save, **options) -> None:
-    """Loss and gradient of the engine against float64, and whether it had to give up what it
-    prefers; options as for `step.run`."""
+    """Loss and gradient of the engine against float64, and whether it fell back from its preferred
+    options; options as for `step.run`."""
     figures = step.run(**options, preset="smoke", rounds=0, only=[ENGINE], save=save)
     _require(figures)
     warnings = [line for case in figures["cases"] for line in case["warnings"]]
@@ -40,7 +40,7 @@ def engine(*, save: Save, **options) -> None:
 
 
 def _require(figures: dict) -> None:
-    """Raise for anything wrong, or if nothing was checked."""
+    """Raise on any problem, or if nothing was checked."""
     if lines := problems(figures):
         raise RuntimeError("\n".join(lines))
     if not all(case["contenders"] for case in figures["cases"]):
@@ -48,7 +48,7 @@ def _require(figures: dict) -> None:
 
 
 def tests(*, paths: Sequence[str], workers: int, save: Save) -> None:
-    """pytest of what needs a GPU; `workers` processes, if pytest-xdist is installed."""
+    """Run pytest on `paths`, in `workers` processes if pytest-xdist is installed."""
     import pytest
 
     recorder = _Recorder(save)
@@ -67,7 +67,7 @@ def tests(*, paths: Sequence[str], workers: int, save: Save) -> None:
 
 
 class _Recorder:
-    """A pytest plugin that saves what is known after every test."""
+    """A pytest plugin that saves the results so far after every test."""
 
     def __init__(self, save: Save):
         self.figures = {"passed": 0, "failed": {}, "skipped": 0, "seconds": {}}
@@ -132,7 +132,7 @@ def profile(*, folder: str, save: Save, **options) -> None:
 
 
 def contenders(*, save: Save, **options) -> None:
-    """The engine and what others do; options as for `step.run`."""
+    """The engine and other methods; options as for `step.run`."""
 
     def measure(max_tokens: int, engine_options: dict, save: Save) -> dict:
         more = {"max_tokens_per_pack": max_tokens, "engine_options": engine_options}
@@ -144,11 +144,11 @@ def contenders(*, save: Save, **options) -> None:
 def fitting(
     measure: Callable[[int, dict, Save], dict], max_tokens: int, engine_options: dict, save: Save
 ) -> None:
-    """`measure` (tokens per pack, engine options, save) until memory suffices: with packs of half
-    the size, and then with checkpointed layers too.
+    """Call `measure` (tokens per pack, engine options, save) until memory suffices: with packs of
+    half the size, then also with checkpointed layers.
 
     Raises:
-        RuntimeError: the last try has failed as a whole.
+        RuntimeError: the last attempt failed as a whole.
     """
     tries: dict[str, dict] = {}
     for size, mode in ((max_tokens, "none"), (max_tokens // 2, "none"), (max_tokens // 2, "full")):
@@ -165,10 +165,10 @@ def fitting(
 
 
 def by_size(*, save: Save, **options) -> None:
-    """Options as for `packs.run`."""
+    """The engine by pack size; options as for `packs.run`."""
     packs.run(**options, save=save)
 
 
 def peaks(*, save: Save, **options) -> None:
-    """Options as for `memory.run`."""
+    """Peak memory; options as for `memory.run`."""
     memory.run(**options, save=save)

@@ -1,5 +1,5 @@
-"""Parts of a long measurement, each in a process of its own with a time limit: what one of them
-does, be it to crash, costs no other its figures."""
+"""Parts of a long measurement, each in its own process with a time limit, so that even a crash of
+one does not affect the figures of the others."""
 
 import faulthandler
 import json
@@ -15,30 +15,30 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TAIL = 40  # lines of its output that a part which failed leaves in its record
+TAIL = 40  # lines of output kept in the record of a failed part
 OK, FAILED, KILLED, TIMED_OUT = "ok", "failed", "killed", "timed out"
 INTERRUPTED, NOT_RUN = "interrupted", "not run"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A function that takes options, and `save`, which it calls with all its figures so far."""
+    """A function that takes options, and `save`, to be called with all its figures so far."""
 
     name: str
     function: str  # "module:name"
-    seconds: float  # it is killed after these
+    seconds: float  # after which it is killed
     options: Mapping = field(default_factory=dict)
-    toy: Mapping = field(default_factory=dict)  # in the place of some options, without a GPU
-    stops: bool = False  # if it fails, nothing after it is worth its time
+    toy: Mapping = field(default_factory=dict)  # replaces some options without a GPU
+    stops: bool = False  # if it fails, later parts are not run
     instead: Mapping = field(default_factory=dict)  # engine options for later parts if it fails
 
 
 def run_part(part: Part, options: Mapping, folder: Path, env: Mapping[str, str]) -> dict:
-    """Run it and wait; its output is added to `folder`/output.log.
+    """Run a part and wait; its output is appended to `folder`/output.log.
 
     Returns:
-        `status`: one of the words above; `detail`, `seconds`, `figures`: what it saved last, and
-        `tail`: the end of its output unless it was ok.
+        `status`: one of the words above; `detail`; `seconds`; `figures`: those saved last; `tail`:
+        the end of the output, unless the part was ok.
     """
     figures, log = folder / "part.json", folder / "output.log"
     figures.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ def run_part(part: Part, options: Mapping, folder: Path, env: Mapping[str, str])
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """The part and what it started; a compiler's workers outlive a part that was killed."""
+    """Kill the part and its children: a compiler's workers outlive a killed part."""
     with suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -83,12 +83,12 @@ def _read(figures: Path) -> dict | None:
 
 
 def main() -> None:
-    """In the part's process."""
+    """Run a part; called in its process."""
     from benchmarks.results import write_json
 
     function, options, file, seconds = sys.argv[1:]
     faulthandler.enable()
-    # Shortly before it is killed, say where it hangs; and end without a parent that would kill it.
+    # Shortly before the limit, print where the part hangs, and exit even if no parent kills it.
     faulthandler.dump_traceback_later(0.9 * float(seconds))
     signal.alarm(int(float(seconds)) + 10)
     module, _, name = function.partition(":")

@@ -1,10 +1,10 @@
 """Hidden states to loss and gradient: this project's heads against their peers', interleaved.
 
 Every contender gets the same hidden states, weight, targets and queries of four responses, a
-fraction of which is ranked wrong and has a gradient. Contenders that give log-probs a token are
-followed by `rrhf_loss`. Each is checked against float64 before it is timed; one that is not
-installed, fails or is wrong is reported as such and left out. Beside them the matrix products that
-any head needs are timed alone: what is above them is overhead.
+fraction of which is ranked wrongly and has a gradient. Contenders that return log-probs per token
+are followed by `rrhf_loss`. Each is checked against float64 before it is timed; one that is not
+installed, fails or is wrong is reported as such and left out. The matrix products that every head
+needs are also timed alone: all time beyond theirs is overhead.
 """
 
 import itertools
@@ -32,7 +32,7 @@ CPU_SHAPES = [(1024, 576, 49_152)]  # SmolLM2 135M
 SMOKE_SHAPES = [(512, 192, 8_192)]
 FRACTIONS = (1.0, 0.5, 0.25)
 NUM_RESPONSES, RESPONSE_LENGTH = 4, 32
-# Largest relative error of a gradient, in the norm, against float64.
+# Largest relative error (norm) of a gradient, against float64.
 TOLERANCE = 0.03
 
 Contender = Callable[[torch.Tensor, torch.Tensor, "Queries"], torch.Tensor]
@@ -40,7 +40,7 @@ Contender = Callable[[torch.Tensor, torch.Tensor, "Queries"], torch.Tensor]
 
 @dataclass
 class Queries:
-    """What the loss needs beside hidden states [E, H] and weight [V, H]."""
+    """Inputs of the loss other than hidden states [E, H] and weight [V, H]."""
 
     targets: torch.Tensor  # [E]
     rewards: torch.Tensor  # [S]
@@ -48,7 +48,7 @@ class Queries:
     softcap: float | None = None  # of the logits
 
     def loss(self, logps: torch.Tensor) -> torch.Tensor:
-        """The ranking part alone: responses that are ranked right have no gradient then."""
+        """The ranking part alone, where correctly ranked responses have no gradient."""
         return rrhf_loss(logps, self.rewards, sft_weight=0.0, **self.layout).loss
 
 
@@ -67,10 +67,10 @@ def run(
     """Time forward, and forward and backward, of all contenders on the preset's shapes.
 
     Args:
-        rounds: of timing; 0 checks only.
+        rounds: of timing; 0 only checks.
         shapes: (E, H, V) instead of the preset's.
-        fractions: of the edges with a gradient.
-        softcaps, workspaces_mb: each value of `linear_rrhf_loss`; None is its default.
+        fractions: shares of edges with a gradient.
+        softcaps, workspaces_mb: values for `linear_rrhf_loss`; None is its default.
         only: names of contenders, instead of all.
     """
     on_gpu = device == "cuda"
@@ -92,23 +92,23 @@ def run(
 def own(device: str, workspaces_mb: Sequence[float | None] = (None,)) -> dict[str, Contender]:
     """This project's heads, and plain torch, by name: functions (hidden [E, H], weight [V, H],
     queries) -> loss."""
-    found: dict[str, Contender] = {"plain torch": _by(_plain)}
+    heads: dict[str, Contender] = {"plain torch": _by(_plain)}
     for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
-        found[f"rrhf_fast {backend}, two steps"] = _ours(backend)
+        heads[f"rrhf_fast {backend}, two steps"] = _ours(backend)
         for size in workspaces_mb:
             name = f"rrhf_fast {backend}, one sweep"
             name += "" if size is None else f", {size:g} MiB"
-            found[name] = _sweep(backend, size)
-    return found
+            heads[name] = _sweep(backend, size)
+    return heads
 
 
 def contenders(
     device: str, workspaces_mb: Sequence[float | None] = (None,)
 ) -> dict[str, Contender | str]:
-    """As `own`, and the peers; one that is missing is replaced by the reason."""
-    found: dict[str, Contender | str] = {**own(device, workspaces_mb)}
+    """`own` and the peers; a missing one is replaced by the reason."""
+    heads: dict[str, Contender | str] = {**own(device, workspaces_mb)}
     if device == "cuda":
-        found["torch.compile"] = _by(torch.compile(_plain, dynamic=False))
+        heads["torch.compile"] = _by(torch.compile(_plain, dynamic=False))
         peers = {
             "cut-cross-entropy, exact": _cut_cross_entropy,
             "Liger": _liger,
@@ -117,16 +117,16 @@ def contenders(
         }
         for name, load in peers.items():
             try:
-                found[name] = load()
+                heads[name] = load()
             except ImportError as error:
-                found[name] = f"not installed ({error})"
-            except Exception as error:  # of a package that this torch or triton is too new for
-                found[name] = describe(error)
-    return found
+                heads[name] = f"not installed ({error})"
+            except Exception as error:  # from a package too old for this torch or triton
+                heads[name] = describe(error)
+    return heads
 
 
 PRODUCTS = "the three products alone"
-# Knows no weights a token: it is given an easier task, the plain sum of the tokens' losses.
+# Does not support weights per token, so it gets an easier task: the plain sum of tokens' losses.
 SCALAR = "QuACK, sum only"
 
 
@@ -135,7 +135,7 @@ def _of_logps(logps: Callable[..., torch.Tensor]) -> Contender:
 
 
 def _by(logps: Callable[..., torch.Tensor]) -> Contender:
-    """As `_of_logps`, of a function that knows the softcap."""
+    """As `_of_logps`, for a function that takes the softcap."""
 
     def loss(hidden, weight, queries):
         return queries.loss(logps(hidden, weight, queries.targets, queries.softcap))
@@ -172,7 +172,7 @@ def _sweep(backend: str, workspace_mb: float | None) -> Contender:
 def _cut_cross_entropy() -> Contender:
     from cut_cross_entropy import linear_cross_entropy
 
-    # Without its filter, which leaves small gradients out.
+    # Without its filter, which drops small gradients.
     options = {"reduction": "none", "impl": "cce", "filter_eps": None}
     return _of_logps(lambda *arguments: -linear_cross_entropy(*arguments, **options))
 
@@ -211,11 +211,11 @@ def _measure(
     rounds: int,
     save: Callable[[], None],
 ) -> None:
-    """Check every contender, then time those that are right; `case` grows meanwhile."""
+    """Check every contender, then time the correct ones; results are added to `case`."""
     shape, fraction, results = case["shape"], case["fraction"], case["contenders"]
     dtype = compute_dtype(device)
     case["dtype"] = str(dtype)
-    torch._dynamo.reset()  # else later shapes would be given graphs of any shape
+    torch._dynamo.reset()  # otherwise later shapes would get dynamic graphs
     tensors, queries, exact = _inputs(shape, fraction, case.get("softcap"), device, dtype)
 
     def step(contender: Contender) -> tuple[torch.Tensor, ...]:
@@ -260,10 +260,10 @@ def _measure(
 def _figures(
     shape: tuple[int, int, int], fraction: float, forward: float, times: list[float]
 ) -> dict:
-    """What is told of a contender, by its seconds of forward, and of forward and backward."""
+    """A contender's figures, from its seconds of forward, and of forward and backward."""
     forward_ms, ms = forward * 1e3, median(times) * 1e3
     product = 2e-9 * shape[0] * shape[1] * shape[2]
-    # What has to be done: one product, and two more of the edges with a gradient.
+    # Required work: one product, and two more for the edges with a gradient.
     return {
         "forward_ms": forward_ms,
         "forward_tflops": product / forward_ms,
@@ -274,8 +274,8 @@ def _figures(
 
 
 def _products(tensors: Sequence[torch.Tensor], fraction: float) -> Callable[[], None]:
-    """The matrix products of a head and nothing else: the logits of all edges, and two of the
-    edges with a gradient."""
+    """Only the matrix products of a head: the logits of all edges, and two products for the edges
+    with a gradient."""
     hidden, weight = (t.detach() for t in tensors)
     active = max(1, round(fraction * len(hidden)))
     logits = hidden.new_empty(len(hidden), len(weight))
@@ -296,11 +296,11 @@ def _inputs(
     device: str,
     dtype: torch.dtype,
 ) -> tuple[list[torch.Tensor], Queries, dict[bool, list[torch.Tensor]]]:
-    """hidden and weight; queries of which `fraction` is ranked backwards and the rest right; and
-    the gradients in float64, of the loss (False) and of the sum of the log-probs (True)."""
+    """hidden and weight; queries of which `fraction` is ranked in reverse and the rest correctly;
+    and float64 gradients of the loss (False) and of the sum of log-probs (True)."""
     num_edges, hidden_size, vocab_size = shape
     g = torch.Generator(device).manual_seed(0)
-    # Logits of standard deviation 4: peaked as a trained model's are.
+    # Logits of standard deviation 4: peaked like a trained model's.
     hidden = torch.randn(num_edges, hidden_size, generator=g, device=device) * 4 / hidden_size**0.5
     weight = torch.randn(vocab_size, hidden_size, generator=g, device=device)
     targets = torch.randint(0, vocab_size, (num_edges,), generator=g, device=device)
@@ -313,7 +313,7 @@ def _inputs(
         "group_offsets": torch.arange(0, num_responses + 1, NUM_RESPONSES, device=device),
     }
     scores, order = logps.view(-1, NUM_RESPONSES, RESPONSE_LENGTH).mean(2).sort(1)
-    # Scores that rounding could exchange are given the same reward.
+    # Scores that rounding could swap get equal rewards.
     ranks = torch.nn.functional.pad((scores.diff() > 0.05).cumsum(1), (1, 0)).float()
     ranks[: round(fraction * len(ranks))] *= -1
     rewards = torch.empty_like(ranks).scatter_(1, order, ranks).flatten()
@@ -348,8 +348,8 @@ def _exact(
 
 
 def table(figures: dict) -> str:
-    """Milliseconds forward and backward by the share of edges with a gradient; in brackets, over
-    those of the matrix products alone."""
+    """Milliseconds forward and backward by the share of edges with a gradient; in brackets,
+    relative to the matrix products alone."""
     parts = []
     for title, cases in _by_shape(figures).items():
         header = [title, *(f"{case['fraction']:.0%}" for case in cases)]
@@ -360,9 +360,9 @@ def table(figures: dict) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Milliseconds of forward and backward, a panel a shape, a group of bars a fraction."""
+    """Milliseconds forward and backward, one panel per shape, one group of bars per fraction."""
     panels = []
-    # The same names in every panel, so that colours mean the same.
+    # The same names in every panel, so that colours match.
     names = [
         name
         for name in _names(figures["cases"])
@@ -378,12 +378,12 @@ def plot(figures: dict, path: Path) -> None:
 
 
 def _by_shape(figures: dict) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+    by_shape: dict[str, list[dict]] = {}
     for case in figures["cases"]:
         title = "{:,} edges, hidden {:,}, vocabulary {:,}".format(*case["shape"])
         title += f", softcap {case['softcap']:g}" if "softcap" in case else ""
-        found.setdefault(title, []).append(case)
-    return found
+        by_shape.setdefault(title, []).append(case)
+    return by_shape
 
 
 def _names(cases: Sequence[dict]) -> list[str]:
@@ -391,13 +391,13 @@ def _names(cases: Sequence[dict]) -> list[str]:
 
 
 def _cells(name: str, cases: list[dict]) -> list[str]:
-    found = []
+    texts = []
     for case in cases:
         result = case["contenders"].get(name, {"problem": case.get("problem", "")})
         text = cell({"problem": "right, not timed"} | result, "ms", ",.1f")
         over = result.get("over_products")
-        found.append(f"{text} ({over['median']:.2f})" if over else text)
-    return found
+        texts.append(f"{text} ({over['median']:.2f})" if over else text)
+    return texts
 
 
 def _products_of(case: dict) -> dict:

@@ -1,5 +1,5 @@
-"""L_rank on its own, from token log-probs to their gradient: one call for all queries against the
-ways it is usually written."""
+"""L_rank alone, from token log-probs to their gradient: one call for all queries against common
+implementations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +14,18 @@ from benchmarks.tables import cell, text_table
 from benchmarks.timing import interleaved
 from rrhf_fast import reference, rrhf_loss
 
-# Queries, responses of each, tokens of each response.
+# Queries, responses per query, tokens per response.
 SHAPES = {
     "smoke": [(64, 6, 64)],
     "paper": [(64, 6, 64), (64, 64, 64), (1024, 6, 64)],
     "full": [(64, 6, 64), (64, 64, 64), (1024, 6, 64), (64, 512, 64)],
 }
-# Relative, in the norm, against float64: two scores that are almost equal may change places.
+# Relative error (norm) against float64: rounding may swap two almost equal scores.
 TOLERANCE = 1e-2
 
 
 def run(*, preset: str, device: str, rounds: int, save: Save = no_save) -> dict:
-    """Time every way on the preset's shapes; returns the figures."""
+    """Time every way on the preset's shapes; return the figures."""
     figures: dict = {"cases": []}
     for shape in SHAPES[preset]:
         figures["cases"].append(_case(shape, device, rounds))
@@ -42,8 +42,8 @@ def _case(shape: tuple[int, int, int], device: str, rounds: int) -> dict:
     for name, way in _ways(shape, device).items():
         results[name] = {}
         with recorded(results[name]):
-            found = _gradient(way, logps, rewards)
-            error = ((found.double() - exact).norm() / exact.norm()).item()
+            gradient = _gradient(way, logps, rewards)
+            error = ((gradient.double() - exact).norm() / exact.norm()).item()
             results[name]["gradient_error"] = error
             judge(results[name], [error], TOLERANCE)
         if "problem" not in results[name]:
@@ -75,8 +75,8 @@ def _ways(shape: tuple[int, int, int], device: str) -> dict[str, Callable]:
         return loss
 
     backends = ["torch", "triton"] if device == "cuda" else ["torch"]
-    found = {"a loop over queries": _query_by_query, "all pairs, [G, k, k]": _all_pairs}
-    return found | {f"rrhf_fast {backend}": ours(backend) for backend in backends}
+    usual = {"a loop over queries": _query_by_query, "all pairs, [G, k, k]": _all_pairs}
+    return usual | {f"rrhf_fast {backend}": ours(backend) for backend in backends}
 
 
 def _exact(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:

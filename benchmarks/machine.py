@@ -1,4 +1,4 @@
-"""The machine that figures come from: its name, versions, and what it does at best."""
+"""The machine that figures come from: its name, versions and ceilings."""
 
 import platform
 import subprocess
@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.timing import device_seconds
 
-# Edge of the square product and MiB of the copy that are timed.
+# Side of the square product, and MiB of the copy, that are timed.
 PRODUCT = {"cpu": 1536, "cuda": 8192}
 COPY_MB = {"cpu": 64, "cuda": 2048}
 
 
 def environment(device: str) -> dict:
-    """What figures depend on."""
+    """The environment that figures depend on."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -49,14 +49,14 @@ def measured_best(device: str) -> dict:
 
 
 def compute_dtype(device: str) -> torch.dtype:
-    """What benchmarks compute in: bfloat16 where the GPU has it."""
+    """The compute dtype of benchmarks: bfloat16 if the GPU supports it."""
     on_bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if on_bf16 else torch.float32
 
 
 def peak_flops(device: str) -> float:
-    """Operations per second of one large square product of random matrices, of which cuBLAS sees
-    nothing special: the ceiling of everything else."""
+    """Operations per second of one large square product of random matrices by cuBLAS: the ceiling
+    for everything else."""
     size, dtype = PRODUCT[device], compute_dtype(device)
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     return 2 * size**3 / device_seconds(lambda: torch.mm(a, b, out=out))

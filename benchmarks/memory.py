@@ -1,7 +1,7 @@
 """Peak memory of loss and gradient of the same queries, each way alone (`benchmarks.points`).
 
-Weights and their gradients are the same for all and are there before; what a way needs beyond them
-is told apart from the whole. Optimizer state is left out of all.
+Weights and their gradients are equal for all ways and allocated beforehand; memory beyond them is
+reported separately from the total. Optimizer state is excluded.
 """
 
 import math
@@ -32,7 +32,7 @@ PRESETS = {
     "paper": [("SmolLM2-135M", PAPER)],
     "full": [("SmolLM2-135M", PAPER), ("SmolLM2-135M", LONG_PROMPTS)],
 }
-# Relative, between the ways: they compute the same, the GPU in bfloat16.
+# Largest relative difference between ways, which compute the same loss; the GPU uses bfloat16.
 LOSS_TOLERANCES = {"cpu": 1e-4, "cuda": 0.05}
 GPU_PRESETS = {
     "paper": [("Llama-3.2-1B", PAPER)],
@@ -50,7 +50,7 @@ def run(
     ways: Sequence[str] | None = None,
     save: Save = no_save,
 ) -> dict:
-    """Peaks of `ways` (default: all), each measured `rounds` times; medians count."""
+    """Median peaks of `ways` (default: all), each measured `rounds` times."""
     presets = PRESETS | (GPU_PRESETS if device == "cuda" else {})
     max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
     figures: dict = {"max_tokens_per_pack": max_tokens, "cases": []}
@@ -87,7 +87,7 @@ def _summary(measured: list[dict]) -> dict:
 
 
 def _compare(results: dict[str, dict], tolerance: float) -> None:
-    """Set every way that was measured beside the released one."""
+    """Add every measured way's ratio to the released method, and check its loss."""
     released = results.get(RELEASED, {})
     if "total_bytes" not in released:
         return
@@ -100,7 +100,7 @@ def _compare(results: dict[str, dict], tolerance: float) -> None:
 
 
 def table(figures: dict) -> str:
-    """MiB beyond weights and gradients, with them, and both as shares of the released method's."""
+    """MiB beyond weights and gradients and in total, and both relative to the released method."""
     parts = []
     for case in figures["cases"]:
         title = f"{case['model']}, {case['queries']} queries of {case['workload']}"
@@ -122,7 +122,7 @@ def _cells(way: dict) -> list[str]:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """A panel a case: a bar a way, weights and gradients first, then what comes on top."""
+    """One panel per case, one bar per way: weights and gradients first, then memory beyond."""
     import matplotlib
 
     matplotlib.use("Agg")

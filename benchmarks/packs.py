@@ -1,7 +1,7 @@
-"""The engine by the size of its packs: tokens/s, utilisation, compiled graphs, memory, waits.
+"""The engine by pack size: tokens/s, utilisation, compiled graphs, memory, synchronisations.
 
-One model runs all sizes, smallest first, as a training run meets packs of many sizes. When memory
-ends, layers are checkpointed from that size on.
+One model runs all sizes, smallest first, as training meets packs of many sizes. When memory runs
+out, layers are checkpointed from that size on.
 """
 
 import warnings
@@ -16,9 +16,8 @@ from benchmarks.flops import flops_of_packs
 from benchmarks.machine import compute_dtype, peak_flops
 from benchmarks.results import Save, no_save, ran_out, recorded
 from benchmarks.timing import seconds
-from benchmarks.workloads import PAPER, build_model, draw, fill
+from benchmarks.workloads import PAPER, build_model, draw, fill, planner_for
 from rrhf_fast import TrainConfig
-from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.model.layers import count_graphs
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.backward import backward_whole
@@ -35,8 +34,8 @@ def run(
     engine_options: dict | None = None,
     save: Save = no_save,
 ) -> dict:
-    """Loss and gradient of four packs of each size (tokens), of the paper's lengths; `shape` of
-    `workloads.SHAPES`, `engine_options` of `RRHFModel`."""
+    """Loss and gradient of four packs per size (in tokens), with queries of the paper's lengths.
+    `shape` is a name in `workloads.SHAPES`; `engine_options` go to `RRHFModel`."""
     figures: dict = {"model": shape, "peak_tflops": peak_flops(device) / 1e12, "cases": []}
     options = {"max_tokens": max(sizes), "compile": None} | (engine_options or {})
     engine, todo = None, sorted(sizes)
@@ -65,16 +64,9 @@ def _build(shape: str, device: str, options: dict) -> RRHFModel:
 def _measure(engine: RRHFModel, size: int, rounds: int, peak: float) -> dict:
     queries = draw(PAPER, fill(PAPER, size), engine.lm.config.vocab_size)
     config = TrainConfig(max_tokens_per_pack=size)
-    planner = PackPlanner(
-        queries,
-        packing="forest",
-        max_tokens_per_pack=size,
-        pad_to_multiple_of=engine.pad_to_multiple_of,
-        plan=engine.plan,
-    )
-    batch = planner.batch(range(len(queries)))
+    batch = planner_for(engine, queries, size).batch(range(len(queries)))
     on_gpu = engine.device.type == "cuda"
-    if on_gpu:  # as the trainer has them
+    if on_gpu:  # as the trainer does
         batch = replace(batch, packs=[pack.pin_memory() for pack in batch.packs])
 
     def step() -> Totals:
@@ -103,7 +95,7 @@ def _measure(engine: RRHFModel, size: int, rounds: int, peak: float) -> dict:
 
 
 def waits(step: Callable[[], object], num_packs: int) -> dict[str, float]:
-    """How often the host waits for the device in a step, per pack, by the line that does."""
+    """How often the host waits for the device in a step, per pack, by the line that waits."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

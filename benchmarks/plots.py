@@ -1,4 +1,4 @@
-"""Bars, drawn the same way for every case."""
+"""Bar charts in one style for all cases."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Title, names of the groups, and contender -> a height each group (None: it has none).
+# Title, names of groups, and contender -> one height per group (None: missing).
 Panel = tuple[str, Sequence[str], Mapping[str, Sequence[float | None]]]
 
 
 def grouped_bars(
     panels: Sequence[Panel], path: Path, *, ylabel: str, xlabel: str = "", log: bool = False
 ) -> None:
-    """A panel beside the other, two a row; groups of bars, a colour a contender."""
+    """Panels of grouped bars, two per row; one colour per contender."""
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     size = (6.5 * columns, 3.4 * rows + 0.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -40,8 +40,8 @@ def grouped_bars(
 
 
 def ranked_bars(panels: Sequence[tuple[str, Mapping[str, float]]], path: Path, *, xlabel: str):
-    """A panel below the other; a horizontal bar a contender with its value at the end, in the order
-    given. Those whose name starts with "rrhf_fast" stand out."""
+    """Panels below each other; one horizontal bar per contender, in order, with its value at the
+    end. Names that start with "rrhf_fast" are highlighted."""
     counts = [len(values) for _, values in panels]
     figure, axes = plt.subplots(
         len(panels),

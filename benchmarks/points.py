@@ -1,4 +1,4 @@
-"""One way to loss and gradient: its peak memory and its time."""
+"""Peak memory and time of one way to compute loss and gradient."""
 
 import ctypes
 import gc
@@ -23,9 +23,9 @@ from rrhf_fast.train.backward import backward_active
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
 
-# One query at a time, its prompt once for each response.
+# One query at a time, its prompt repeated per response.
 RELEASED, PADDED, REPEATED = "released method", "padded batches", "packed, prompts repeated"
-# As many queries at once as fit a pack, and no prompt twice.
+# As many queries at once as fit a pack, prompts shared.
 ENGINE, CHECKPOINTED, PLAIN_HEAD = "rrhf_fast", "checkpointed layers", "with a plain head"
 ACTIVE = "active part alone"
 # The same for one query at a time.
@@ -34,18 +34,18 @@ ALONE, LEAN = "one query a pack", "one query a pack, checkpointed"
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured."""
+    """One measurement."""
 
     way: str  # one of the names above
-    shape: str  # of `workloads.SHAPES`
+    shape: str  # a name in `workloads.SHAPES`
     lengths: Lengths
     device: str
     vocab_size: int | None = None  # None: the shape's
     num_queries: int = 1
-    max_tokens: int = 2048  # of a pack
-    # Of rewards with the ranks of the model's own scores; None: rewards know nothing of the model.
+    max_tokens: int = 2048  # per pack
+    # Between rewards and the ranks of the model's own scores; None: rewards ignore the model.
     correlation: float | None = None
-    rounds: int = 0  # of timing, behind the run whose memory is measured
+    rounds: int = 0  # of timing, after the run whose memory is measured
 
     @property
     def num_tokens(self) -> int:
@@ -56,25 +56,25 @@ class Point:
 
 
 def measure(point: Point) -> dict:
-    """Memory in bytes and time of one loss and gradient of all the queries.
+    """Measure memory in bytes and time of one loss and gradient of all queries.
 
-    On the CPU memory is the resident set of a process of its own (Linux with glibc), so Python and
-    its libraries are in `peak_bytes`; on CUDA it is what PyTorch has allocated, which one process
-    can tell for one point after the other, with layers compiled once.
+    On the CPU memory is the resident set of a separate process (Linux with glibc), so `peak_bytes`
+    includes Python and its libraries; on CUDA it is PyTorch's allocations, which one process can
+    measure point by point, compiling layers once.
 
     Returns:
-        `model_bytes`: weights and gradients. `extra_bytes`: the peak above what was held when both
-        were there. `peak_bytes`: all of it. `seconds`: the median of the rounds, None without any.
-        `tokens`, `loss`, and `active_fraction` where it is known.
+        `model_bytes`: weights and gradients. `extra_bytes`: the peak beyond what was held with both
+        allocated. `peak_bytes`: the total. `seconds`: the median of the rounds, None without any.
+        `tokens`, `loss`, and `active_fraction` if known.
 
     Raises:
         BrokenProcessPool: the process was killed, as the system does when memory runs out.
     """
     if point.device == "cuda":
-        gc.collect()  # what an earlier point has left in cycles
+        gc.collect()  # reference cycles of an earlier point
         torch.cuda.empty_cache()
         return _measure(point)
-    # A forked process has the imports at once.
+    # A forked process needs no imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rrhf_fast.train.backward"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
@@ -93,7 +93,7 @@ def _measure(point: Point) -> dict:
     for _ in range(point.rounds):
         model.zero_grad(set_to_none=False)
         start = time.perf_counter()
-        step()  # ends in numbers, so waits for the device
+        step()  # returns numbers, so it waits for the device
         seconds.append(time.perf_counter() - start)
     return figures | {
         "tokens": point.num_tokens,
@@ -105,11 +105,12 @@ def _measure(point: Point) -> dict:
 
 
 def _prepare(point: Point) -> tuple[RRHFModel, Callable[[], dict]]:
-    """The model whose gradients add up, and what adds them up once and returns the loss."""
+    """The model that accumulates gradients, and a function that does so once and returns the
+    loss."""
     lm = build_model(point.shape, device=point.device, vocab_size=point.vocab_size)
     queries = draw(point.lengths, point.num_queries, lm.config.vocab_size)
     checkpointing = "full" if point.way in (CHECKPOINTED, LEAN) else "none"
-    # The released code divides by the padded width, so all do here.
+    # The released code divides by the padded width, so all ways do here.
     config = TrainConfig(compat="official", max_tokens_per_pack=point.max_tokens)
     model = RRHFModel(
         lm,
@@ -149,7 +150,7 @@ def _prepare(point: Point) -> tuple[RRHFModel, Callable[[], dict]]:
 
 
 def _sum_up(parts: list, loss_of: Callable[[object], torch.Tensor]) -> dict:
-    """Forward and backward of one part after another, weighted by its queries."""
+    """Forward and backward of each part in turn, weighted by its queries."""
     counts = [1 if isinstance(part, TokenisedQuery) else part.num_queries for part in parts]
     total = 0.0
     for part, count in zip(parts, counts, strict=True):
@@ -171,7 +172,7 @@ def _active(model: RRHFModel, batch, config: TrainConfig) -> dict:
 
 
 def _correlate(model: RRHFModel, queries: list[TokenisedQuery], correlation: float) -> None:
-    """Replace rewards: the standardised ranks of the model's scores, mixed with noise."""
+    """Replace rewards by the standardised ranks of the model's scores, mixed with noise."""
     rng = np.random.default_rng(0)
     planner = PackPlanner(queries, packing="forest", max_tokens_per_pack=1)
     for i, query in enumerate(queries):
@@ -195,18 +196,18 @@ def _watch_cuda() -> Callable[[], tuple[int, int]]:
 
 
 def _watch_process() -> Callable[[], tuple[int, int]]:
-    """From here on, the peak of the resident set, and how far it is above what it is now."""
+    """Watch the resident set from here on: its peak, and the peak's excess over the current."""
     libc, mmap_threshold = ctypes.CDLL(None), -3
-    # Blocks of this size go back to the system when they are freed, so the peak is of tensors in
-    # use. It is glibc's default, but grows with what is freed where nobody sets it.
+    # Blocks of this size return to the system when freed, so the peak counts tensors in use. This
+    # is glibc's default, but unless set it grows with freed blocks.
     libc.mallopt(mmap_threshold, 128 * 2**10)
-    libc.malloc_trim(0)  # hands back what making the model has freed
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    libc.malloc_trim(0)  # returns memory freed while building the model
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
 
     def read() -> tuple[int, int]:
         peak = _status("VmHWM")
-        # What it grows to at most: memory is kept for the next step, which is timed.
+        # Raised to its maximum, so that memory is kept for the next, timed step.
         libc.mallopt(mmap_threshold, 32 * 2**20)
         return peak, peak - before
 

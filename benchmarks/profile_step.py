@@ -1,15 +1,14 @@
 """Where the time of one optimizer step goes: packs, forward, backward, clipping and update.
 
-Packs are built in the step here, so that their cost shows; `train` builds them in a thread beside
-it (`--profile_steps` profiles that)."""
+Here packs are built within the step, so that their cost shows; `train` builds them in a concurrent
+thread (`--profile_steps` profiles that)."""
 
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import compute_dtype
-from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, real
-from rrhf_fast.data.packs import PackPlanner
+from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, planner_for, real
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.checkpoint import Progress
@@ -40,9 +39,9 @@ def profile(
     num_steps: int = 2,
     engine_options: dict | None = None,
 ) -> Breakdown:
-    """Profile steps of `num_queries` queries (default: what fills four packs on a GPU, else 8) of
-    the paper's lengths, or of `data` (rows, JSONL) in the tokens of `model`; writes trace.json.gz,
-    breakdown.md and breakdown.png to `out`. `engine_options` are those of `RRHFModel`."""
+    """Profile steps of `num_queries` queries (default: enough for four packs on a GPU, else 8) of
+    the paper's lengths, or of `data` (JSONL rows) in the tokens of `model`; write trace.json.gz,
+    breakdown.md and breakdown.png to `out`. `engine_options` go to `RRHFModel`."""
     max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
     num_queries = num_queries or (fill(PAPER, max_tokens) if device == "cuda" else 8)
     options = {"compile": None, "max_tokens": max_tokens} | (engine_options or {})
@@ -57,13 +56,7 @@ def profile(
         lm = build_model(SHAPES[device][preset], device=device)
         queries = draw(PAPER, num_queries, lm.config.vocab_size)
     engine = RRHFModel(lm, config, max_length=4096, compute_dtype=compute_dtype(device), **options)
-    planner = PackPlanner(
-        queries,
-        packing="forest",
-        max_tokens_per_pack=max_tokens,
-        pad_to_multiple_of=engine.pad_to_multiple_of,
-        plan=engine.plan,
-    )
+    planner = planner_for(engine, queries, max_tokens)
     count = WARMUP + num_steps
     world = World(engine.device)
     run = Run(

@@ -1,7 +1,7 @@
 """Write docs/speed.md, and the README's table on speed, from the figures in benchmarks/results.
 
 python benchmarks/readme.py            # rewrite both
-python benchmarks/readme.py --check    # exit 1 if one is not what the figures say
+python benchmarks/readme.py --check    # exit 1 if one does not match the figures
 """
 
 import json
@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
 MODEL = "SmolLM2-135M-Instruct"
-# What a row of the table of slopes counts by.
+# Units of the rows in the table of slopes.
 UNITS = {
     "k": ("response", 1),
     "vocab_size": ("1,000 vocabulary entries", 1000),
@@ -210,13 +210,13 @@ def _active(figures: dict) -> str:
     shares = list(dict.fromkeys(case["active_fraction"] for case in figures["cases"]))
     rows = []
     for mode in modes:
-        found = {
+        cells = {
             case["active_fraction"]: case
             for case in figures["cases"]
             if case["activation_checkpointing"] == mode
         }
         cells = [
-            f"{_range(found[share]['speedup'])}, auto takes {found[share]['auto']}"
+            f"{_range(cells[share]['speedup'])}, auto takes {cells[share]['auto']}"
             for share in shares
         ]
         rows.append([mode, *cells])
@@ -232,7 +232,7 @@ that has a gradient, where that is less work. Times as fast as the whole backwar
 
 
 def _scaling(figures: dict) -> str:
-    """What one more of something costs, by the slopes of the sweeps."""
+    """The marginal costs, from the slopes of the sweeps."""
     rows = []
     for sweep in figures["sweeps"]:
         if sweep["axis"] not in UNITS:
@@ -302,7 +302,7 @@ def _machine(figures: dict) -> str:
 def _command(figures: dict) -> str:
     options = dict(figures["options"])
     if "data" in options:
-        options.pop("preset")  # real rows need none
+        options.pop("preset")  # unused for real rows
     words = [f"--{name} {value}" for name, value in options.items()]
     return "\n".join(
         ["```bash", " ".join(["python benchmarks/run.py", figures["case"], *words]), "```"]

@@ -1,4 +1,4 @@
-"""Figures on their way into a file: written after every part, and a failure is one of them."""
+"""Record figures in a file: written after every part, including failures."""
 
 import gc
 import json
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a case calls with all its figures so far, after each part.
+# Called by a case after each part, with all its figures so far.
 Save = Callable[[dict], None]
 
 
 def no_save(figures: dict) -> None:
-    """For callers who wait for the whole."""
+    """For callers that need only the final figures."""
 
 
 def write_json(path: Path, figures: dict) -> None:
-    """Replace the file in one step, so that a process that is killed leaves a whole one."""
+    """Replace the file in one step, so that a killed process leaves a complete one."""
     partial = path.with_name(path.name + ".new")
     partial.write_text(json.dumps(figures, indent=1) + "\n")
     os.replace(partial, path)
@@ -24,32 +24,32 @@ def write_json(path: Path, figures: dict) -> None:
 
 @contextmanager
 def recorded(result: dict) -> Iterator[None]:
-    """An exception inside (out of memory, a compiler's, an interface that has moved on) becomes
-    result["problem"], one line, and costs nothing but this result."""
+    """Turn an exception inside (out of memory, a compiler's, a changed interface) into
+    result["problem"], one line, so that only this result is lost."""
     try:
         yield
     except Exception as error:
         result["problem"] = describe(error)
     if "problem" in result:
-        import torch  # late: what only writes figures starts at once
+        import torch  # late, so that scripts that only write figures start fast
 
-        gc.collect()  # a compiled layer holds itself
-        torch.cuda.empty_cache()  # nothing without a GPU
+        gc.collect()  # compiled layers are in reference cycles
+        torch.cuda.empty_cache()  # no effect without a GPU
 
 
 def describe(error: BaseException) -> str:
-    """Its type and the beginning of its message, in one line."""
+    """An error's type and the beginning of its message, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def judge(result: dict, errors: Iterable[float], tolerance: float) -> None:
-    """Note a result that is too far from float64; NaN is."""
+    """Mark a result that is too far from float64, or NaN."""
     if not all(error < tolerance for error in errors):
         result["problem"] = "too far from float64"
 
 
 def problems(figures: object, place: str = "") -> list[str]:
-    """Everything that failed, wherever it is recorded: "where: what"."""
+    """All recorded failures, at any depth, as "where: what"."""
     if isinstance(figures, list):
         return [line for i, one in enumerate(figures) for line in problems(one, f"{place}[{i}]")]
     if not isinstance(figures, dict):
@@ -60,5 +60,5 @@ def problems(figures: object, place: str = "") -> list[str]:
 
 
 def ran_out(figures: dict) -> bool:
-    """Whether the device had too little memory for any of it."""
+    """Whether any part ran out of device memory."""
     return any("OutOfMemory" in line or "out of memory" in line for line in problems(figures))

@@ -16,20 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Case -> what it measures; benchmarks/<case>.py has run, table and plot.
 CASES = {
     "kernel": "log-probs off the head: this project's kernels and their peers",
-    "loss": "the ranking loss on its own",
+    "loss": "the ranking loss alone",
     "attention": "attention over packed forests, and a decoder",
     "step": "loss and gradient of whole queries: the engine, levers off, other methods",
-    "active": "the backward of what has a gradient alone, by how much that is",
+    "active": "the backward of the active set, by the share of tokens with a gradient",
     "memory": "peak memory of the same queries",
     "scaling": "time and memory by k, vocabulary, prompt, response and order of the scores",
     "data": "rows to tokens to packs",
 }
-# Options that name files: figures are published, so they show the name alone.
+# Options that name files: published figures show only the name, not the path.
 FILES = ("model", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one case or all; returns the exit code: 0, 1 if a case failed, 2 for a user's mistake."""
+    """Run one case or all; return the exit code: 0, 1 if a case failed, 2 for invalid options."""
     options = vars(_parser().parse_args(arguments))
     case, out = options.pop("case"), options.pop("out")
     options["rounds"] = options["rounds"] or (1 if options["preset"] == "smoke" else 3)
@@ -65,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=["smoke", "paper", "full"],
         default="smoke",
-        help="smoke: minutes for all cases on two cores; paper: what is published; full: more",
+        help="smoke: minutes for all cases on two cores; paper: as published; full: more",
     )
     shared.add_argument(
-        "--rounds", type=_positive, help="each times every contender once; default 3, in smoke 1"
+        "--rounds", type=_positive, help="each times every contender once; default 3, for smoke 1"
     )
     shared.add_argument("--out", type=Path, help="folder for JSON and plots")
     cases = parser.add_subparsers(dest="case", required=True, metavar="|".join([*CASES, "all"]))
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument("--model", help="causal language model, for --data")
             case.add_argument("--data", help="real rows, JSONL, instead of the preset's lengths")
         if name in ("step", "active"):
-            case.add_argument("--num_queries", type=_positive, help="default: as the preset has it")
+            case.add_argument("--num_queries", type=_positive, help="default: the preset's")
             case.add_argument(
                 "--max_tokens_per_pack", type=_positive, help="default: 16384 on a GPU, else 2048"
             )
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument(
                 "--profile",
                 action="store_true",
-                help="instead: trace the engine's steps, and say on one page where the time goes",
+                help="instead: trace the engine's steps, and break down their time on one page",
             )
     cases.add_parser("all", parents=[shared], help="every case in turn")
     return parser
@@ -104,7 +104,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, and torch finds no CUDA GPU")
+        raise ValueError("device: expected a CUDA GPU for cuda, torch finds none")
     return name
 
 
@@ -125,8 +125,8 @@ def _run(case: str, options: dict, out: Path | None) -> int:
     stem = "-".join([case, *(names or [shown["preset"]]), device])
     figures: dict = {}
 
-    def save(found: dict) -> None:
-        figures.update(found)
+    def save(new: dict) -> None:
+        figures.update(new)
         if out is not None:
             write_json(out / f"{stem}.json", figures | about)
 
@@ -137,7 +137,7 @@ def _run(case: str, options: dict, out: Path | None) -> int:
             module.plot(figures, out / f"{stem}.png")
     except Exception as error:
         if not figures and isinstance(error, ValueError | OSError):
-            raise  # a user's mistake
+            raise  # invalid options
         print(f"error: {case}: {describe(error)}", file=sys.stderr)
         return 1
     return 0

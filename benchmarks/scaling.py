@@ -1,8 +1,8 @@
-"""How time and memory of one loss and gradient grow with the number of responses, the vocabulary,
-the lengths, and how well the model already ranks; and the slopes, by least squares.
+"""Growth of time and memory of one loss and gradient with the number of responses, the vocabulary,
+the lengths, and the quality of the model's ranking; and the slopes, by least squares.
 
 Every point is measured alone (`benchmarks.points`). Bytes are those beyond weights and gradients.
-Points that would take a baseline too long are left out.
+Points too slow for a baseline are left out.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from benchmarks.results import Save, no_save, recorded
 from benchmarks.workloads import SHAPES as MODEL_SHAPES
 from benchmarks.workloads import Lengths
 
-# What one step along each axis adds. Correlation is fitted over what it decides: the share of
-# tokens that have a gradient.
+# The unit of each axis. Correlation is fitted over the quantity it controls: the share of tokens
+# with a gradient.
 UNITS = {
     "k": "response",
     "vocab_size": "vocabulary entry",
@@ -24,7 +24,7 @@ UNITS = {
     "response": "response token",
     "correlation": "of the tokens with a gradient",
 }
-# Tokens that a baseline may encode at a point.
+# Most tokens that a baseline may encode per point.
 AFFORDABLE = {"cpu": 16_384, "cuda": 131_072}
 
 
@@ -34,12 +34,12 @@ class Sweep:
 
     axis: str
     values: tuple
-    lengths: Lengths  # of which the axis may replace one
+    lengths: Lengths  # the axis may replace one of these
     ways: tuple[str, ...] = (ENGINE, REPEATED, RELEASED)
     num_queries: int = 1
 
     def points(self, way: str, shape: str, device: str, rounds: int) -> dict[float, Point]:
-        """By value, those that are affordable."""
+        """The affordable points, by value."""
         base = Point(
             way, shape, self.lengths, device, num_queries=self.num_queries, rounds=rounds,
             max_tokens=8192,
@@ -56,7 +56,7 @@ class Sweep:
 
 
 SHORT = Lengths(64, 32, 4)
-# Rewards that the model's ranks explain fully at 1.
+# At 1 the model's ranks explain the rewards fully.
 RANKED = {"ways": (ENGINE, ACTIVE), "num_queries": 8}
 SMOKE = (
     Sweep("k", (2, 12), Lengths(32, 16, 0)),
@@ -75,7 +75,7 @@ PAPER = (
     Sweep("correlation", (0.0, 0.5, 0.8, 0.95, 1.0), Lengths(128, 64, 6), **RANKED),
 )
 PRESETS = {"smoke": SMOKE, "paper": PAPER, "full": PAPER}
-# Model shapes without a GPU; with one, always the last.
+# Model shapes without a GPU; with a GPU, always the last.
 SHAPES = {"smoke": "tiny", "paper": "tiny", "full": "SmolLM2-135M"}
 
 
@@ -100,10 +100,10 @@ def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
                     measured[way][value] |= measure(points[way][value])
     kept = ("seconds", "extra_bytes", "tokens", "active_fraction", "problem")
     series = {}
-    for way, found in measured.items():
+    for way, by_value in measured.items():
         rows = [
             {"value": value} | {key: one[key] for key in kept if key in one}
-            for value, one in found.items()
+            for value, one in by_value.items()
         ]
         if sweep.axis == "correlation":
             for row in rows:
@@ -118,7 +118,7 @@ def _sweep(sweep: Sweep, shape: str, device: str, rounds: int) -> dict:
 
 
 def _slopes(rows: list[dict], axis: str) -> dict | None:
-    """Seconds and bytes a unit of the axis; None where fewer than two points were affordable."""
+    """Seconds and bytes per unit of the axis; None with fewer than two affordable points."""
     key = "active_fraction" if axis == "correlation" else "value"
     rows = [row for row in rows if "seconds" in row and row[key] is not None]
     if len({row[key] for row in rows}) < 2:
@@ -131,7 +131,7 @@ def _slopes(rows: list[dict], axis: str) -> dict | None:
 
 
 def table(figures: dict) -> str:
-    """Milliseconds and MiB of every point, and under each sweep what one more unit costs."""
+    """Milliseconds and MiB of every point, and below each sweep the cost of one more unit."""
     lines = [f"{figures['model']}, one loss and gradient: ms / MiB beyond weights and gradients"]
     for sweep in figures["sweeps"]:
         series, axis = sweep["series"], sweep["axis"]
@@ -179,11 +179,11 @@ def _meaning(slopes: dict, axis: str) -> str:
         ms, mib = slopes["seconds"] * 10, slopes["extra_bytes"] / 2**20 / 100
         return f"{ms:.2f} ms and {mib:.2f} MiB for 1% {UNITS[axis]}"
     microseconds, kib = slopes["seconds"] * 1e6, slopes["extra_bytes"] / 2**10
-    return f"{microseconds:,.1f} µs and {kib:,.1f} KiB a {UNITS[axis]}"
+    return f"{microseconds:,.1f} µs and {kib:,.1f} KiB per {UNITS[axis]}"
 
 
 def plot(figures: dict, path: Path) -> None:
-    """A column a sweep: milliseconds above, MiB below, with the fitted lines."""
+    """One column per sweep: milliseconds above, MiB below, with the fitted lines."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Loss and gradient of whole queries: the engine, each of its levers off in turn, and the methods
-that others use, interleaved. Optimizer steps are left out of all.
+"""Loss and gradient of whole queries: the engine, each of its levers off in turn, and other
+methods, interleaved. Optimizer steps are excluded.
 
-Every contender's loss and gradient of two queries are compared with float64. What is too far away
-is timed all the same, and its result says so; what fails is left out, and says why.
+Every contender's loss and gradient of two queries are compared with float64. A contender that is
+too far off is timed anyway and marked; one that fails is left out, with the reason.
 """
 
 import copy
@@ -34,6 +34,7 @@ from benchmarks.workloads import (
     draw,
     draw_tries,
     fill,
+    planner_for,
     real,
     unpacked_tokens,
 )
@@ -49,7 +50,7 @@ from rrhf_fast.train.backward import backward_active, is_worthwhile
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
 
-# Largest relative error of the loss, and of the whole gradient in the norm, against float64.
+# Largest relative error of the loss, and (norm) of the whole gradient, against float64.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LENGTHS = {
     "paper": PAPER,
@@ -57,7 +58,7 @@ LENGTHS = {
     "long prompts": LONG_PROMPTS,
     "long responses": LONG_RESPONSES,
 }
-# Model shapes and workloads of each preset, without and with a GPU.
+# Model shapes and workloads per preset, without and with a GPU.
 PRESETS = {
     "smoke": (["tiny"], ["paper", "long prompts"]),
     "paper": (["SmolLM2-135M"], ["paper", "prompt as long as responses"]),
@@ -71,18 +72,18 @@ GPU_PRESETS = {
         [*LENGTHS, "beam search"],
     ),
 }
-NUM_QUERIES = 4  # without a GPU, and of real rows
+NUM_QUERIES = 4  # without a GPU, and for real rows
 
 
 @dataclass
 class Contender:
     """A way to compute loss and gradient of the same queries."""
 
-    lm: PreTrainedModel  # whose gradients add up
-    tokens: int  # that the decoder encodes
-    run: Callable[[], float]  # the mean loss; gradients are added up in `lm`
-    # Operations of the products with weights and of attention that the tokens need, padding not
-    # counted; None where only a part of the tokens has a backward.
+    lm: PreTrainedModel  # accumulates gradients
+    tokens: int  # encoded by the decoder
+    run: Callable[[], float]  # returns the mean loss; gradients accumulate in `lm`
+    # Operations of products with weights and of attention, without padding; None if only some of
+    # the tokens have a backward.
     flops: float | None = None
 
 
@@ -104,12 +105,12 @@ def run(
     """Time all contenders on the preset's shapes, or on a real model and real rows.
 
     Args:
-        max_tokens_per_pack: default `PACK_TOKENS` of the device.
-        num_queries: default: what fills four packs on a GPU, else 4.
+        max_tokens_per_pack: default: `PACK_TOKENS` of the device.
+        num_queries: default: enough for four packs on a GPU, else 4.
         shapes, workloads: names, instead of the preset's.
-        rounds: of timing; 0 checks only.
+        rounds: of timing; 0 only checks.
         only: names of contenders, instead of all.
-        engine_options: of `RRHFModel`, in the place of the engine's own.
+        engine_options: for `RRHFModel`, instead of the engine's own.
 
     Raises:
         ValueError: rows without a model, or rows or model that cannot be read.
@@ -155,9 +156,9 @@ def _measure(
     peak: float,
     save: Callable[[], None],
 ) -> None:
-    """Check every contender, then time those that work; `case` grows meanwhile."""
+    """Check every contender, then time those that work; results are added to `case`."""
     dtype, results = compute_dtype(lm.device.type), case["contenders"]
-    # The released code divides by the padded width, so all do here.
+    # The released code divides by the padded width, so all contenders do here.
     options = {"max_length": 4096, "compute_dtype": dtype}
     plain = copy.deepcopy(lm)
     padded = RRHFModel(plain, LossConfig(compat="official"), packing="none", **options)
@@ -173,9 +174,7 @@ def _measure(
     }
     save()
 
-    planner = PackPlanner(
-        queries, packing="forest", max_tokens_per_pack=max_tokens, **_pack_options(engine)
-    )
+    planner = planner_for(engine, queries, max_tokens)
     active = _active_fraction(engine, planner.packs(range(len(queries))))
     case["active_fraction"] = active
     takes_active = is_worthwhile(TrainConfig(), active)
@@ -207,17 +206,21 @@ def _measure(
     runs = {name: way.run for name, way in ways.items()}
     seconds = interleaved(runs, rounds, before=forget, results=results)
     for name, times in seconds.items():
-        way, results[name]["seconds"] = ways[name], times
-        results[name] |= {
-            "tokens": way.tokens,
-            "queries_per_second": len(queries) / median(times),
-            "tokens_per_second": way.tokens / median(times),
-            "mfu": None if way.flops is None else way.flops / median(times) / peak,
-        }
+        results[name] |= _speeds(ways[name], times, len(queries), peak)
         if RELEASED in seconds:
             results[name]["times_released"] = ratio(seconds[RELEASED], times)
     if {REPEATED, ENGINE} <= seconds.keys():
         case["over_repeated"] = ratio(seconds[REPEATED], seconds[ENGINE])
+
+
+def _speeds(way: Contender, times: list[float], num_queries: int, peak: float) -> dict:
+    return {
+        "seconds": times,
+        "tokens": way.tokens,
+        "queries_per_second": num_queries / median(times),
+        "tokens_per_second": way.tokens / median(times),
+        "mfu": None if way.flops is None else way.flops / median(times) / peak,
+    }
 
 
 def contenders(
@@ -228,15 +231,14 @@ def contenders(
     takes_active: bool,
     active_fraction: float = 1.0,
 ) -> dict[str, Contender]:
-    """Every way, by name. `padded` is the same model on the padded layout; `takes_active` is what
-    the trainer would choose by default for this fraction of tokens with a gradient."""
+    """All contenders, by name. `padded` is the same model on the padded layout; `takes_active` is
+    the trainer's default choice for this fraction of tokens with a gradient."""
     device = engine.device
 
     def packs(model: RRHFModel, packing: str, max_tokens: int) -> list[tuple]:
         options = {} if packing == "none" else _pack_options(model)
         planner = PackPlanner(queries, packing=packing, max_tokens_per_pack=max_tokens, **options)
-        found = planner.packs(range(len(queries)))
-        return [(pack.to(device), pack.num_queries) for pack in found]
+        return [(p.to(device), p.num_queries) for p in planner.packs(range(len(queries)))]
 
     def released(query: TokenisedQuery) -> torch.Tensor:
         with padded.autocast():
@@ -264,23 +266,23 @@ def contenders(
     active = partial(_active, engine, trees, len(queries), max_tokens)
     whole = way(engine, forest, trees, tokens)
     by_active = Contender(engine.lm, tokens, active)
-    found = {
+    ways = {
         RELEASED: way(padded, released, [(query, 1) for query in queries], padded_count),
         PADDED: way(padded, rows, packs(padded, "none", max_tokens), padded_count),
         REPEATED: way(engine, forest, repeated, repeated_count),
     }
     if takes_active:
-        found |= {ENGINE: by_active, "without the active set": whole}
+        ways |= {ENGINE: by_active, "without the active set": whole}
     else:
-        found |= {ENGINE: whole, "active set all the same": by_active}
-    found["one query a pack"] = way(engine, forest, packs(engine, "forest", 1), tokens)
+        ways |= {ENGINE: whole, "active set all the same": by_active}
+    ways["one query a pack"] = way(engine, forest, packs(engine, "forest", 1), tokens)
     for name, head in HEADS.items():
-        found[name] = way(engine, partial(head, engine), trees, tokens)
-    return found
+        ways[name] = way(engine, partial(head, engine), trees, tokens)
+    return ways
 
 
 def _add_up(loss: Callable, parts: list[tuple]) -> float:
-    """Forward and backward of each of `parts`: what `loss` takes, and its number of queries."""
+    """Forward and backward of each of `parts`: an argument of `loss`, and its number of queries."""
     num_queries, total = sum(count for _, count in parts), 0.0
     for part, count in parts:
         mean = loss(part) * (count / num_queries)
@@ -311,7 +313,7 @@ def _pack_options(model: RRHFModel) -> dict:
 
 
 def _repeated(engine: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: int) -> list[tuple]:
-    """Queries in order into packs of at most max_tokens, their prompts repeated."""
+    """Pack queries in order, at most max_tokens per pack, with repeated prompts."""
     packs, members, size = [], [], 0
     for i, query in enumerate([*queries, None]):
         own = 0 if query is None else unpacked_tokens([query])
@@ -325,7 +327,7 @@ def _repeated(engine: RRHFModel, queries: Sequence[TokenisedQuery], max_tokens: 
 
 
 def table(figures: dict) -> str:
-    """Tokens, queries/s and the ratio to the released method of every contender."""
+    """Every contender's tokens, queries/s and ratio to the released method."""
     parts = []
     header = ["tokens", "queries/s", "tokens/s", "MFU", "times released", ""]
     for case in figures["cases"]:

@@ -1,15 +1,15 @@
-"""Figures as aligned text, for the terminal."""
+"""Format figures as aligned text for the terminal."""
 
 from collections.abc import Mapping, Sequence
 
 
 def cell(result: Mapping, name: str, spec: str) -> str:
-    """A figure, or the beginning of what kept it from being measured."""
+    """A figure, or the beginning of the problem that prevented its measurement."""
     return format(result[name], spec) if name in result else result["problem"][:40]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right."""
+    """Align the first column left, all others right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

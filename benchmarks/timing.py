@@ -1,4 +1,4 @@
-"""Time and peak memory, the same way for every case."""
+"""Measure time and peak memory in one way for all cases."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from benchmarks.results import recorded
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock time of one call; waits for the GPU before and after, if there is one."""
+    """Wall-clock time of one call; waits for the GPU, if any, before and after."""
     _wait()
     start = time.perf_counter()
     function()
@@ -20,8 +20,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def device_seconds(function: Callable[[], object], repeats: int = 20) -> float:
-    """Median over calls in a row, after three that warm up. On CUDA between events, so that what
-    the host does meanwhile does not count."""
+    """Median over consecutive calls, after three to warm up. On CUDA between events, so that time
+    on the host does not count."""
     for _ in range(3):
         function()
     if not torch.cuda.is_available():
@@ -42,10 +42,10 @@ def interleaved(
     before: Callable[[], object] = lambda: None,
     results: dict[str, dict] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each way, one call a round, so that what slows the machine for a while slows
-    neighbours alike. `before` runs before every call and is not timed. With `results`, a way that
-    fails is left out from then on, and results[name]["problem"] says why; without, it raises."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Seconds of each way, one call per round, so that temporary slowdowns of the machine affect
+    all alike. `before` runs before every call and is not timed. With `results`, a way that fails is
+    dropped from then on, and results[name]["problem"] says why; without, it raises."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
 
     def call(name: str) -> float | None:
         before()
@@ -53,19 +53,19 @@ def interleaved(
             return seconds(ways[name])
         with recorded(results[name]):
             return seconds(ways[name])
-        del found[name]
+        del times[name]
         return None
 
     if torch.cuda.is_available():
-        # Compilers and autotuning meet these sizes for the first time.
+        # Compilers and autotuning see these sizes for the first time.
         for name in ways:
             call(name)
     for _ in range(rounds):
-        for name in list(found):
+        for name in list(times):
             taken = call(name)
             if taken is not None:
-                found[name].append(taken)
-    return found
+                times[name].append(taken)
+    return times
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
@@ -75,7 +75,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
 
 
 def peak_extra_mb(function: Callable[[], object]) -> float:
-    """MiB that a call on CUDA needs on top of what is allocated."""
+    """Peak MiB that a call on CUDA needs beyond what is already allocated."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()

@@ -1,5 +1,5 @@
-"""What is trained on: queries in tokens, of given lengths or from real rows; and models of given
-shapes, whose weights are random because the time does not depend on them."""
+"""Workloads: queries in tokens, of given lengths or from real rows; and models of given shapes,
+with random weights, since time does not depend on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.padded import padded_tokens
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.model.rrhf import RRHFModel
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Queries of one length: tokens of the prompt and of each of k responses."""
+    """Queries of equal length: tokens of the prompt and of each of k responses."""
 
     prompt: int
     response: int
@@ -24,7 +26,7 @@ class Lengths:
 
     @property
     def tokens(self) -> int:
-        """That a query takes in a pack; the last one of a response is never an input."""
+        """Tokens of a query in a pack; the last token of a response is never an input."""
         return self.prompt + self.k * (self.response - 1)
 
     def __str__(self) -> str:
@@ -37,18 +39,17 @@ LONG_PROMPTS = Lengths(1024, 128, 8)
 LONG_RESPONSES = Lengths(128, 1024, 4)
 
 
-# Tokens of a pack, by default. A GPU needs more for a pack's fixed 10 ms or so not to count.
+# Default tokens per pack. A GPU needs large packs to amortise their fixed cost of about 10 ms.
 PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 
 def fill(lengths: Lengths, max_tokens: int, packs: int = 4) -> int:
-    """How many queries fill so many packs, their prompts shared."""
+    """How many queries with shared prompts fill `packs` packs."""
     return -(-packs * max_tokens // lengths.tokens)
 
 
 def draw(lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0) -> list[TokenisedQuery]:
-    """`count` queries of random tokens and rewards; their responses share nothing but the
-    prompt."""
+    """`count` queries of random tokens and rewards; their responses share only the prompt."""
     rng = np.random.default_rng(seed)
 
     def tokens(length: int) -> np.ndarray:
@@ -67,8 +68,8 @@ def draw(lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0) -> lis
 def draw_tries(
     lengths: Lengths, count: int, vocab_size: int, *, seed: int = 0
 ) -> list[TokenisedQuery]:
-    """As `draw`, but each response follows an earlier one up to a random place, as those of beam
-    search do."""
+    """As `draw`, but each response shares a random prefix with an earlier one, as in beam
+    search."""
     rng = np.random.default_rng(seed)
     queries = draw(lengths, count, vocab_size, seed=seed)
     for query in queries:
@@ -79,8 +80,8 @@ def draw_tries(
 
 
 def real(data: str, tokenizer_of: str, count: int) -> list[TokenisedQuery]:
-    """`count` queries of a file of rows, evenly spaced by size so that few have the lengths of
-    all, in the tokens of this model."""
+    """`count` queries from a file of rows in the tokens of this model, evenly spaced by size, so
+    that their lengths represent the file's."""
     rows, report = load_rows(data, on_bad_rows="skip")
     tokenizer = load_tokenizer(tokenizer_of)
     queries, _ = tokenise_rows(rows, tokenizer, report, max_length=2048, on_bad_rows="skip")
@@ -106,8 +107,8 @@ SHAPES = {
 def build_model(
     shape: str, *, device: str, vocab_size: int | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """A model of this shape, or this with another vocabulary, with random float32 weights, in eval
-    mode, as `load_model` gives it."""
+    """A model of this shape, optionally with another vocabulary, with random float32 weights, in
+    eval mode like those of `load_model`."""
     hidden, layers, heads, kv_heads, feed_forward, own_vocab_size, tied = SHAPES[shape]
     family = Qwen2Config if shape.startswith("Qwen2") else LlamaConfig
     config = family(
@@ -126,7 +127,18 @@ def build_model(
 
 
 def unpacked_tokens(queries: Sequence[TokenisedQuery]) -> int:
-    """Tokens that are encoded where every response carries its prompt, without padding."""
+    """Tokens encoded if every response carries its prompt, without padding."""
     return sum(
         len(query.prompt_ids) + len(ids) - 1 for query in queries for ids in query.response_ids
+    )
+
+
+def planner_for(model: RRHFModel, queries: Sequence[TokenisedQuery], tokens: int) -> PackPlanner:
+    """The trainer's planner for a forest model, with packs of at most `tokens` tokens."""
+    return PackPlanner(
+        queries,
+        packing="forest",
+        max_tokens_per_pack=tokens,
+        pad_to_multiple_of=model.pad_to_multiple_of,
+        plan=model.plan,
     )

@@ -4,10 +4,10 @@
     m = beta1 m + (1 - beta1) g             v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-A float32 parameter and its gradient take 20 bytes of traffic per element: 12 read, 8 written. The
-moments are stored rounded up or down at random, in proportion to what is nearer, with the Philox
-generator (Salmon et al. 2011): the random bits are a function of (seed, step, index of the tensor,
-place in the tensor), so there is no state to keep.
+A float32 parameter and its gradient take 20 bytes of traffic per element: 12 read, 8 written.
+Moments are stored with stochastic rounding, using the Philox generator (Salmon et al. 2011): the
+random bits depend only on (seed, step, index of the tensor, position in the tensor), so there is no
+state to keep.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 
 # A Philox call yields 4 x 32 random bits and an element needs 2 x 16, so a program updates four
 # blocks of this size. Each of its 128 threads accesses 4 elements at once, 16 bytes of float32;
-# twice as many would take two accesses and three times the registers.
+# 8 would take two accesses and three times the registers.
 BLOCK = 512
 NUM_WARPS = 4
 
@@ -24,8 +24,8 @@ NUM_WARPS = 4
 @triton.jit
 def _round_at_random(x, noise):
     """float32 -> bfloat16, given 16 random bits as int32."""
-    # bfloat16 is the upper half of a float32's bits. Noise below it carries over into it as often
-    # as the lower half is large. Clearing the lower half leaves nothing for the cast to round.
+    # bfloat16 is the upper half of a float32's bits. Noise added to the lower half carries with a
+    # probability proportional to it. Clearing the lower half leaves nothing for the cast to round.
     bits = (x.to(tl.int32, bitcast=True) + noise) & -65536
     return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
@@ -47,8 +47,8 @@ def _update_block(
     tl.store(exp_avg_sq + place, _round_at_random(v, (noise >> 16).to(tl.int32)), mask=mask)
 
 
-# Sizes and counts must not be compiled in: each new value would be a new kernel, and so would each
-# new type, had the scalars none of their own.
+# Sizes and counts must not be compiled in: each new value would be a new kernel, and without type
+# annotations so would each new type.
 @triton.jit(do_not_specialize=["num_elements", "seed", "step", "index"])
 def update_kernel(
     parameter, gradient, exp_avg, exp_avg_sq, grad_scale,
@@ -63,8 +63,8 @@ def update_kernel(
     noise = tl.philox(seed, lanes, zeros + program, zeros + index, zeros + step)
     inverse_scale = 1.0 / tl.load(grad_scale)
     first = program.to(tl.int64) * (4 * BLOCK)
-    # Without a mask where all is inside: a mask that is not known to end at a multiple of 16
-    # bytes would make every access a single element's.
+    # No mask for full blocks: a mask not known to end at a multiple of 16 bytes would reduce every
+    # access to one element.
     if first + 4 * BLOCK <= num_elements:
         for i in tl.static_range(4):
             _update_block(
@@ -97,11 +97,11 @@ def update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update parameter and moments (bfloat16) in place; all contiguous and of one shape.
+    """Update parameter and moments (bfloat16) in place; all contiguous and of equal shape.
 
-    Parameter and gradient are float32, bfloat16 or float16. `grad_scale` is a float32 scalar on
-    the device that the gradient is divided by, `step` counts from 1, and `index` (of the tensor)
-    and `seed` (64 bits) choose the random numbers with it.
+    Parameter and gradient are float32, bfloat16 or float16. The gradient is divided by
+    `grad_scale`, a float32 scalar on the device. `step` (from 1), `index` (of the tensor) and
+    `seed` (64 bits) select the random numbers.
     """
     tensors = (parameter, gradient, exp_avg, exp_avg_sq)
     assert all(t.is_contiguous() and t.shape == parameter.shape for t in tensors)
@@ -109,7 +109,7 @@ def update(
     if parameter.numel() == 0:
         return
     if grad_scale is None:
-        # Not a second variant of the kernel, which would be compiled in mid-run.
+        # A None argument would be a second variant of the kernel, compiled in mid-run.
         grad_scale = parameter.new_ones((), dtype=torch.float32)
     beta1, beta2 = betas
     update_kernel[(triton.cdiv(parameter.numel(), 4 * BLOCK),)](

@@ -1,17 +1,16 @@
-"""What Inductor generates for FlexAttention on a GPU, generated on a machine that has none.
+"""Generate Inductor's GPU kernels for FlexAttention on a machine without a GPU.
 
     with pretend(90, run) as kernels:
         attend = torch.compile(flex_attention, dynamic=True, backend=lower)
         out = attend(query, key, value, ...)  # CPU tensors, with gradients
 
-AOTAutograd traces forward and backward on CPU tensors, as it does anywhere. `lower` then moves both
-graphs to a CUDA device that exists by name only, and Inductor lowers them for it: the templates,
-tiles and index arithmetic are those that the GPU would run. The wrapper code around the kernels
-runs on CPU tensors. `run` stands for a kernel's launch: Triton's interpreter in tests, nothing
-where only the sources matter.
+AOTAutograd traces forward and backward on CPU tensors, as usual. `lower` then moves both graphs to
+a nominal CUDA device, for which Inductor lowers them: templates, tiles and index arithmetic are
+those that the GPU would run. The wrapper code around the kernels runs on CPU tensors. `run`
+replaces kernel launches: Triton's interpreter in tests, nothing where only sources matter.
 
 Works with CPU and CUDA builds of torch 2.11 and 2.13. It patches private parts of PyTorch, inside
-the block only, and is for tests and `rrhf_fast.kernels.report`.
+the block only, for tests and `rrhf_fast.kernels.report`.
 """
 
 import linecache
@@ -35,12 +34,12 @@ from torch.utils import _triton
 from torch.utils._pytree import tree_map_only
 
 CUDA = torch.device("cuda", 0)
-# Bytes of shared memory that one program may have, by compute capability.
+# Bytes of shared memory available to one program, by compute capability.
 SHARED_LIMITS = {
     capability: kilobytes * 1024
     for capability, kilobytes in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
 }
-# Each takes a kernel's function and what Inductor knows of it; only the latter is wanted here.
+# Each takes a kernel's function and Inductor's metadata; only the latter is needed here.
 HEURISTICS = ("template", "pointwise", "reduction", "persistent_reduction")
 
 
@@ -51,21 +50,21 @@ class Kernel:
     name: str
     source: str  # a module that defines a function of this name
     function: Any  # that function, a triton.JITFunction
-    info: dict  # what Inductor handed to its heuristic: warps, stages, signature, ...
+    info: dict  # metadata passed to Inductor's heuristic: warps, stages, signature, ...
 
     @property
     def is_template(self) -> bool:
-        """Whether it is attention itself, not what goes on around it."""
+        """Whether it computes attention itself, rather than operations around it."""
         return "triton_tem" in self.name
 
 
-Run = Callable[..., None]  # (kernel, *arguments of its launch)
+Run = Callable[..., None]  # (kernel, *launch arguments)
 
 
 @contextmanager
 def pretend(capability: int, run: Run = lambda kernel, *arguments: None) -> Iterator[list[Kernel]]:
-    """Inside, Inductor believes in a GPU of this compute capability (90 for 9.0). Yields the list
-    that generated kernels are added to."""
+    """Inside, Inductor compiles for a GPU of this compute capability (90 for 9.0). Yields the list
+    to which generated kernels are added."""
     kernels: list[Kernel] = []
 
     def load(_, name: str, source: str, device_str: str = "cuda") -> SimpleNamespace:
@@ -79,7 +78,7 @@ def pretend(capability: int, run: Run = lambda kernel, *arguments: None) -> Iter
     flex_operator = sys.modules["torch._higher_order_ops.flex_attention"]
     guards = torch._C._dynamo.guards
     patches = [
-        # Which GPU there is.
+        # The GPU's properties.
         (torch.cuda, "get_device_capability", lambda *_: divmod(capability, 10)),
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (torch.cuda, "current_device", lambda: 0),
@@ -92,21 +91,21 @@ def pretend(capability: int, run: Run = lambda kernel, *arguments: None) -> Iter
         (interface.Worker, "current_device", staticmethod(lambda: 0)),
         (_triton, "triton_hash_with_backend", lambda: ""),
         (compile_fx, "_check_triton_bf16_support", lambda graph: None),
-        # What FlexAttention refuses on the CPU, where it is traced.
+        # Operations that FlexAttention rejects on the CPU, where it is traced.
         (flex, "_validate_device", lambda *_: None),
         (flex, "_apply_kernel_options", _with_logsumexp(flex._apply_kernel_options)),
         (flex_operator, "_permute_strides", _without_copy(flex_operator._permute_strides)),
-        # What the wrapper code around the kernels asks of the device.
+        # Device calls in the wrapper code around the kernels.
         (torch.cuda, "_DeviceGuard", lambda _: nullcontext()),
         (torch.cuda, "set_device", lambda _: None),
         (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
         (guards, "_empty_strided_cuda", guards._empty_strided_cpu),
-        # How kernels are loaded and launched.
+        # Loading and launching of kernels.
         (async_compile.AsyncCompile, "triton", load),
         (triton_helpers, "set_driver_to_gpu", lambda: None),
         *((triton_heuristics, name, _only_info) for name in HEURISTICS),
     ]
-    # What they once found out about the machine.
+    # Cached facts about the machine.
     caches = (_triton.has_triton, DeviceProperties.create.__func__)
     with ExitStack() as stack:
         for cache in caches:
@@ -122,13 +121,13 @@ def pretend(capability: int, run: Run = lambda kernel, *arguments: None) -> Iter
 
 
 def lower(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-    """A backend of torch.compile: Inductor, for tensors that it takes for CUDA's."""
+    """A backend for torch.compile: Inductor, with all tensors treated as CUDA tensors."""
     return compile_fx.compile_fx(graph, inputs, inner_compile=_lower_on_cuda)
 
 
 def _lower_on_cuda(graph: torch.fx.GraphModule, inputs: list, **options) -> Callable:
     tree_map_only(FakeTensor, _move, inputs)
-    for module in graph.modules():  # modifications of scores and masks are graphs of their own
+    for module in graph.modules():  # score and mask modifications are separate graphs
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             tree_map_only(FakeTensor, _move, list(node.meta.values()))
             node.args, node.kwargs = tree_map_only(
@@ -143,7 +142,7 @@ def _move(tensor: FakeTensor) -> FakeTensor:
 
 
 def _properties(capability: int) -> SimpleNamespace:
-    """An H100's but for what code generation depends on."""
+    """The properties of an H100, except those that code generation depends on."""
     shared = SHARED_LIMITS[capability]
     return SimpleNamespace(
         name="none", major=capability // 10, minor=capability % 10, multi_processor_count=132,
@@ -155,18 +154,19 @@ def _properties(capability: int) -> SimpleNamespace:
 
 
 def _with_logsumexp(apply_options: Callable) -> Callable:
-    """On CUDA the backward needs it; on the CPU FlexAttention expects no backward."""
+    """Request the log-sum-exp, which the backward needs on CUDA; FlexAttention expects no backward
+    on the CPU."""
 
     def apply(*arguments, **options):
-        found = apply_options(*arguments, **options)
-        found["OUTPUT_LOGSUMEXP"] |= torch.is_grad_enabled()
-        return found
+        kernel_options = apply_options(*arguments, **options)
+        kernel_options["OUTPUT_LOGSUMEXP"] |= torch.is_grad_enabled()
+        return kernel_options
 
     return apply
 
 
 def _without_copy(permute_strides: Callable) -> Callable:
-    """Copying a tensor without data asks for the device all the same."""
+    """Skip the copy of fake tensors, which would access the device."""
 
     def permute(out: torch.Tensor, strides: list) -> torch.Tensor:
         if not isinstance(out, FakeTensor):
@@ -182,10 +182,10 @@ def _only_info(*_, **info) -> Callable:
 
 
 def _load(name: str, source: str) -> Kernel:
-    # Triton asks inspect for the source, and inspect asks linecache.
+    # Triton gets the source from inspect, which reads linecache.
     file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = {"__name__": name, "__file__": file}
     exec(compile(source, file, "exec"), module)
-    found = module[name]
-    return Kernel(name, source, found.function, found.info)
+    kernel = module[name]
+    return Kernel(name, source, kernel.function, kernel.info)

@@ -3,9 +3,9 @@
     z[e, v] = head(states[e] . weight[v])    head: + bias, * logit_scale, softcap * tanh(./softcap)
     logp[e] = z[e, targets[e]] - log sum_v exp z[e, v]
 
-The forward computes tiles of z and keeps of each its rows' maxima, sums and targets; a small
-combine in fixed order makes log-probs of them. The backward recomputes tiles and writes
-d logp / d z of a slice of the vocabulary, which two matrix products turn into gradients.
+The forward computes tiles of z and keeps the maximum, sum and target of each row; a small reduction
+in fixed order turns them into log-probs. The backward recomputes tiles and writes d logp / d z for
+a slice of the vocabulary, which two matrix products turn into gradients.
 
 Shapes: states [E, H], weight [V, H], bias [V], targets [E]; T = tiles of the vocabulary.
 """
@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rrhf_fast.kernels.configs import Tile, choose
 
-# Nothing but memory traffic: rows of a cache line (64 elements of 2 bytes), many at a time.
+# This kernel is bound by memory traffic: rows of one cache line (64 elements of 2 bytes), many at
+# a time.
 EXPS_BLOCK_M, EXPS_BLOCK_N = 32, 64
 
 
@@ -30,7 +31,7 @@ def _head_tile(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of z in float32, -inf beyond the vocabulary. states and weight are descriptors with
-    TMA, pointers without."""
+    TMA, else pointers."""
     products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     tokens = first_token + tl.arange(0, BLOCK_N)
     inside = tokens < vocab_size
@@ -40,7 +41,7 @@ def _head_tile(
             b = weight.load([first_token, k])
             products = tl.dot(a, b.T, products, input_precision=PRECISION)
     else:
-        # Rows beyond the end read some other row, which costs less than a mask.
+        # Rows beyond the end wrap around, which costs less than a mask.
         edges = (first_edge + tl.arange(0, BLOCK_M)) % num_edges
         columns = tl.arange(0, BLOCK_K)
         a_place = states + edges.to(tl.int64)[:, None] * hidden_size + columns[None, :]
@@ -55,14 +56,14 @@ def _head_tile(
         products += tl.load(bias + tokens, mask=inside, other=0.0).to(tl.float32)[None, :]
     z = products * logit_scale
     if HAS_SOFTCAP:
-        # tanh through exp, which every backend has; it saturates without overflow.
+        # tanh by exp, which every backend supports; it saturates without overflow.
         z = softcap - 2 * softcap / (tl.exp(z * (2 / softcap)) + 1)
     return tl.where(inside[None, :], z, float("-inf")), tokens
 
 
 @triton.jit
 def _tile_of(program, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tiles in an order in which GROUP_M tiles of edges follow each other on one tile of tokens."""
+    """Order tiles so that GROUP_M consecutive tiles of edges use the same tile of tokens."""
     group = program // (GROUP_M * num_n)
     first = group * GROUP_M
     height = tl.minimum(num_m - first, GROUP_M)
@@ -72,27 +73,27 @@ def _tile_of(program, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right, because one needs fewer registers, and less shared memory on its way out."""
+    """Left and right half: one at a time needs fewer registers, and less shared memory to store."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _store_target(target_logits, z, tokens, edges, target, exists, first_token, BLOCK_N):
     at_target = tokens[None, :] == target[:, None]
-    # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be nan.
+    # max, not sum: a logit may be -inf (a padded vocabulary's bias), and -inf * 0 would be NaN.
     target_logit = tl.max(tl.where(at_target, z, float("-inf")), 1)
     here = (target >= first_token) & (target < first_token + BLOCK_N)
     tl.store(target_logits + edges, target_logit, mask=exists & here)
 
 
-# Counts differ from pack to pack, and tensors are slices of a pack's: nothing may be compiled anew
-# for what they are divisible by.
+# Counts differ from pack to pack, and tensors are slices of a pack's: their divisibility must not
+# trigger a new compilation.
 COUNTS = ["num_edges", "num_active"]
 SLICES = ["targets", "lse", "grad", "active", "logps", "tops", "sums", "target_logits"]
 
 
 def _jit(kernel):
-    """triton.jit, compiled once per head and device, whatever the pack."""
+    """triton.jit, compiled once per head and device, not per pack."""
     names = inspect.signature(kernel).parameters
     return triton.jit(
         do_not_specialize=[name for name in COUNTS if name in names],
@@ -109,8 +110,8 @@ def forward_kernel(
     KEEPS: tl.constexpr,
 ):  # fmt: skip
     """tops, sums [T, E]: maximum of each tile's row and sum of exp(z - maximum); target_logits [E]
-    is written by the one tile that holds the target; exps [E, width]: exp(z - maximum) and, beyond
-    the vocabulary, 0, if it KEEPS them."""
+    is written by the one tile that holds the target; with KEEPS, exps [E, width]: exp(z - maximum),
+    and 0 beyond the vocabulary."""
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(vocab_size, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
     z, tokens = _head_tile(
@@ -123,11 +124,11 @@ def forward_kernel(
     top = tl.max(z, 1)
     place = n.to(tl.int64) * num_edges + edges
     tl.store(tops + place, top, mask=exists)
-    # A bias may be -inf, and a row of nothing else sums to 0.
+    # A bias may be -inf: a row of -inf alone sums to 0.
     shift = tl.where(top == float("-inf"), 0.0, top)
-    found = (target_logits, z, tokens, edges, target, exists, n * BLOCK_N, BLOCK_N)
+    target_args = (target_logits, z, tokens, edges, target, exists, n * BLOCK_N, BLOCK_N)
     if KEEPS:
-        _store_target(*found)  # first here and last below, or Hopper spills
+        _store_target(*target_args)  # first here and last below, or Hopper spills
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         halves = _halves(z, BLOCK_M, BLOCK_N)
         for i in tl.static_range(2):
@@ -138,7 +139,7 @@ def forward_kernel(
         tl.store(sums + place, total, mask=exists)
     else:
         tl.store(sums + place, tl.sum(tl.exp(z - shift[:, None]), 1), mask=exists)
-        _store_target(*found)
+        _store_target(*target_args)
 
 
 @_jit
@@ -149,7 +150,7 @@ def dlogits_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dlogits [E, width] = grad * d logp / d(states . weight), for tokens first_token ... + width;
+    """dlogits [E, width] = grad * d logp / d(states . weight), for `width` tokens from first_token;
     bias_sums [tiles of edges, width] are its column sums before rounding."""
     num_m, num_n = tl.cdiv(num_edges, BLOCK_M), tl.cdiv(width, BLOCK_N)
     m, n = _tile_of(tl.program_id(0), num_m, num_n, GROUP_M)
@@ -188,9 +189,9 @@ def dlogits_of_exps_kernel(
 ):  # fmt: skip
     """Row i of exps [E, width] becomes grad * d logp / d(states . weight) of edge active[i];
     bias_sums [V] are the column sums before rounding. A program owns BLOCK_N columns and walks down
-    the rows: edges rise, so it never overwrites what it has still to read."""
+    the rows: edges ascend, so it never overwrites a row it has yet to read."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Up to `width`, a multiple of 16, so that accesses are 16 bytes wide for odd vocabularies, too.
+    # Up to `width`, a multiple of 16, so that accesses are 16 bytes wide even for odd vocabularies.
     inside = (column < width)[None, :]
     tile = (tl.program_id(0) * BLOCK_N // TILE_N).to(tl.int64)
     column_sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -207,15 +208,15 @@ def dlogits_of_exps_kernel(
         e = e.to(tl.float32)
         tl.debug_barrier()  # another thread may store where this one loads
         at_target = column[None, :] == target[:, None]
-        # Rounding cost e its last digits, but not where 1 - p would consist of them: a likely
-        # target is the maximum of its tile, and its e is exactly 1.
+        # e was rounded, but 1 - p does not cancel to its rounding error: a likely target is the
+        # maximum of its tile, where e is exactly 1.
         p = e * tl.exp(top - log_total)[:, None]
         d = (tl.where(at_target, 1.0, 0.0) - p) * upstream[:, None]
         if HAS_SOFTCAP:
-            # What underflowed has no gradient, but its logarithm would be infinite. The bound is
-            # a normal float32: Triton takes anything smaller for a float64.
+            # Underflowed values have no gradient, but their logarithm would be infinite. The bound
+            # is a normal float32: Triton treats smaller literals as float64.
             z = tl.where(e > 0, tl.log(tl.maximum(e, 1.2e-38)) + top[:, None], 0.0)
-            # The target has one, however small its e.
+            # The target has a gradient, however small its e.
             logp = tl.load(logps + edge, mask=exists, other=0.0)
             z = tl.where(at_target, (logp + log_total)[:, None], z)
             ratio = z * (1 / softcap)
@@ -243,14 +244,14 @@ def forward(
 
     states and weight share a dtype and are contiguous, with rows of a multiple of 16 bytes. `exps`
     [E, width] of that dtype, if given, is filled with exp(z - maximum), and with 0 beyond the
-    vocabulary; `exps_width` says how wide it is.
+    vocabulary; `exps_width` gives the width.
     """
     num_edges, vocab_size = len(states), len(weight)
     tile = tile or forward_tile(states, keeps=exps is not None)
     num_tiles = triton.cdiv(vocab_size, tile.block_n)
     tops = torch.empty(num_tiles, num_edges, dtype=torch.float32, device=states.device)
     sums = torch.empty_like(tops)
-    target_logits = torch.full_like(tops[0], float("nan"))  # stays where a target is no token
+    target_logits = torch.full_like(tops[0], float("nan"))  # remains if a target is not a token
     grid = (triton.cdiv(num_edges, tile.block_m) * num_tiles,)
     forward_kernel[grid](
         *_operands(states, weight, bias, targets, tile), tops, sums, target_logits,
@@ -279,7 +280,7 @@ def dlogits(
 ) -> None:
     """Fill out [E, width] (the states' dtype) and, for a bias, bias_sums [cdiv(E, block_m), width].
 
-    Columns beyond the vocabulary become 0. `width` is a multiple of 16 bytes.
+    Columns beyond the vocabulary become 0. A row of `out` is a multiple of 16 bytes.
     """
     (num_edges, width), tile = out.shape, tile or dlogits_tile(states)
     grid = (triton.cdiv(num_edges, tile.block_m) * triton.cdiv(width, tile.block_n),)
@@ -304,8 +305,8 @@ def dlogits_of_exps(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """Turn what `forward` put into exps [E, width] into the gradient of the logits of edges active
-    [A] (rising), in the first A rows, 0 beyond the vocabulary; fill bias_sums [V] for a bias."""
+    """Turn exps [E, width] of `forward` into the logits' gradient for edges active [A] (ascending),
+    in the first A rows, 0 beyond the vocabulary; fill bias_sums [V] for a bias."""
     num_edges, width = exps.shape
     assert exps.is_contiguous() and width == exps_width(vocab_size)
     dlogits_of_exps_kernel[(triton.cdiv(width, EXPS_BLOCK_N),)](
@@ -317,13 +318,12 @@ def dlogits_of_exps(
 
 
 def exps_width(vocab_size: int) -> int:
-    """Columns of `exps`: Triton's accesses are 16 bytes wide where sizes are multiples of 16."""
+    """Columns of `exps`, a multiple of 16 so that Triton's accesses are 16 bytes wide."""
     return -(-vocab_size // 16) * 16
 
 
 def forward_tile(states: torch.Tensor, *, keeps: bool) -> Tile:
-    """The forward's tile for these states; where it keeps exponentials, it ends like the
-    backward."""
+    """The forward's tile for these states; if it keeps exponentials, the backward's."""
     return choose("dlogits" if keeps else "forward", capability(states), states.itemsize)
 
 
@@ -353,7 +353,7 @@ def _constants(tile: Tile, states, bias, softcap) -> dict:
 
 
 def capability(tensor: torch.Tensor) -> int:
-    """Compute capability of the tensor's device, 90 for 9.0; the interpreter's is 80."""
+    """Compute capability of the tensor's device, 90 for 9.0; 80 for the interpreter."""
     if tensor.device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(tensor.device)

@@ -5,8 +5,8 @@
     rank_g = sum_s c_s p_s + margin * (number of such pairs)
     sft_g  = - sft_scales[b] * (sum of logps along b), b the first response of the highest reward
 
-Shapes: logps [E], path_edges [R], path_offsets [S+1], group_offsets [G+1], all others one number
-per response [S] or query [G]. Sums run in the order of the rows, so results repeat bit for bit.
+Shapes: logps [E], path_edges [R], path_offsets [S+1], group_offsets [G+1], everything else one
+number per response [S] or query [G]. Sums run in row order, so results repeat bit for bit.
 """
 
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # the kernels import nothing of what calls them
     from rrhf_fast.losses.parts import Layout, Scales
 
 # Tokens of a response read at once, and the side of a square of pairs. Responses have tens to
-# thousands of tokens, queries two to a thousand responses; neither is worth a table of tiles.
+# thousands of tokens and queries two to a thousand responses; a table of tiles would not pay off.
 BLOCK_T = 256
 BLOCK_K = 16
-# Tensors that may be slices of a pack's: their alignment must not trigger a compilation either.
+# Tensors that may be slices of a pack's: their alignment must not trigger a new compilation.
 SLICES = ["logps", "rewards", "scales", "sft_scales", "d_rank", "d_sft", "counts", "best"]
 
 
@@ -51,7 +51,7 @@ def forward_kernel(
         best_sum = tl.where(is_best, total, best_sum)
     tl.store(best + g, best_response)
     tl.store(sft_loss + g, -best_sum * tl.load(sft_scales + best_response))
-    tl.debug_barrier()  # the scores just stored are read by other threads
+    tl.debug_barrier()  # other threads read the scores just stored
 
     rank, gap_sum = 0.0, 0.0
     pairs, correct, violations = first * 0, first * 0, first * 0
@@ -87,7 +87,7 @@ def backward_kernel(
     d_logps, d_rank, d_sft, path_edges, path_offsets, group_offsets, scales, sft_scales, counts,
     best, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """d_logps [E] must hold zeros. An edge belongs to one query, so no other program adds to it."""
+    """d_logps [E] must be zero. An edge belongs to one query, so no other program adds to it."""
     g = tl.program_id(0)
     first, last = tl.load(group_offsets + g), tl.load(group_offsets + g + 1)
     upstream_rank, upstream_sft = tl.load(d_rank + g), tl.load(d_sft + g)
@@ -103,7 +103,7 @@ def backward_kernel(
                 edges = tl.load(path_edges + place, mask=place < end, other=0)
                 before = tl.load(d_logps + edges, mask=place < end, other=0.0)
                 tl.store(d_logps + edges, before + slope, mask=place < end)
-        tl.debug_barrier()  # responses share edges, and another thread may hold the next one's
+        tl.debug_barrier()  # responses share edges: another thread may update them next
 
 
 def forward(
@@ -115,7 +115,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """The tensors of a `Ranking`; logps and scales are float32, indices int64."""
     if rewards.dtype != torch.float32:
-        # Only their order matters, and ranks keep it where rounding would merge values.
+        # Only their order matters, and ranks preserve it where rounding would merge values.
         rewards = rewards.unique(return_inverse=True)[1].float()
     num_groups = len(layout.group_offsets) - 1
     scores = torch.empty_like(scales.score)

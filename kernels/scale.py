@@ -1,12 +1,12 @@
-"""A gradient times a scalar of the device, and nothing at all where that is 1."""
+"""Multiply a gradient by a scalar on the device; do nothing if the scalar is 1."""
 
 import torch
 import triton
 import triton.language as tl
 
 BLOCK = 4096
-# Enough to fill any device; each takes every so many blocks. One program a block would be a hundred
-# thousand programs that look at the factor and leave.
+# Enough to fill any device; each strides over the blocks. One program per block would launch a
+# hundred thousand programs that read the factor and exit.
 PROGRAMS = 2048
 
 
@@ -22,8 +22,8 @@ def scale_kernel(values, factor, num_values, num_blocks, BLOCK: tl.constexpr):
 
 
 def scale(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """values *= factor [], in place; waits for no device. The values may lie in any order, but
-    without gaps."""
+    """values *= factor [], in place, without synchronising. The values may be in any memory order,
+    but without gaps."""
     num_blocks = triton.cdiv(values.numel(), BLOCK)
     if num_blocks:
         grid = (min(num_blocks, PROGRAMS),)

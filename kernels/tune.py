@@ -1,10 +1,10 @@
-"""Time tiles of the head's kernels on the GPU at hand, and write the fastest to a file.
+"""Time tiles of the head's kernels on the current GPU, and write the fastest to a file.
 
     python -m rrhf_fast.kernels.tune --edges 8192 --hidden_size 4096 --vocab_size 128256 tiles.json
     RRHF_FAST_TILES=tiles.json python -m rrhf_fast.train ...
 
-Takes minutes: every candidate is compiled. Tiles that do not compile, or that need more than the
-device has, are left out.
+Takes minutes: every candidate is compiled. Tiles that fail to compile, or exceed the device's
+resources, are skipped.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rrhf_fast.kernels.configs import Tile
 
 
 def candidates(capability: int) -> Iterator[Tile]:
-    """Tiles worth a try on a device of this compute capability (90 for 9.0)."""
+    """Tiles to try on a device of this compute capability (90 for 9.0)."""
     sizes = itertools.product((64, 128, 256), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5))
     for block_m, block_n, block_k, num_warps, num_stages in sizes:
         yield Tile(block_m, block_n, block_k, num_warps, num_stages, tma=capability >= 90)
@@ -55,7 +55,7 @@ def tune(
         for tile in tiles:
             try:
                 seconds[tile] = _seconds(lambda run=run, tile=tile: run(tile))
-            except Exception as error:  # whatever the compiler or the device objects to
+            except Exception as error:  # compiler and device raise any type
                 report(f"{kernel} {tile}: {type(error).__name__}")
             else:
                 report(f"{kernel} {tile}: {seconds[tile] * 1e3:.3f} ms")
@@ -79,11 +79,11 @@ def _seconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 def main() -> None:
-    """Tune for random data of the sizes given."""
+    """Tune on random data of the given sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="JSON, to be named by RRHF_FAST_TILES")
+    parser.add_argument("file", type=Path, help="JSON output, for RRHF_FAST_TILES")
     parser.add_argument("--edges", type=int, default=8192)
     parser.add_argument("--hidden_size", type=int, default=4096)
     parser.add_argument("--vocab_size", type=int, default=128_256)

@@ -1,8 +1,8 @@
-"""Forest attention inside Hugging Face decoders: the function that they call, and which backend
-computes it.
+"""Forest attention inside Hugging Face decoders: the function they call, and the choice of the
+backend that computes it.
 
-`choose_backend` decides at start-up, from what the decoder's layers asked for when they were first
-run, and tries the backend on the device before it counts on it. Nothing changes in mid-run.
+`choose_backend` decides once, at start-up, from what the decoder's layers requested in the
+self-check. Backends are tried on the device first, so that none fails in mid-run.
 """
 
 from collections.abc import Sequence
@@ -21,41 +21,41 @@ from rrhf_fast.model import forest_flash, forest_flex, forest_sdpa
 from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.spans import span
 
-# In the order in which "auto" asks them. FlexAttention first: it reads keys where they lie and adds
-# up their gradients in float32.
+# In the order in which "auto" tries them. FlexAttention first: it reads keys in place and sums
+# their gradients in float32.
 BACKENDS: dict[str, ModuleType] = {
     "forest_flex": forest_flex,
     "forest_flash": forest_flash,
     "forest_sdpa": forest_sdpa,
 }
-# The name that transformers knows. It takes one that contains "sdpa" or "flash" for its own and
-# asks the model for support of that.
+# The name registered with transformers. It must not contain "sdpa" or "flash": transformers takes
+# such names for its own and checks that the model supports them.
 FOREST = "forest"
-# Largest relative error of a trial, in the norm, by dtype: about ten times what rounding gives.
+# Largest relative error (norm) of a trial, by dtype: about ten times the rounding error.
 TRIAL_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass
 class Forest:
-    """What reaches every layer as the keyword argument `forest`, for one forward pass."""
+    """Passed to every layer as the keyword argument `forest`, for one forward pass."""
 
     backend: ModuleType
     plan: Movable
-    # What each attention call so far asked for: the self-check reads it.
+    # What each attention call so far requested; read by the self-check.
     specs: list[AttentionSpec] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it is the one."""
+    """The chosen backend, and why."""
 
     name: str
     reason: str
-    warning: str | None = None  # a backend that was preferred and failed
+    warning: str | None = None  # preferred backends that failed
 
     @property
     def backend(self) -> ModuleType:
-        """The module that computes."""
+        """The backend's module."""
         return BACKENDS[self.name]
 
 
@@ -67,17 +67,17 @@ def choose_backend(
     dtype: torch.dtype,
     max_tokens: int = 0,
 ) -> Choice:
-    """The requested backend, or for "auto" the first that can serve.
+    """The requested backend, or for "auto" the first that supports every layer and passes a trial.
 
     Args:
-        requested: a name of `BACKENDS`, or "auto".
-        specs: what the decoder's layers ask for.
+        requested: a name in `BACKENDS`, or "auto".
+        specs: what the decoder's layers request.
         device: where they run.
-        dtype: in which they compute.
-        max_tokens: of the largest pack to come, as far as it is known.
+        dtype: what they compute in.
+        max_tokens: tokens in the largest pack, 0 if unknown.
 
     Raises:
-        ValueError: the requested backend cannot serve or fails a trial; says why.
+        ValueError: the requested backend lacks support or fails its trial; the message says why.
     """
     distinct = list(dict.fromkeys(specs))
     skipped, failed = [], []
@@ -86,10 +86,10 @@ def choose_backend(
         problem = next((text for text in obstacles if text is not None), None)
         if problem is None:
             try:
-                # The self-check has tried forest_sdpa.
+                # The self-check has already tried forest_sdpa.
                 for spec in distinct if name != "forest_sdpa" else []:
                     try_backend(BACKENDS[name], spec, device, dtype)
-            except Exception as error:  # a compiler's or a driver's, of any type
+            except Exception as error:  # compilers and drivers raise any type
                 problem = f"failed at start-up ({type(error).__name__}: {one_line(error)})"
                 failed.append(f"{name} {problem}")
         if problem is None:
@@ -99,13 +99,13 @@ def choose_backend(
         if name == requested:
             raise ValueError(f"attn_implementation: {name} {problem}; auto finds one that works")
         skipped.append(f"{name} {problem}")
-    raise AssertionError(f"no backend is left: {skipped}")  # forest_sdpa serves everything
+    raise AssertionError(f"no backend is left: {skipped}")  # forest_sdpa supports everything
 
 
 def try_backend(
     backend: ModuleType, spec: AttentionSpec, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Compare forward and backward of a small forest with float64.
+    """Compare forward and backward of a small forest with a float64 reference.
 
     Raises:
         ArithmeticError: they differ by more than rounding.
@@ -121,8 +121,7 @@ def try_backend(
         return torch.randn(shape, generator=g).to(device, dtype).requires_grad_()
 
     def heads(count: int, size: int) -> torch.Tensor:
-        # Laid out as a decoder's projections are, so that a compiler makes no graph for the trial
-        # alone.
+        # The memory layout of a decoder's projections, so that training reuses the trial's graph.
         return draw(1, n, count, size).transpose(1, 2).detach().requires_grad_()
 
     n = pack.num_tokens
@@ -138,7 +137,7 @@ def try_backend(
     sinks = tensors[3] if spec.has_sinks else None
     with torch.enable_grad():
         out = backend.attend(*tensors[:3], plan, sinks=sinks, **options)
-        found = [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+        results = [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
         exact_tensors = [t.detach().double().requires_grad_() for t in tensors]
         q, k, v = (t[0] for t in exact_tensors[:3])
         sinks = exact_tensors[3] if spec.has_sinks else None
@@ -146,16 +145,15 @@ def try_backend(
             q, k, v, pack.subtree_end, pack.position_ids, sinks=sinks, **options
         )
         exact = [out[None], *torch.autograd.grad(out, exact_tensors, upstream[0].double())]
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(results, exact, strict=True):
         error = ((a.double() - b).norm() / b.norm()).item()
         if not error <= TRIAL_TOLERANCES.get(dtype, 1e-3):
             raise ArithmeticError(f"a trial is {error:.2g} away from float64")
 
 
 def _trial_pack():
-    """A forest of 7 blocks. Compilers take sizes that are equal at first for equal always, so their
-    number should be none that a decoder has heads; and below 128 tokens FlexAttention would take
-    another kernel."""
+    """A forest of 7 blocks: compilers specialise on coinciding sizes, and no decoder has 7 heads.
+    Below 128 tokens FlexAttention would select another kernel."""
     rng = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
@@ -170,7 +168,7 @@ def _trial_pack():
     )
 
 
-# Compilers break their graph here: a plan is Python, different for every pack.
+# A graph break: plans are Python objects that differ from pack to pack.
 @torch.compiler.disable
 def _forest_attention(
     module: nn.Module,
@@ -185,9 +183,9 @@ def _forest_attention(
     forest: Forest | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: [1, H, N, D] -> [1, N, H, D_v]."""
+    """Called by transformers in every layer: [1, H, N, D] -> [1, N, H, D_v]."""
     if forest is None:
-        # A decoder that drops the argument; the self-check counts calls and refuses.
+        # This decoder drops the argument; the self-check counts calls and refuses it.
         return query.transpose(1, 2), None
     forest.specs.append(
         AttentionSpec(
@@ -203,10 +201,10 @@ def _forest_attention(
     )
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
-        # Queries and keys come out of RoPE in float32; no autocast rule knows our kernels.
+        # RoPE returns float32 queries and keys, and autocast has no rule for our kernels.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    # Graphs are made for each state of autocast, and a trial runs without.
+    # torch.compile keeps graphs per autocast state; trials run without autocast.
     with torch.autocast(device_type, enabled=False), span("attention"):
         out = forest.backend.attend(
             query,
@@ -221,11 +219,10 @@ def _forest_attention(
     return out, None
 
 
-# No mask function of this name is registered: transformers then builds no mask, and ours is the
-# forest itself.
+# Without a mask function of this name transformers builds no mask; the forest itself is ours.
 AttentionInterface.register(FOREST, _forest_attention)
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of an error's message without its line breaks."""
+    """The first 200 characters of an error's message, on one line."""
     return " ".join(str(error).split())[:200]

@@ -1,14 +1,14 @@
-"""Chains: how a forest falls into pieces that ordinary causal attention can compute.
+"""Chains: cut a forest into pieces that ordinary causal attention can compute.
 
-A forest in depth-first order falls into *chains*, one for each leaf: a run of tokens of which each
-is the child of the one before. The first chain of a tree is its trunk and first response; every
-further one is what a response adds. A chain's queries are its own tokens, its keys the whole path
-from the root, so attention is causal, aligned at the end:
+A forest in depth-first order splits into *chains*, one per leaf: runs of tokens in which each is
+the child of the one before. A tree's first chain is its trunk and first response; each further
+chain holds the tokens that a response adds. A chain's queries are its own tokens, its keys the
+whole path from the root, so attention is causal, aligned at the end:
 
     keys     r r r r a a a      path from the root: r (shared) then a (the chain's own tokens)
     queries          a a a      query i sees the keys up to itself
 
-Keys stand at depths 0, 1, ... of the path, so a sliding window through depths is one along them.
+Keys lie at depths 0, 1, ... of the path, so a sliding window over depths is one over keys.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,19 @@ from rrhf_fast.data.forest import PackedForest
 
 @dataclass(frozen=True)
 class Chains:
-    """The C chains of a pack, in the order of its rows; together their own tokens are all rows."""
+    """The C chains of a pack, in row order; each row belongs to exactly one."""
 
-    starts: np.ndarray  # [C] int64, first row of each chain ...
+    starts: np.ndarray  # [C] int64, each chain's first row ...
     stops: np.ndarray  # [C] int64, ... and one past its last
-    depths: np.ndarray  # [N] int64, of every row of the pack
-    paths: list[np.ndarray]  # C arrays of int64: the rows from the root to the chain's last token
+    depths: np.ndarray  # [N] int64, per row of the pack
+    paths: list[np.ndarray]  # C int64 arrays: rows from the root to the chain's last token
 
 
 def cut_chains(pack: PackedForest) -> Chains:
-    """Cut a pack into chains; on the host, so a pack on a device is copied back first."""
+    """Cut a pack into chains, on the host: a pack on a device is copied back first."""
     ends, depths = pack.subtree_end.cpu().numpy(), pack.position_ids.cpu().numpy()
     num_rows = len(ends)
-    # A row starts a chain where the row before it is a leaf, i.e. where that row's subtree has just
-    # ended.
+    # A row starts a chain where the row before it is a leaf, that is, where its subtree ends.
     starts = np.concatenate([[0], 1 + np.flatnonzero(ends[:-1] == np.arange(1, num_rows))])
     stops = np.append(starts[1:], num_rows)
     path = np.empty(depths.max() + 1, dtype=np.int64)
@@ -47,8 +46,8 @@ def cut_chains(pack: PackedForest) -> Chains:
 
 
 def gather_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """states[rows]: [N, ...], [M] int64 -> [M, ...]. A row's gradients are added up in float32 or
-    better: a prompt's key collects one from every response."""
+    """states[rows]: [N, ...], [M] int64 -> [M, ...]. Gradients are summed in float32 or better:
+    a prompt's key receives one from every response."""
     return _GatherRows.apply(states, rows)
 
 
@@ -58,7 +57,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) ->
 
 
 def zero_total(num_rows: int, gradient: torch.Tensor) -> torch.Tensor:
-    """[N, ...] zeros to add gradients [M, ...] to, float32 or better."""
+    """[N, ...] zeros in float32 or better, to which gradients [M, ...] are added."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return gradient.new_zeros(num_rows, *gradient.shape[1:], dtype=dtype)
 

@@ -1,10 +1,10 @@
-"""Hugging Face decoders: load one, read its head, and let it attend over a packed forest.
+"""Hugging Face decoders: load one, read its head, run it over a packed forest.
 
-The forest is right only for decoders that take their attention function from transformers'
-AttentionInterface, hand our keyword arguments through to it, and mix tokens in no other way.
-`check_forest_support` refuses the others by name and reason, and `self_check` compares a small
+The forest is correct only for decoders that take their attention function from transformers'
+AttentionInterface, pass our keyword arguments through to it, and mix tokens in no other way.
+`check_forest_support` rejects the others, with the reason, and `self_check` compares a small
 forest with unpacked runs before the first step, because a model that ignores the function would
-train on wrong log-probs without a word.
+silently train on wrong log-probs.
 """
 
 import copyreg
@@ -33,8 +33,8 @@ from rrhf_fast.model import forest_sdpa
 from rrhf_fast.model.attention import FOREST, Forest
 from rrhf_fast.model.backend import AttentionSpec
 
-# Largest difference of a log-prob between forest and unpacked runs, float32. Rounding gives about
-# 1e-5; an attention that sees a wrong token, 0.01 and more.
+# Largest difference in a log-prob between forest and unpacked runs, float32. Rounding causes about
+# 1e-5; attention to one wrong token, 0.01 or more.
 SELF_CHECK_TOLERANCE = 1e-3
 
 
@@ -48,13 +48,13 @@ class UnsupportedModel(ValueError):
         )
 
     def __reduce__(self):
-        # As its text: other ranks are sent it, and have the model.
+        # Pickled as text: other ranks receive it, and already have the model.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits; see `rrhf_fast.losses.linear_logprob`."""
+    """Turns hidden states into logits; see `rrhf_fast.losses.linear_logprob`."""
 
     linear: nn.Linear
     softcap: float | None
@@ -64,16 +64,15 @@ class Head:
 def load_model(
     name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
 ) -> PreTrainedModel:
-    """A causal LM with float32 weights (the master weights), without dropout. `option` is the one
-    that names the model.
+    """Load a causal LM with float32 (master) weights, without dropout. Errors name `option`.
 
     Raises:
-        ValueError: nothing of that name can be loaded as a causal language model from safetensors,
-            or a weight is not finite.
+        ValueError: no causal language model of that name can be loaded from safetensors, or a
+            weight is not finite.
     """
     _refuse_adapters(name_or_path, option)
     try:
-        # dtype: transformers 5 keeps the checkpoint's own, but the optimizer needs float32 weights.
+        # dtype: transformers 5 keeps the checkpoint's, but the optimizer needs float32 weights.
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
@@ -81,15 +80,15 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # a damaged or foreign checkpoint raises what it likes
+    except Exception as error:  # damaged and foreign checkpoints raise any type
         raise ValueError(f"{option}: {name_or_path}: {_why(name_or_path, error)}") from error
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:3])
         problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
         raise ValueError(f"{option}: {name_or_path}: {problem}")
     check_finite(model, name_or_path, option)
-    # RRHF compares log-probs of responses, so they must be a function of the weights alone: eval
-    # mode turns dropout off.
+    # RRHF compares log-probs of responses, so they must depend on the weights alone: eval mode
+    # turns dropout off.
     return model.eval()
 
 
@@ -97,8 +96,8 @@ def load_model(
 def check_finite(
     model: PreTrainedModel, name_or_path: str, option: str = "model_name_or_path"
 ) -> None:
-    """Raise ValueError, with the name of the first weight that holds NaN or infinity. Of a sharded
-    model each rank looks at its part."""
+    """Raise ValueError with the name of the first weight that holds NaN or infinity. Each rank
+    checks its own shard."""
     for name, parameter in model.named_parameters():
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if part.numel() == 0 or not part.is_floating_point():
@@ -117,8 +116,8 @@ def load_tokenizer(
     option: str = "model_name_or_path",
     of_adapters: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or, if `of_adapters`, that of LoRA adapters. Raises ValueError, with
-    the option's name, if there is none."""
+    """Load the model's tokenizer, or with `of_adapters` that of LoRA adapters. Raises ValueError
+    with the option's name if there is none."""
     if not of_adapters:
         _refuse_adapters(name_or_path, option)
     try:
@@ -134,13 +133,11 @@ def _refuse_adapters(name_or_path: str, option: str) -> None:
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         how = f"python -m rrhf_fast.export --checkpoint {folder} --merge true --output_dir MERGED"
-        raise ValueError(
-            f"{option}: {folder} holds LoRA adapters and no model: merge them by {how}"
-        )
+        raise ValueError(f"{option}: {folder} holds LoRA adapters, not a model; merge them: {how}")
 
 
 def read_head(model: PreTrainedModel) -> Head:
-    """The head of a causal LM. Raises `UnsupportedModel` if it is no linear layer."""
+    """The head of a causal LM. Raises `UnsupportedModel` if it is not a linear layer."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise UnsupportedModel(model, f"its head is a {type(linear).__name__}, not a linear layer")
@@ -154,15 +151,14 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model was made for, in tokens; None if its config names
-    none."""
+    """The longest sequence the model supports, in tokens; None if its config does not say."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 @contextmanager
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Use this attention implementation inside the block."""
+    """Switch to this attention implementation inside the block."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -172,7 +168,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
-    """Raise `UnsupportedModel`, with the reason, where the forest would be silently wrong."""
+    """Raise `UnsupportedModel` with the reason if the forest would be silently wrong."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     if other := kinds - {"full_attention", "sliding_attention"}:
@@ -194,16 +190,15 @@ def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
 
 
 def check_queries(model: PreTrainedModel) -> list[TokenisedQuery]:
-    """Two small queries of random tokens, with shared prefixes and a duplicate, to try a model
-    on."""
+    """Two small queries of random tokens, with shared prefixes and a duplicate, for self-checks."""
     vocab = model.get_input_embeddings().num_embeddings
     rng = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
         return rng.integers(0, vocab, length, dtype=np.int32)
 
-    begin = draw(3)
-    first = [np.append(begin, draw(n)) for n in (4, 2, 6)] + [draw(5)]
+    prefix = draw(3)
+    first = [np.append(prefix, draw(n)) for n in (4, 2, 6)] + [draw(5)]
     return [
         TokenisedQuery(draw(9), [*first, first[1]], np.arange(5, dtype=np.float32)),
         TokenisedQuery(draw(4), [draw(3), draw(7)], np.arange(2, dtype=np.float32)),
@@ -212,14 +207,14 @@ def check_queries(model: PreTrainedModel) -> list[TokenisedQuery]:
 
 @torch.no_grad()
 def self_check(model: PreTrainedModel, max_length: int) -> list[AttentionSpec]:
-    """Compare a small forest with unpacked runs of eager attention; returns what each layer asked
-    of its attention. `max_length` is that of the rows to come, in tokens.
+    """Compare a small forest with unpacked runs of eager attention; return what each layer
+    requested of its attention. `max_length`: tokens of the longest row to come.
 
     The model must be in eval mode and hold float32 or float64 weights.
 
     Raises:
-        UnsupportedModel: the attention function was not called once a layer, or not told the
-            window of a layer that has one, or the log-probs differ.
+        UnsupportedModel: the attention function was not called once per layer, or was not passed
+            the window of a layer that has one, or the log-probs differ.
     """
     queries = check_queries(model)
     pack = build_forest(queries).to(model.device)
@@ -259,8 +254,8 @@ def self_check(model: PreTrainedModel, max_length: int) -> list[AttentionSpec]:
 
 
 def _check_windows(model: PreTrainedModel, windows: list[int | None], max_length: int) -> None:
-    """The self-check's rows are shorter than a real window, so they cannot show that a decoder
-    builds its window into a mask and does not tell the attention of it."""
+    """Check that layers pass their window on. Rows of the self-check are shorter than a real
+    window, so its log-probs cannot reveal a decoder that builds the window into a mask instead."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if (
@@ -271,15 +266,15 @@ def _check_windows(model: PreTrainedModel, windows: list[int | None], max_length
         return
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
     expected = kinds.count("sliding_attention")
-    told = sum(width is not None for width in windows)
-    if told != expected:
-        reason = f"{expected} of its layers see {window} tokens, but {told} tell the attention so"
+    passed = sum(width is not None for width in windows)
+    if passed != expected:
+        reason = f"{expected} of its layers see {window} tokens, but {passed} pass the window on"
         raise UnsupportedModel(model, f"{reason} (or lower --max_length to {window})")
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raise ValueError where a token's logits depend on the tokens to its right."""
+    """Raise ValueError if a token's logits depend on the tokens to its right."""
     vocab = model.get_input_embeddings().num_embeddings
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (1, 8))).to(model.device)
     changed = ids.clone()
@@ -287,13 +282,13 @@ def check_causal(model: PreTrainedModel) -> None:
     one, other = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (ids, changed))
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"{model.config.model_type}: a token sees the tokens to its right, so this is no "
+            f"{model.config.model_type}: a token sees the tokens to its right, so this is not a "
             "causal language model"
         )
 
 
 def decode_forest(model: PreTrainedModel, pack: PackedForest, forest: Forest) -> torch.Tensor:
-    """Hidden states [N, H] of a packed forest. The model must be set to `FOREST` attention."""
+    """Hidden states [N, H] of a packed forest. The model must use `FOREST` attention."""
     output = model.base_model(
         input_ids=pack.input_ids[None],
         position_ids=pack.position_ids[None],
@@ -308,11 +303,11 @@ def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
 
 
 def _why(name_or_path: str, error: Exception) -> str:
-    """Why nothing could be loaded, in one line."""
+    """Why loading failed, on one line."""
     if Path(name_or_path).exists():
         return _first_line(error)
     problem = "no such folder, and no such model on the hub could be loaded"
-    # A path that is no hub name makes the hub's client speak of "repo ids".
+    # Given a path that is not a hub name, the hub's client complains about "repo ids".
     is_path = isinstance(error.__cause__ or error, HFValidationError)
     return problem if is_path else f"{problem} ({_first_line(error)})"
 
@@ -322,7 +317,7 @@ def _first_line(error: Exception) -> str:
 
 
 def inference_dtype(name: str) -> torch.dtype:
-    """The torch dtype of "auto" (bfloat16 on a GPU that has it, else float32) or of a name."""
+    """The torch dtype for a name; "auto" is bfloat16 on a GPU that supports it, else float32."""
     if name == "auto":
         fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -1,22 +1,22 @@
 """forest_flash: forest attention on CUDA with flash attention over gathered keys.
 
-Chains (see `rrhf_fast.model.chains`) are what varlen flash attention computes: sequences of queries
-laid end to end, each with keys of its own, causal from the end. A pack's queries already lie so;
-the keys of a chain's path are gathered. The kernels are those of the flash-attn package where it
-is installed, else the ones that PyTorch brings.
+Varlen flash attention computes chains (see `rrhf_fast.model.chains`): sequences of queries laid end
+to end, each with its own keys, causal from the end. A pack's queries are already laid out so; the
+keys on a chain's path are gathered. The kernels come from the flash-attn package if installed,
+else from PyTorch.
 
-Memory. Gathered keys and values are as long as the unpacked responses. They are made for at most
-`MAX_KEY_ROWS` rows at a time (a longer path gets a call of its own) and are gathered again in the
-backward pass instead of kept, so they cost no more than
+Memory. Gathered keys and values are as long as the unpacked responses. At most `MAX_KEY_ROWS` rows
+are gathered at a time (a longer path gets its own call), and again in the backward pass instead of
+being kept, so at any time they cost no more than
 
-    forward     rows * H_kv * 2 D * bytes of a number
-    backward    twice that, and 4 bytes a number to add up one of the gradients in float32
+    forward     rows * H_kv * 2 D * bytes per number
+    backward    twice that, and 4 bytes per number to sum one of the gradients in float32
 
-at any time: 256 MiB and 768 MiB for Llama 3 8B in bfloat16, whatever the pack.
+256 MiB and 768 MiB for Llama 3 8B in bfloat16, whatever the pack.
 
 Backward is deterministic under `torch.use_deterministic_algorithms(True)`.
 
-Legend: N tokens in the pack, C chains and K key rows of one call, H heads, D head size.
+Legend: N tokens in the pack, C chains and K key rows in one call, H heads, D head size.
 """
 
 from collections.abc import Callable
@@ -36,26 +36,31 @@ MAX_HEAD_SIZE = 256
 
 @dataclass(frozen=True)
 class Call(Movable):
-    """One varlen call: chains that follow each other in the pack."""
+    """One varlen call: consecutive chains of the pack."""
 
-    start: int  # its queries are the rows start ...
+    start: int  # its queries are rows start ...
     stop: int  # ... to stop of the pack
-    max_queries: int  # of one chain
+    max_queries: int  # largest of any chain
     max_keys: int
     query_offsets: torch.Tensor  # [C+1] int32
     key_offsets: torch.Tensor  # [C+1] int32
     key_rows: torch.Tensor  # [K] int64, rows of the pack
 
+    @property
+    def layout(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Offsets and lengths, in the order that the kernels take them."""
+        return self.query_offsets, self.key_offsets, self.max_queries, self.max_keys
+
 
 @dataclass(frozen=True)
 class Plan(Movable):
-    """The calls that make up one pack."""
+    """The calls that cover one pack."""
 
     calls: tuple[Call, ...]
 
 
 class Options(NamedTuple):
-    """Of one layer."""
+    """Attention options of one layer."""
 
     scale: float
     window: int | None
@@ -74,7 +79,7 @@ class Kernel(NamedTuple):
 
 
 def plan(pack: PackedForest) -> Plan:
-    """Cut a pack into chains and deal them, in order, into calls of at most `MAX_KEY_ROWS`."""
+    """Cut a pack into chains and split them, in order, into calls of at most `MAX_KEY_ROWS`."""
     chains = cut_chains(pack)
     num_queries = chains.stops - chains.starts
     num_keys = np.array([len(path) for path in chains.paths])
@@ -101,7 +106,7 @@ def plan(pack: PackedForest) -> Plan:
 def obstacle(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, max_tokens: int
 ) -> str | None:
-    """Why flash attention cannot serve, or None."""
+    """Why flash attention is unsupported here, or None."""
     if device.type != "cuda":
         return "needs CUDA"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -109,9 +114,9 @@ def obstacle(
     if dtype not in (torch.bfloat16, torch.float16):
         return f"computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     if spec.head_size != spec.value_size:
-        return f"needs keys ({spec.head_size}) and values ({spec.value_size}) of one size"
+        return f"needs keys ({spec.head_size}) and values ({spec.value_size}) of equal size"
     if spec.head_size % 8 or spec.head_size > MAX_HEAD_SIZE:
-        return f"heads of {spec.head_size} are no multiple of 8 up to {MAX_HEAD_SIZE}"
+        return f"needs heads of a multiple of 8 up to {MAX_HEAD_SIZE}, not {spec.head_size}"
     if spec.softcap is not None and _flash_attn() is None:
         return "caps scores only with the flash-attn package, 2.7 or newer"
     return None
@@ -135,10 +140,10 @@ def attend(
 
 
 class _ChainAttention(torch.autograd.Function):
-    """Gathers keys, calls the kernel, and does so again in the backward pass.
+    """Gathers keys and calls the kernel, in the forward and again in the backward pass.
 
-    A sink is a column of the softmax whose value is 0. Given the output and the log-sum-exp with
-    that column in them, the kernel's backward is right as it is.
+    A sink is a softmax column whose value is 0. Given an output and log-sum-exp that include that
+    column, the kernel's backward needs no change.
     """
 
     @staticmethod
@@ -185,7 +190,7 @@ def kernel() -> Kernel:
 
 
 def _window_left(options: Options) -> int:
-    """How many keys before its own a query sees; -1 is all."""
+    """Number of keys before its own that a query sees; -1 is all."""
     return -1 if options.window is None else options.window - 1
 
 
@@ -195,10 +200,7 @@ def _torch_forward(q, k, v, call: Call, options: Options):
         q,
         k,
         v,
-        call.query_offsets,
-        call.key_offsets,
-        call.max_queries,
-        call.max_keys,
+        *call.layout,
         0.0,  # dropout
         True,  # causal
         False,  # no debug mask
@@ -210,7 +212,7 @@ def _torch_forward(q, k, v, call: Call, options: Options):
 
 
 def _torch_backward(d_out, q, k, v, out, lse, call: Call, options: Options):
-    # The state of dropout's random numbers, of which there are none.
+    # State of the dropout generator, unused here.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
         d_out.contiguous(),
@@ -219,10 +221,7 @@ def _torch_backward(d_out, q, k, v, out, lse, call: Call, options: Options):
         v,
         out,
         lse,
-        call.query_offsets,
-        call.key_offsets,
-        call.max_queries,
-        call.max_keys,
+        *call.layout,
         0.0,  # dropout
         True,  # causal
         rng_state,
@@ -237,8 +236,8 @@ _TORCH = Kernel(_torch_forward, _torch_backward)
 
 
 def _flash_attn():
-    """The interface module of flash-attn, or None where there is none of 2.7 or newer, the first
-    whose functions name the window's two sides."""
+    """The interface module of flash-attn 2.7 or newer, or None. Older versions do not name the
+    window's two sides as arguments."""
     try:
         from flash_attn import __version__, flash_attn_interface
     except ImportError:
@@ -260,14 +259,7 @@ def _flash_attn_options(options: Options) -> dict:
 
 def _flash_attn_forward(q, k, v, call: Call, options: Options):
     out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(
-        q,
-        k,
-        v,
-        call.query_offsets,
-        call.key_offsets,
-        call.max_queries,
-        call.max_keys,
-        **_flash_attn_options(options),
+        q, k, v, *call.layout, **_flash_attn_options(options)
     )
     return out, lse
 
@@ -282,10 +274,7 @@ def _flash_attn_backward(d_out, q, k, v, out, lse, call: Call, options: Options)
         out,
         lse,
         *gradients,
-        call.query_offsets,
-        call.key_offsets,
-        call.max_queries,
-        call.max_keys,
+        *call.layout,
         **_flash_attn_options(options),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

@@ -1,8 +1,8 @@
 """forest_sdpa: forest attention on any device, with PyTorch's scaled_dot_product_attention.
 
-Chains (see `rrhf_fast.model.chains`) of like shape are padded to one batch (a *bucket*), so a pack
-needs a few calls a layer instead of one a chain. A dense [N, N] mask would be correct too, but
-computes N^2 scores where a forest needs a small part of them.
+Chains (see `rrhf_fast.model.chains`) of similar shape are padded into one batch (a *bucket*), so a
+layer needs a few calls instead of one per chain. A dense [N, N] mask would be correct too, but
+computes N^2 scores, of which a forest needs a small part.
 
 Legend: C chains in a bucket, Q queries, K keys, H heads, N tokens in the pack, D head size.
 """
@@ -17,29 +17,28 @@ from rrhf_fast.data.forest import Movable, PackedForest
 from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.model.chains import cut_chains, gather_rows
 
-# Chains whose lengths lie within this factor share a bucket: larger means fewer calls and more
-# padding.
+# Chains whose lengths are within this factor share a bucket. Larger: fewer calls, more padding.
 BUCKET_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class Bucket(Movable):
-    """Chains of like shape. Padding repeats a chain's last query and last key, so that no row is
-    ever all masked."""
+    """Chains of similar shape. Padding repeats a chain's last query and last key, so that no row
+    is fully masked."""
 
     query_depths: torch.Tensor  # [C, Q] int64, padding repeats the last
     num_keys: int  # K
-    is_plain_causal: bool  # every chain starts at its root, so padding hides behind the end
-    # Not part of what moves: a pack on the host must not keep the masks of its last forward.
+    is_plain_causal: bool  # every chain starts at its root, so causality alone hides padding
+    # Not moved with the plan: a pack on the host must not keep the masks of its last forward.
     masks: dict = field(default_factory=dict, init=False)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive [C, 1, Q, K] mask, made once for all layers; None where plain causality is
+        """Additive [C, 1, Q, K] mask, made once for all layers; None if plain causality is
         enough."""
         if self.is_plain_causal and (window is None or window >= self.num_keys):
             return None
         if (window, dtype) not in self.masks:
-            # Keys stand at depths 0, 1, ...
+            # Keys lie at depths 0, 1, ...
             depth = torch.arange(self.num_keys, device=self.query_depths.device)
             seen = depth <= self.query_depths[:, :, None]
             if window is not None:
@@ -53,19 +52,18 @@ class Bucket(Movable):
 
 @dataclass(frozen=True)
 class Plan(Movable):
-    """How one pack's attention is computed: rows are gathered once for all buckets, laid end to
-    end."""
+    """The buckets of one pack; rows are gathered once for all of them, laid end to end."""
 
     buckets: tuple[Bucket, ...]
     query_rows: torch.Tensor  # [sum of C * Q] int64, rows of the pack
     key_rows: torch.Tensor  # [sum of C * K] int64
-    output_order: torch.Tensor  # [N] int64, where each row of the pack stands in query_rows
+    output_order: torch.Tensor  # [N] int64, position of each row of the pack in query_rows
 
 
 def obstacle(
     spec: AttentionSpec, device: torch.device, dtype: torch.dtype, max_tokens: int
 ) -> str | None:
-    """None: it serves everything."""
+    """None: everything is supported."""
     return None
 
 
@@ -123,7 +121,7 @@ def attend(
                 q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         else:
-            out = _spelled_out(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+            out = _explicit_attention(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [C * Q, H, D]
     return torch.cat(outputs).index_select(0, plan.output_order).unsqueeze(0)
 
@@ -133,8 +131,8 @@ def _gather(
 ) -> list[torch.Tensor]:
     """[1, H, N, D] -> one [C, H, L, D] for each of the shapes (C, L).
 
-    One gather for all buckets: its backward adds into one buffer, where a gather a bucket would
-    fill and add up as many buffers as there are buckets.
+    One gather for all buckets: its backward adds into one buffer, whereas one gather per bucket
+    would fill and sum one buffer per bucket.
     """
     gathered = gather_rows(states[0].transpose(0, 1), rows)
     parts = gathered.split([chains * length for chains, length in shapes])
@@ -143,7 +141,7 @@ def _gather(
     ]
 
 
-def _spelled_out(
+def _explicit_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -153,7 +151,7 @@ def _spelled_out(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax attention with what scaled_dot_product_attention lacks: capped scores and sinks."""
+    """Softmax attention with capped scores and sinks, which scaled_dot_product_attention lacks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,4 +1,4 @@
-"""Responses of a model: greedy, beam, diverse beam and random sampling, a batch at a time."""
+"""Generate responses in batches: greedy, beam, diverse beam and random sampling."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from rrhf_fast.sample.config import Policy
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Numbers of the items in batches of like length, shortest first."""
+    """Indices of the items in batches of similar length, shortest first."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -28,23 +28,24 @@ def generate_batch(
     stop_strings: list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[np.ndarray]]:
-    """`policy.count` responses to each prompt, best first for beams; sampling draws from torch's
-    global generator.
+    """Generate `policy.count` responses per prompt, best first for beams; sampling draws from
+    torch's global generator.
 
     Args:
-        lm: a causal LM with an attention that generates (not the forest's), in eval mode.
+        lm: a causal LM in eval mode, with an attention that generates (not the forest's).
         prompts: int arrays [P_i] of token ids.
-        max_length: tokens that the model's window holds; the longest prompt decides.
+        max_length: tokens of the model's window, which prompt and response share; the longest
+            prompt sets the limit for all.
         end_token_ids: tokens that end a response.
-        stop_strings, tokenizer: decoding ends behind these strings (beams go on).
+        stop_strings, tokenizer: decoding stops after these strings (ignored by beam searches).
 
     Returns:
-        For each prompt, int64 arrays [R], up to and including the end token if there is one.
+        Per prompt, int64 arrays [R], up to and including the end token, if any.
     """
     width = max(len(ids) for ids in prompts)
     tokens = torch.full((len(prompts), width), pad_token_id)
     mask = torch.zeros_like(tokens)
-    for row, ids in enumerate(prompts):  # padded on the left: generation goes on at the right end
+    for row, ids in enumerate(prompts):  # padded on the left: generation continues on the right
         tokens[row, width - len(ids) :] = torch.from_numpy(ids)
         mask[row, width - len(ids) :] = 1
     inputs = {"input_ids": tokens.to(lm.device), "attention_mask": mask.to(lm.device)}
@@ -66,14 +67,14 @@ def generate_batch(
             num_return_sequences=policy.count,
         )
     else:
-        how = {}
+        options = {}
         if policy.method == "sample":
-            how = {"do_sample": True, "temperature": policy.temperature}
-            how |= {"top_p": policy.top_p, "top_k": policy.top_k}
+            options = {"do_sample": True, "temperature": policy.temperature}
+            options |= {"top_p": policy.top_p, "top_k": policy.top_k}
         elif policy.method == "beam":
-            how = {"num_beams": num_beams}
+            options = {"num_beams": num_beams}
         settings = GenerationConfig(
-            **how,
+            **options,
             max_new_tokens=max_new_tokens,
             num_return_sequences=policy.count,
             eos_token_id=end_token_ids,
@@ -104,11 +105,11 @@ def sample_responses(
     top_p: float = 1.0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """One sampled response for each prompt, in their order; arguments as for `generate_batch`.
+    """Sample one response per prompt, in their order; other arguments as for `generate_batch`.
 
     Args:
-        seed: of this call; the caller's random state is left as it was.
-        batch_size: prompts decoded at once; batches hold prompts of like length.
+        seed: seeds this call alone; the caller's random state is preserved.
+        batch_size: prompts decoded at once; batches hold prompts of similar length.
     """
     policy = Policy(
         num_responses=1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
@@ -117,7 +118,7 @@ def sample_responses(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches_by_length([len(ids) for ids in prompts], batch_size):
-            found = generate_batch(
+            generated = generate_batch(
                 lm,
                 [prompts[i] for i in batch],
                 policy,
@@ -125,6 +126,6 @@ def sample_responses(
                 end_token_ids=end_token_ids,
                 pad_token_id=pad_token_id,
             )
-            for i, (response,) in zip(batch, found, strict=True):
+            for i, (response,) in zip(batch, generated, strict=True):
                 responses[i] = response
     return responses

@@ -1,7 +1,7 @@
-"""What is done to a decoder layer by layer: activation checkpointing and compilation.
+"""Per-layer changes to a decoder: activation checkpointing and compilation.
 
-Both replace a layer's `forward`, not the layer, so that names of parameters (and the saved model)
-stay as they are, and hooks on the layer run outside.
+Both replace a layer's `forward`, not the layer, so that parameter names (and the saved model) do
+not change, and hooks on the layer run outside.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 COMPILER = "inductor"
-# Graphs of one function. A kind of layer takes one with gradients and one without, and others for
-# packs of one block; PyTorch's 8 are few for two kinds.
+# Graphs per function. Each kind of layer needs one with gradients, one without, and more for packs
+# of one block; PyTorch's limit of 8 is too low for two kinds.
 RECOMPILE_LIMIT = 64
 PRIMES = (7, 11, 13, 17, 19, 23)
-# What selective checkpointing keeps: results of matrix products and attention.
+# Selective checkpointing keeps the results of matrix products and attention.
 CHECKPOINT_KEEPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -30,10 +30,10 @@ CHECKPOINT_KEEPS = [
 
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: its longest ModuleList at the outermost level that has one.
+    """The decoder's layers: its outermost ModuleList with as many modules as the config has layers.
 
     Raises:
-        ValueError: there is no list of as many modules as the config names layers.
+        ValueError: there is no such list.
     """
     lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
     count = lm.config.get_text_config().num_hidden_layers
@@ -47,17 +47,17 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
 
 
 def compiles_by_default(device: torch.device) -> bool:
-    """Whether layers on this device are compiled unless asked otherwise: GPUs gain the most, having
-    to wait for each of a layer's small operations otherwise."""
+    """Whether layers on this device are compiled by default: GPUs gain most, since uncompiled
+    layers launch many small operations."""
     return device.type == "cuda"
 
 
 def compile_layers(lm: PreTrainedModel) -> None:
     """Compile each layer's forward for any number of tokens.
 
-    Layers of one kind share their graphs, so this costs what one layer costs. The graphs end where
-    attention is called. PyTorch bounds their number, which this raises to `RECOMPILE_LIMIT`, and
-    runs a function beyond it as it is: `count_given_up`.
+    Layers of one kind share graphs, so this costs as much as one layer. Graphs break where
+    attention is called. PyTorch limits their number, here raised to `RECOMPILE_LIMIT`, and runs a
+    function uncompiled beyond it: `count_given_up`.
     """
     for layer in decoder_layers(lm):
         compiled = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
@@ -65,8 +65,8 @@ def compile_layers(lm: PreTrainedModel) -> None:
 
 
 def _with_more_graphs(compiled: Callable, *args, **kwargs):
-    """Each call sets the limit for itself, since such settings belong to a thread, and a GPU's
-    backward, which runs checkpointed layers again, has one of its own."""
+    """Call with the raised limit. Set per call, since the setting is per thread and a GPU's
+    backward, which reruns checkpointed layers, has its own thread."""
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         return compiled(*args, **kwargs)
 
@@ -74,7 +74,7 @@ def _with_more_graphs(compiled: Callable, *args, **kwargs):
 def uncompile_layers(lm: PreTrainedModel) -> None:
     """Undo `compile_layers`."""
     for layer in decoder_layers(lm):
-        del layer.forward  # the class has another
+        del layer.forward  # uncovers the class's method
 
 
 def count_graphs() -> int:
@@ -83,22 +83,22 @@ def count_graphs() -> int:
 
 
 def count_given_up() -> int:
-    """How often in this process torch.compile found a function to have too many graphs, and ran it
-    uncompiled from then on."""
+    """How many functions in this process exceeded torch.compile's limit on graphs and have run
+    uncompiled since."""
     reasons = torch._dynamo.utils.counters["unimplemented"]
     return sum(n for reason, n in reasons.items() if "recompile limit exceeded" in reason)
 
 
 def trial_length(lm: PreTrainedModel, multiple: int) -> int:
-    """Tokens for a trial of compiled layers, a multiple of `multiple`. Compilers take sizes that
-    are equal at first for equal always, so it is a prime times that, and no size of a weight."""
+    """Tokens for a trial of compiled layers: `multiple` times a prime, different from every size
+    of a weight, because compilers specialise on coinciding sizes."""
     sizes = {size for parameter in lm.parameters() for size in parameter.shape}
     return next(prime * multiple for prime in PRIMES if prime * multiple not in sizes)
 
 
 def checkpoint_layers(lm: PreTrainedModel, mode: str) -> None:
-    """Run each layer's forward again in the backward pass, and keep its input only ("full"), or the
-    results of `CHECKPOINT_KEEPS` too ("selective")."""
+    """Rerun each layer's forward in the backward pass, keeping only its input ("full") or also the
+    results of `CHECKPOINT_KEEPS` ("selective")."""
     options = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, CHECKPOINT_KEEPS)

@@ -1,5 +1,5 @@
-"""LoRA adapters by peft, put into the model in place: it stays a Hugging Face decoder, and its
-`save_pretrained` writes the adapters alone, in peft's format."""
+"""LoRA adapters by peft, added to the model in place: it stays a Hugging Face decoder, and its
+`save_pretrained` writes only the adapters, in peft's format."""
 
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class LoraOptions(Protocol):
 
 
 def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
-    """Freeze the model and add adapters without values; `init_lora` gives them some.
+    """Freeze the model and add uninitialised adapters; `init_lora` sets their values.
 
     Raises:
         ValueError: peft is not installed, or lora_target_modules names no linear layer.
@@ -51,8 +51,8 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
 
 @torch.no_grad()
 def init_lora(lm: PreTrainedModel, seed: int) -> None:
-    """A uniform within 1 / sqrt(fan in), B zero, as peft does it, but the same however the model
-    is sharded."""
+    """Initialise as peft does, A uniform within 1 / sqrt(fan in) and B zero, but independently of
+    how the model is sharded."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lm.named_parameters():
         if ".lora_A." in name:

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder, which `from_pretrained` and vLLM read."""
+"""Save a trained model as a Hugging Face folder, which `from_pretrained` and vLLM read."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
-# What makes a folder load as something else than was saved last: an earlier run's weights that are
-# cut into other files, adapters, settings and templates that this model does not have.
+# Leftovers that would change what a folder loads as: an earlier run's weights, split into other
+# files, and adapters, settings and templates that this model does not have.
 STALE_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -30,7 +30,7 @@ STALE_FILES = (
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint or the model could not be written; what was saved before is whole."""
+    """A checkpoint or the model could not be written; earlier saves are intact."""
 
 
 def write_model(
@@ -41,12 +41,12 @@ def write_model(
     dtype: torch.dtype,
     weights: dict[str, torch.Tensor],
 ) -> None:
-    """Write model and tokenizer beside the target, then move each file into place: no file is ever
-    half-written. A model with adapters leaves these alone.
+    """Write model and tokenizer to a staging folder, then move each file into place: no file is
+    ever half-written. Of a model with adapters, only the adapters are written.
 
     Raises:
-        SaveFailed: the folder cannot be written. What it held is as it was, unless a file could not
-            be moved: then the files that were not are in `output_dir/.saving`.
+        SaveFailed: the folder cannot be written. Its contents are unchanged, unless moving a file
+            failed: then the files not yet moved are in `output_dir/.saving`.
     """
     staging = output_dir / ".saving"
     try:
@@ -57,11 +57,11 @@ def write_model(
             lm.save_pretrained(staging, state_dict=weights)
         finally:
             lm.generation_config = generation
-        if (staging / "config.json").exists():  # adapters come without
+        if (staging / "config.json").exists():  # not for adapters
             write_config(lm, staging, dtype)
         write_generation_config(lm, staging)
         tokenizer.save_pretrained(staging)
-    except Exception as error:  # safetensors has its own for a full disk
+    except Exception as error:  # safetensors raises its own type for a full disk
         shutil.rmtree(staging, ignore_errors=True)
         raise SaveFailed(
             f"output_dir: {output_dir} could not be written ({_line(error)})"
@@ -74,7 +74,7 @@ def write_model(
 
 
 def _move_into_place(staging: Path, output_dir: Path) -> None:
-    """Move every file of `staging`, in its folders, and remove what is stale."""
+    """Move every file of `staging`, keeping its folders, and remove stale files."""
     probe = staging / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -84,24 +84,24 @@ def _move_into_place(staging: Path, output_dir: Path) -> None:
     for path in files:
         target = output_dir / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.chmod(mode)  # safetensors keeps its files to their owner
+        path.chmod(mode)  # safetensors makes its files private to their owner
         os.replace(path, target)
     shutil.rmtree(staging)
     for pattern in STALE_FILES:
         for path in output_dir.glob(pattern):
             if path.relative_to(output_dir) not in moved:
                 path.unlink()
-    with contextlib.suppress(OSError):  # not there, or not empty
+    with contextlib.suppress(OSError):  # absent or not empty
         (output_dir / "additional_chat_templates").rmdir()
 
 
 def learn_end_tokens(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int]
 ) -> None:
-    """Let the model's generation stop at these tokens too: a base model that is trained on messages
-    learns the chat template's end of turn, which its own settings do not know."""
+    """Add these tokens to those that stop the model's generation: a base model trained on messages
+    learns the chat template's end of turn, which its own settings lack."""
     config = lm.generation_config
-    if config is None:  # a model that does not generate
+    if config is None:  # the model does not generate
         return
     known = config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
@@ -113,22 +113,22 @@ def learn_end_tokens(
 
 
 def take_generation_config(lm: PreTrainedModel, folder: Path) -> None:
-    """Take the settings for generation that are stored in `folder`, if there are any."""
+    """Load the generation settings stored in `folder`, if any."""
     if (folder / GENERATION_CONFIG_NAME).is_file() and lm.generation_config is not None:
         lm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def write_generation_config(lm: PreTrainedModel, folder: Path) -> None:
-    """generation_config.json. Not by `save_pretrained`, which refuses what many published models
-    have, such as a temperature without sampling, as soon as a setting was changed."""
+    """Write generation_config.json. Once a setting has changed, `save_pretrained` rejects settings
+    that many published models have, such as a temperature without sampling."""
     if lm.generation_config is not None:
         path = folder / GENERATION_CONFIG_NAME
         lm.generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
 def write_config(lm: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json, which names the dtype of the stored weights instead of the trained ones, and the
-    code that it names, if the model brought its own."""
+    """Write config.json, with the dtype of the stored weights instead of the trained ones, and the
+    model's own code, if it has any."""
     before, lm.config.dtype = lm.config.dtype, dtype
     try:
         if lm.is_remote_code():

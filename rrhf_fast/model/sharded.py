@@ -1,7 +1,7 @@
-"""A model that no process ever holds whole: made empty, sharded, then filled from safetensors, each
-rank reading its own rows of each tensor.
+"""Load a model that no process ever holds whole: it is created empty, sharded, then filled from
+safetensors, each rank reading its own rows of each tensor.
 
-It works where the files store tensors under the model's own names. Checkpoints that transformers
+This requires files that store tensors under the model's own names. Checkpoints that transformers
 converts while loading (experts fused into one tensor, old names) are loaded whole instead.
 """
 
@@ -20,21 +20,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor of the model is."""
+    """Where a tensor of the model is stored."""
 
     file: str
     key: str
 
 
 def empty_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device: shapes, no weights. Raises ValueError if there is none."""
+    """The model on the meta device: shapes, no weights. Raises ValueError if it cannot be made."""
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # whatever a foreign folder makes transformers raise
+    except Exception as error:  # foreign folders make transformers raise any type
         problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model_name_or_path: {name_or_path}: {problem}") from error
     with contextlib.suppress(OSError):  # the file is optional
@@ -43,8 +43,8 @@ def empty_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTra
 
 
 def locate_weights(lm: PreTrainedModel, name_or_path: str) -> dict[str, Stored] | None:
-    """Where each tensor of `lm.state_dict()` is stored, by its name; tied names once. None where a
-    tensor is missing or has another shape: then transformers has to load the model."""
+    """Where each tensor of `lm.state_dict()` is stored, by name; tied names once. None if a tensor
+    is missing or has another shape: then transformers must load the model."""
     index = _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         with open(index, encoding="utf-8") as file:
@@ -57,30 +57,30 @@ def locate_weights(lm: PreTrainedModel, name_or_path: str) -> dict[str, Stored] 
         if path is None:
             return None
         with safe_open(path, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (no dict)
+            for key in stored.keys():  # noqa: SIM118 (not a dict)
                 shapes[key], files[key] = stored.get_slice(key).get_shape(), path
-    found = {}
+    locations = {}
     for name, tensor in named_tensors(lm).items():
         prefixed = (name, name.removeprefix(f"{lm.base_model_prefix}."))
         key = next((key for key in prefixed if key in files), None)
         if key is None or shapes[key] != list(tensor.shape):
             return None
-        found[name] = Stored(files[key], key)
-    return found
+        locations[name] = Stored(files[key], key)
+    return locations
 
 
 @torch.no_grad()
-def fill_weights(lm: PreTrainedModel, found: dict[str, Stored]) -> None:
-    """Read the weights of a sharded model that has memory, but no values (`to_empty`). Tensors that
-    `found` does not name, such as adapters, are left to the caller."""
+def fill_weights(lm: PreTrainedModel, locations: dict[str, Stored]) -> None:
+    """Read the weights of a sharded model whose memory is allocated but uninitialised (`to_empty`).
+    Tensors not in `locations`, such as adapters, are left to the caller."""
     tensors = named_tensors(lm)
     by_file = {}
-    for name, stored in found.items():
+    for name, stored in locations.items():
         by_file.setdefault(stored.file, []).append((name, stored.key))
     for file, names in by_file.items():
         with safe_open(file, "pt") as stored:
             for name, key in names:
-                if name not in tensors:  # an adapter has been put around this layer
+                if name not in tensors:  # an adapter wraps this layer
                     module, _, parameter = name.rpartition(".")
                     name = f"{module}.base_layer.{parameter}"
                 target, rows = tensors[name], stored.get_slice(key)
@@ -88,24 +88,23 @@ def fill_weights(lm: PreTrainedModel, found: dict[str, Stored]) -> None:
                     target.to_local().copy_(rows[rows_of_rank(target)])
                 else:
                     target.copy_(rows[:] if target.dim() else stored.get_tensor(key))
-    # Buffers that are in no checkpoint, such as rotary frequencies: transformers makes them anew,
-    # and leaves alone what is marked.
+    # Buffers that checkpoints lack, such as rotary frequencies, are initialised by transformers,
+    # which skips marked tensors.
     for tensor in [*lm.parameters(), *tensors.values()]:
         tensor._is_hf_initialized = True
     lm.initialize_weights()
 
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, tied ones once; they share memory with the
-    module."""
+    """Parameters and persistent buffers by name, tied ones once, sharing the module's memory."""
     names = dict(module.named_parameters()).keys() | dict(module.named_buffers()).keys()
     return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 @torch.no_grad()
 def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The same architecture on `device`, with random weights and the fewest layers that show each
-    kind of layer: what can be checked where the model itself is empty."""
+    """The same architecture on `device`, with random weights and the fewest layers that include
+    each kind of layer: stands in for an empty model in checks."""
     config = copy.deepcopy(lm.config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -120,7 +119,7 @@ def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def rows_of_rank(tensor: DTensor) -> slice:
-    """The rows that are this rank's part: FSDP cuts as torch.chunk does."""
+    """The rows of this rank's shard: FSDP splits as torch.chunk does."""
     (dim,) = (i for i, place in enumerate(tensor.placements) if isinstance(place, Shard))
     rows_each = -(-tensor.shape[0] // tensor.device_mesh.size(dim))
     start = min(rows_each * tensor.device_mesh.get_local_rank(dim), tensor.shape[0])

@@ -1,15 +1,16 @@
-"""Copies of a decoder's weights in the dtype of its arithmetic, made anew once they have changed.
+"""Copies of a decoder's weights in its compute dtype, renewed when the weights change.
 
-Autocast casts a float32 weight for every pack, makes its gradient in 16 bits, casts that to float32
-and adds it: 26 bytes moved for a weight and pack. A copy that lasts from one optimizer step to the
-next, and a product that adds to the gradient by itself, move 8, and round no gradient to 16 bits.
+For every pack, autocast casts a float32 weight, computes its gradient in 16 bits, casts that to
+float32 and adds it: 26 bytes moved per weight and pack. A copy that lasts until the next optimizer
+step, and a product that accumulates into the gradient, move 8 and round no gradient to 16 bits.
 
-A copy is an attribute of its layer and no part of the model's state: neither a parameter nor a
-buffer, in no checkpoint. Of use on one device; FSDP has copies of its own.
+A copy is a plain attribute of its layer: neither parameter nor buffer, and in no checkpoint. Copies
+help on one device; FSDP keeps its own.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +23,30 @@ from rrhf_fast.losses.matrix_sum import add_product
 
 
 class CopiedLinear(nn.Linear):
-    """A linear layer that, under autocast, multiplies by a copy of its weight and adds to
-    `weight.grad` itself, so that a hook on the weight sees no gradient. `copy_weights` makes it of
-    an `nn.Linear`, in place."""
+    """A linear layer that, under autocast, multiplies by a copy of its weight and accumulates into
+    `weight.grad` itself, so that hooks on the weight see no gradient. `copy_weights` converts an
+    `nn.Linear` to it in place."""
 
     weight_copy: Tensor
-    copied: tuple[int, int] | None  # what `weight` was when it was copied
+    copied: tuple[int, int] | None  # version and address of `weight` when it was copied
 
     def update(self) -> None:
-        """Make the copy equal to the weight and, where gradients are wanted, have one to add to."""
+        """Copy the weight if it has changed; allocate its gradient if gradients are enabled."""
         weight = self.weight
-        # An assignment to `.data` changes the address alone. A write into `.data` shows in neither.
-        found = (weight._version, weight.data_ptr())
-        if found != self.copied:
+        # Assigning to `.data` changes only the address; writing into `.data` changes neither.
+        current = (weight._version, weight.data_ptr())
+        if current != self.copied:
+            _watch_optimizers()
             self.weight_copy = self.weight_copy.to(weight.device)
             self.weight_copy.copy_(weight.detach())
-            self.copied = found
+            self.copied = current
         if torch.is_grad_enabled() and weight.requires_grad and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        if not torch.compiler.is_compiling():  # a graph cannot tell, and counts on its caller
+        if not torch.compiler.is_compiling():  # in a graph, the caller has to update copies
             self.update()
         if torch.is_grad_enabled() and self.weight.requires_grad:
             x = x.to(self.weight_copy.dtype)
@@ -53,14 +55,14 @@ class CopiedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x @ copy.T + bias. The weight takes part so that there is a backward also where x, such as
-    frozen embeddings, has no gradient; its own is added to `gradient`, and none is returned."""
+    """x @ copy.T + bias. The weight is an input so that backward runs even if x, such as frozen
+    embeddings, needs no gradient; its gradient is added to `gradient`, not returned."""
 
     @staticmethod
     def forward(ctx, x, weight, copy, bias, gradient):
         ctx.save_for_backward(x, copy, gradient)
         rows = x.reshape(-1, x.shape[-1])
-        # The operators that selective checkpointing keeps.
+        # These operators' results are kept by selective checkpointing.
         if bias is None:
             y = torch.mm(rows, copy.t())
         else:
@@ -85,8 +87,8 @@ torch.library.define("rrhf_fast::add_product", "(Tensor(a!) total, Tensor a, Ten
 
 @torch.library.impl("rrhf_fast::add_product", ["cpu", "cuda"])
 def _(total, a, b):
-    # Data has a version of its own: a layer that is used twice saves its gradient's place twice,
-    # and the first addition must not void the second.
+    # `.data` has its own version counter: a layer used twice saves its gradient twice, and the
+    # first addition must not invalidate the second.
     add_product(total.data, a, b)
 
 
@@ -96,12 +98,12 @@ def _(total, a, b):
 
 
 def copy_weights(lm: PreTrainedModel, dtype: torch.dtype) -> list[CopiedLinear]:
-    """Give copies in `dtype` to the linear layers of the decoder whose weights are trained in
-    float32; returns these layers. The head is left to the losses, adapters are small."""
+    """Give copies in `dtype` to the decoder's linear layers whose weights are trained in float32,
+    and return these layers. The losses handle the head, and adapters are small."""
     uses = Counter(id(p) for _, p in lm.named_parameters(remove_duplicate=False))
     head, copied = lm.get_output_embeddings(), []
     for name, module in lm.base_model.named_modules():
-        # Subclasses may have a forward of their own.
+        # Subclasses may have their own forward.
         if type(module) is not nn.Linear or module is head or ".lora_" in name:
             continue
         weight = module.weight
@@ -114,24 +116,24 @@ def copy_weights(lm: PreTrainedModel, dtype: torch.dtype) -> list[CopiedLinear]:
 
 
 def update_copies(layers: Sequence[CopiedLinear]) -> None:
-    """`CopiedLinear.update` of each: due before they are used in a graph."""
+    """Call `CopiedLinear.update` on each; required before they run in a compiled graph."""
     for layer in layers:
         layer.update()
 
 
 def keep_gradients(layers: Sequence[CopiedLinear], hidden: Tensor) -> None:
-    """Let gradients be cleared between the forward that ended in `hidden` and its backward: the
-    latter adds to those that the former saw."""
+    """Allow gradients to be cleared between the forward that ended in `hidden` and its backward,
+    which accumulates into the gradient tensors of the forward."""
     if not hidden.requires_grad:
         return
-    seen = [(layer.weight, layer.weight.grad) for layer in layers if layer.weight.requires_grad]
+    saved = [(layer.weight, layer.weight.grad) for layer in layers if layer.weight.requires_grad]
 
     def restore(_: Tensor) -> None:
-        for weight, gradient in seen:
+        for weight, gradient in saved:
             if weight.grad is gradient:
                 continue
             if weight.grad is None:
-                gradient.data.zero_()  # as `add_product` does
+                gradient.data.zero_()  # `.data` for the same reason as in `add_product`
             else:
                 gradient.data.copy_(weight.grad)
             weight.grad = gradient
@@ -139,10 +141,14 @@ def keep_gradients(layers: Sequence[CopiedLinear], hidden: Tensor) -> None:
     hidden.register_hook(restore)
 
 
-def _note_update(optimizer: torch.optim.Optimizer, *_) -> None:
+@cache
+def _watch_optimizers() -> None:
+    """Count each optimizer step in its parameters' versions, from the first copy on: PyTorch's
+    fused optimizers and our kernel write weights without doing so. Process-wide, since any loop's
+    optimizer may own the weights, and copies it forgot to renew would silently be stale."""
+    register_optimizer_step_post_hook(_increment_versions)
+
+
+def _increment_versions(optimizer: torch.optim.Optimizer, *_) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.autograd.graph.increment_version(parameters)
-
-
-# PyTorch's fused optimizers and kernels of our own write weights without telling their version.
-register_optimizer_step_post_hook(_note_update)

@@ -1,9 +1,9 @@
-"""AdamW whose two moments are bfloat16: 4 bytes a parameter where float32 takes 8.
+"""AdamW with bfloat16 moments: 4 bytes per parameter for both, where float32 takes 8.
 
-A moment moves by a small share of itself each step, the second by 0.001 with the default beta,
-which is less than half the distance between two bfloat16 numbers. Rounded to the nearest, it would
-never move again. So moments are rounded up or down at random, in proportion to what is nearer:
-right on average. On a GPU one kernel makes the whole update (`rrhf_fast.kernels.adamw_bf16`).
+A moment changes by a small share of itself per step, the second by 0.001 with the default beta:
+less than half the spacing of bfloat16 numbers. Rounding to nearest would freeze it, so moments are
+rounded stochastically, which is unbiased. On a GPU one kernel does the whole update
+(`rrhf_fast.kernels.adamw_bf16`).
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-# Numbers that are updated at once where no kernel does it.
+# Elements updated at once without the kernel.
 PART = 2**24
 HAS_TRITON = find_spec("triton") is not None
 
 
 class AdamWBF16(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with bfloat16 moments; parameters keep their
-    dtype, and arithmetic is float32. Options are those of `torch.optim.AdamW`, and so is
-    `grad_scale`, a float32 scalar on the parameters' device that gradients are divided by."""
+    dtype, and arithmetic is float32. Options are those of `torch.optim.AdamW`, as is `grad_scale`,
+    a float32 scalar on the parameters' device by which gradients are divided."""
 
     grad_scale: torch.Tensor | None = None
 
@@ -39,7 +39,7 @@ class AdamWBF16(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         grad_scale, one = self.grad_scale, None
         parameters = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -65,7 +65,8 @@ class AdamWBF16(Optimizer):
                     _update(*parts, grad_scale, step, group)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As `Optimizer.load_state_dict`, which casts moments to the parameter's dtype."""
+        """As `Optimizer.load_state_dict`, but keeps moments in bfloat16 instead of casting them to
+        the parameter's dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -95,9 +96,9 @@ def _update(
 
 
 def _kernel_takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel updates this parameter, given with its gradient and moments."""
+    """Whether the kernel supports this parameter, given with its gradient and moments."""
     return HAS_TRITON and all(
-        # Its arithmetic is float32, too little for float64.
+        # It computes in float32, which is too imprecise for float64.
         tensor.device.type == "cuda" and tensor.is_contiguous() and tensor.dtype.itemsize <= 4
         for tensor in tensors
     )
@@ -117,29 +118,29 @@ def _update_by_kernel(
     from rrhf_fast.kernels import adamw_bf16 as kernel
 
     options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    # The seed of torch's CPU generator, which checkpoints keep with its state, is at hand without
-    # waiting for the device, and the same on ranks that hold copies of the same parameters.
+    # The seed of torch's CPU generator is stored in checkpoints, needs no synchronisation, and is
+    # equal on ranks that hold copies of the same parameters.
     seed = torch.initial_seed()
     tensors = (parameter, gradient, exp_avg, exp_avg_sq)
     kernel.update(*tensors, grad_scale, step=step, index=index, seed=seed, **options)
 
 
 def round_at_random(x: torch.Tensor) -> torch.Tensor:
-    """float32 -> bfloat16, up or down in proportion to what is nearer. Expects finite numbers."""
-    # bfloat16 is the upper half of a float32's bits. Noise below it carries over into it as often
-    # as the lower half is large.
+    """float32 -> bfloat16 with stochastic rounding. Expects finite numbers."""
+    # bfloat16 is the upper half of a float32's bits. Noise added to the lower half carries with a
+    # probability proportional to it.
     bits = x.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=x.device)
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _parts(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Rows of tensors of one shape, as many at a time as keep the copies in float32 small."""
+    """Split tensors of equal shape by rows, so that float32 copies of the parts are small."""
     tensors = [torch.atleast_1d(tensor) for tensor in tensors]
     row = max(1, tensors[0][:1].numel())
     return zip(*(tensor.split(max(1, PART // row)) for tensor in tensors), strict=True)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    # All of it is elementwise, so a shard needs nothing of the others.
+    # The update is elementwise, so shards are independent.
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

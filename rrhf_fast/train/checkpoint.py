@@ -1,13 +1,13 @@
 """Checkpoints to resume from: PyTorch's distributed checkpoints (DCP), written by a thread.
 
     output_dir/checkpoint-<step>/
-      trainer_state.json    step, schedule, config, lengths of the files that grow
-      config.json, ...      the Hugging Face model around the weights, for `rrhf_fast.export`
+      trainer_state.json    step, schedule, config, lengths of the growing files
+      config.json, ...      the Hugging Face model except its weights, for `rrhf_fast.export`
       __<rank>_<n>.distcp   weights, optimizer state, random states
-      .metadata             written last, in one move: without it the checkpoint does not exist
+      .metadata             written last, in one move: without it the checkpoint is incomplete
 
-Weights and optimizer state are stored by name and whole shape, so any number of ranks can read
-them. The position in the data is the step, since the order of an epoch follows from its seed.
+Weights and optimizer state are stored by name and full shape, so any number of ranks can read them.
+The step determines the position in the data, since the order of an epoch follows from its seed.
 """
 
 import contextlib
@@ -49,13 +49,13 @@ from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.save import trained_tensors
 
-# DCP says this of every run that no launcher started.
+# DCP warns so in every run without a launcher.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-# Files of output_dir that grow with the run; resuming cuts them to what they were.
+# Files of output_dir that grow with the run; resuming truncates them to their length at the time.
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
-# Options that say how a run is carried out, not what it computes.
-CARRIED_OUT = {
+# Options that do not change what a run computes.
+NOT_COMPUTED = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "run_name",
     "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
     "dry_run", "show_tokens",
@@ -68,8 +68,8 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
-    skipped: int = 0  # steps in a row up to this one
-    active_fraction: float = 1.0  # of tokens, about: a running mean over steps
+    skipped: int = 0  # consecutive skipped steps up to this one
+    active_fraction: float = 1.0  # of tokens: a running mean over steps
 
     def add(self, totals: Totals, problem: str | None) -> None:
         """Count a step; `problem` is why its update was skipped."""
@@ -81,15 +81,15 @@ class Progress:
 
 
 class Stager(BlockingAsyncStager):
-    """Copies the state to the CPU. From a GPU that is fastest into pinned memory, which takes long
-    to get and is therefore kept for the next save (`cache_staged_state_dict`). Where it cannot be
-    had, or holds a state of other keys, each save gets memory of its own."""
+    """Copies the state to the CPU. From a GPU, pinned memory is fastest, but slow to allocate, and
+    therefore kept for the next save (`cache_staged_state_dict`). If it cannot be allocated, or
+    holds a state with other keys, each save allocates its own memory."""
 
     def stage(self, state_dict: dict) -> dict:
-        """The copy; waits until it is made."""
+        """Copy the state and wait for the copy."""
         try:
             return super().stage(state_dict)
-        except Exception:  # of the allocator, or PyTorch's own for other keys
+        except Exception:  # from the allocator, or PyTorch's own for other keys
             if not self.cache_staged_state_dict:
                 raise
             self.cache_staged_state_dict, self.state_dict_cache = False, None
@@ -103,17 +103,17 @@ class Checkpoints:
         self._run, self._optimizer, self._schedule = run, optimizer, schedule
         self._pending: tuple[Path, Future] | None = None
         alone = run.world.mesh is None
-        # A group of the thread's own, so that its messages do not mix with those of the step.
+        # The thread has its own group, so that its messages do not mix with those of the step.
         group = None if alone else dist.new_group(backend="gloo")
         self._ranks = {"process_group": group, "no_dist": alone}
-        # With cpu_offload the state is in pinned memory already, and little is left of the CPU's.
+        # With cpu_offload the state is in pinned memory already, and CPU memory is scarce.
         on_gpu = run.world.device.type == "cuda" and not run.config.cpu_offload
         self._stager = Stager(cache_staged_state_dict=on_gpu)
 
     def save(self, progress: Progress) -> None:
-        """Copy the state and start writing; call `finish` before counting on it. All ranks must
-        call."""
-        self.finish()  # before what it writes from is used again
+        """Copy the state and start writing; the checkpoint is complete after `finish`. All ranks
+        must call."""
+        self.finish()  # before its staging memory is reused
         folder = self._run.output_dir / f"checkpoint-{progress.step}"
         with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
@@ -123,10 +123,10 @@ class Checkpoints:
         self._pending = folder, future
 
     def finish(self, *, wait: bool = True) -> None:
-        """Raise `SaveFailed` if the write did; afterwards remove what save_total_limit leaves out.
-        Without `wait`, only if it is done. All ranks must call."""
+        """Raise `SaveFailed` if the pending write failed, then remove checkpoints beyond
+        save_total_limit. Without `wait`, only if the write is done. All ranks must call."""
         world, limit = self._run.world, self._run.config.save_total_limit
-        # Several ranks do not find it done at the same step.
+        # Several ranks would not see it done at the same step.
         if self._pending is None or not (wait or (world.size == 1 and self._pending[1].done())):
             return
         (folder, future), self._pending = self._pending, None
@@ -137,8 +137,7 @@ class Checkpoints:
                     _remove(old)
 
     def clear(self, *, keep_complete: bool) -> None:
-        """Remove what earlier runs left in output_dir: checkpoints that were never completed, or
-        all."""
+        """Remove incomplete checkpoints of earlier runs from output_dir, or all checkpoints."""
         if not self._run.world.is_first:
             return
         for folder in self._run.output_dir.glob("checkpoint-*"):
@@ -149,38 +148,38 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
-        """Load everything but options, such as rates and decays, which are this run's; returns the
+        """Load everything except options, such as rates and decays, which this run sets; return the
         progress and the lengths of the growing files.
 
         Raises:
-            ValueError: the checkpoint is of other rows, or of a model of another shape.
+            ValueError: the checkpoint is from other rows, or a model of another shape.
         """
         saved = read_state(folder)
         if saved["data"] != self._data:
             raise ValueError(
-                f"resume_from_checkpoint: {folder} is of a run on other rows (to train its model "
-                "on these, export it and name it as model_name_or_path)"
+                f"resume_from_checkpoint: {folder} is from a run on other rows (to train its model "
+                "on these, export it and pass it as model_name_or_path)"
             )
         state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
         self._set_moments(state)
-        # From one step before, since a step is what computes rates, from this run's schedule.
+        # Load the previous step and step once, which computes rates from this run's schedule.
         step = {"last_epoch": saved["schedule"]["last_epoch"] - 1}
         own = {"base_lrs": self._schedule.base_lrs}
         self._schedule.load_state_dict(saved["schedule"] | own | step)
         self._schedule.step()
-        if self._rng_key in state:  # not there on a rank that the saving run did not have
+        if self._rng_key in state:  # absent if the saving run had fewer ranks
             _set_random_states(pickle.loads(state[self._rng_key]))
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
-        # In another folder than its run's, the files start anew.
-        own = folder.parent.resolve() == self._run.output_dir.resolve()
-        return progress, saved["files"] if own else {}
+        # In another output_dir the files start anew.
+        is_own = folder.parent.resolve() == self._run.output_dir.resolve()
+        return progress, saved["files"] if is_own else {}
 
     def load_optimizer(self, folder: Path) -> None:
-        """Start with another run's moments; rates and decays stay those of this run."""
+        """Start with another run's moments, but this run's rates and decays."""
         self._set_moments(self._load(folder, ("optimizer",), "init_optimizer_from"))
 
     def _set_moments(self, state: dict) -> None:
-        """Of a checkpoint's optimizer take everything but its options."""
+        """Load a checkpoint's optimizer state, but not its options."""
         own = [dict(group) for group in self._optimizer.param_groups]
         set_optimizer_state_dict(self._run.model, self._optimizer, state["optimizer"])
         for group, before in zip(self._optimizer.param_groups, own, strict=True):
@@ -188,7 +187,7 @@ class Checkpoints:
 
     @cached_property
     def _data(self) -> str:
-        """A hash of the training rows as tokens and rewards, in their order."""
+        """A hash of the training rows' tokens and rewards, in order."""
         digest = hashlib.blake2b(digest_size=16)
         for query in self._run.train.queries:
             for array in (query.prompt_ids, *query.response_ids, query.rewards):
@@ -200,13 +199,13 @@ class Checkpoints:
         return f"random_states/{self._run.world.rank}"
 
     def _begin(self, folder: Path, progress: Progress) -> None:
-        """The parts that are no tensors."""
+        """Write the non-tensor state."""
         run = self._run
         _remove(folder)
-        # Gets its name when it holds the file by which `is_ours` knows it.
+        # Renamed once it holds the file by which `is_ours` recognises it.
         staging = _hidden(folder)
         staging.mkdir()
-        with run.model.generation():  # an attention that others have
+        with run.model.generation():  # the saved config must name a standard attention
             write_config(run.model.lm, staging, run.save_dtype)
         write_generation_config(run.model.lm, staging)
         run.tokenizer.save_pretrained(staging)
@@ -250,12 +249,12 @@ class Checkpoints:
 
 
 def changed_options(folder: Path, config: TrainConfig) -> str:
-    """What a resumed run computes otherwise than its checkpoint's run would have, in words."""
+    """Describe the options that changed since the checkpoint and affect what a run computes."""
     saved = read_state(folder)["config"]
     changes = [
         f"{f.name} {saved[f.name]} -> {getattr(config, f.name)}"
         for f in fields(config)
-        if f.name not in CARRIED_OUT
+        if f.name not in NOT_COMPUTED
         and f.name in saved
         and saved[f.name] != getattr(config, f.name)
     ]
@@ -263,7 +262,7 @@ def changed_options(folder: Path, config: TrainConfig) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill on the way leaves a hidden folder, which `clear` removes."""
+    """Delete a checkpoint. If killed midway, a hidden folder remains, which `clear` removes."""
     hidden = _hidden(folder)
     shutil.rmtree(hidden, ignore_errors=True)
     if folder.is_dir():
@@ -277,7 +276,7 @@ def _hidden(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _clear_errors(folder: Path):
-    """One clear line for a full disk or a folder that cannot be written."""
+    """Report a full disk or an unwritable folder in one line, as `SaveFailed`."""
     try:
         yield
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:

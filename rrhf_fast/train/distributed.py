@@ -1,7 +1,7 @@
-"""Ranks: one process for each device, and the model sharded over them with FSDP2.
+"""Ranks: one process per device, and the model sharded over them with FSDP2.
 
 A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first rank.
-Without it there is one process, no process group, and nothing here does anything.
+Without one there is a single process, no process group, and this module does nothing.
 """
 
 import os
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks of a run."""
+    """This process's position among the ranks of a run."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # (replicate, shard); None where there is no process group
+    mesh: DeviceMesh | None = None  # (replicate, shard); None without a process group
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank prints and writes files that exist once."""
+        """Whether this rank prints, and writes files that exist once per run."""
         return self.rank == 0
 
     def print(self, text: str) -> None:
@@ -57,7 +57,7 @@ class World:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Each rank's value, on all ranks, in the order of the ranks."""
+        """All ranks' values, in rank order, on every rank."""
         if self.mesh is None:
             return [value]
         values = [None] * self.size
@@ -66,7 +66,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks raise what the body raised on the first rank on which it failed, if any."""
+        """If the body fails on any rank, raise the lowest such rank's exception on all ranks."""
         own = None
         try:
             yield
@@ -78,7 +78,7 @@ class World:
                 raise error
 
     def once(self, function: Callable[[], T]) -> T:
-        """Call on the first rank; all get what it returned, or raise what it raised."""
+        """Call on the first rank; all ranks return its result, or raise its exception."""
         outcome = [None, None]
         if self.is_first:
             try:
@@ -94,17 +94,16 @@ class World:
 
 
 def is_on_all_ranks(error: BaseException) -> bool:
-    """Whether `World` raised this error on every rank, so that all are at the same point."""
+    """Whether `World` raised this error on every rank, so that the ranks are still in step."""
     return getattr(error, "on_all_ranks", False)
 
 
 @contextmanager
 def join_world(config: TrainConfig) -> Iterator[World]:
-    """Join the other ranks, as far as a launcher started any; leave them at the end.
+    """Join the other ranks if a launcher started any; leave them at the end.
 
     Raises:
-        ValueError: data_parallel_shard and data_parallel_replicate do not multiply to the number
-            of ranks.
+        ValueError: data_parallel_shard times data_parallel_replicate is not the number of ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -112,36 +111,36 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     shard = config.data_parallel_shard or size // config.data_parallel_replicate
     if shard * config.data_parallel_replicate != size:
-        found = f"{shard} x {config.data_parallel_replicate} for {size} processes"
+        product = f"{shard} x {config.data_parallel_replicate} for {size} processes"
         raise ValueError(
             "data_parallel_shard, data_parallel_replicate: expected their product to be the number "
-            f"of processes (torchrun --nproc_per_node), found {found}"
+            f"of processes (torchrun --nproc_per_node), found {product}"
         )
     if "RANK" not in os.environ:
         if config.cpu_offload:
-            raise ValueError("cpu_offload: needs torchrun (one process will do)")
+            raise ValueError("cpu_offload: needs torchrun (one process is enough)")
         yield World(device)
         return
     if cuda:
         torch.cuda.set_device(device)
     joined_here = not dist.is_initialized()
     if joined_here:
-        # Checkpoints are written by a thread that talks over gloo.
+        # The thread that writes checkpoints communicates over gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     names = ("replicate", "shard")
     mesh = init_device_mesh(
         device.type, (config.data_parallel_replicate, shard), mesh_dim_names=names
     )
     yield World(device, rank, size, mesh)
-    # Not after an exception: the other ranks may wait in a collective that this one never joins.
+    # Not after an exception: other ranks may be waiting in a collective that this one never joins.
     if joined_here:
         dist.destroy_process_group()
 
 
 def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
-    """Shard every layer, then what is left (embeddings, norm, head), so that the head's weight is
-    whole while the root's forward runs. Weights stay float32; a rank computes in `config.dtype`
-    and sums gradients in float32."""
+    """Shard every layer, then the rest (embeddings, norm, head) as the root, so that the head's
+    weight is whole while the root's forward runs. Weights stay float32; ranks compute in
+    `config.dtype` and sum gradients in float32."""
     dtype = getattr(torch, config.dtype)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     options = {
@@ -161,24 +160,23 @@ def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
 
 
 def prepare_backward(model: nn.Module, config: TrainConfig, *, is_last: bool) -> None:
-    """Tell FSDP where in an optimizer step this pack stands; before its forward."""
+    """Tell FSDP whether this pack is the optimizer step's last; call before its forward."""
     if not isinstance(model, FSDPModule):
         return
     model.set_is_last_backward(is_last)
     if config.reshard_after_forward:
-        # Gradients are scattered after each pack, so that none is ever whole; replicas sum theirs
-        # once.
+        # Gradients are scattered after each pack, so none is ever whole; replicas sum theirs once.
         model.set_requires_all_reduce(is_last)
     else:
-        # Weights are gathered and gradients reduced once an optimizer step.
+        # Weights are gathered and gradients reduced once per optimizer step.
         model.set_requires_gradient_sync(is_last)
         model.set_reshard_after_backward(is_last)
 
 
 @contextmanager
 def gathered(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Inside, every rank holds all weights, so that each can run parts of the model as often as it
-    likes (sampling takes a different number of steps on each)."""
+    """Inside, every rank holds all weights, so that ranks can run the model independently (sampling
+    takes a different number of steps on each)."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -194,5 +192,5 @@ def gathered(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor's full value, on every rank; all ranks must ask."""
+    """A sharded tensor's full value, on every rank. All ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

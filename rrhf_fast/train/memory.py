@@ -1,10 +1,10 @@
-"""An estimate of the memory that a GPU needs, from shapes alone: what `--dry_run` prints.
+"""Estimate a GPU's memory use from shapes alone, for `--dry_run` and automatic pack sizes.
 
-Weights, gradients and optimizer state are counted. Activations are what autograd keeps of one pack,
-found by running the decoder on the meta device, which computes shapes and nothing else. Not
+Weights, gradients and optimizer state are counted. Activations, the tensors that autograd saves for
+one pack, are measured by running the decoder on the meta device, which computes only shapes. Not
 counted: the head's gradient of hidden states and the residual stream under autocast, both in
-float32; gradients of what belongs to no layer, before FSDP reduces them; and what the allocator
-loses to fragments, NCCL's buffers, the CUDA context (about 1 GiB together).
+float32; gradients of parameters outside layers, before FSDP reduces them; and fragmentation, NCCL's
+buffers and the CUDA context (about 1 GiB together).
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.train.config import TrainConfig
 
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
-# What `max_tokens_per_pack` auto chooses from, and how much of a GPU the estimate may fill.
+# The range of `max_tokens_per_pack auto`, and the share of a GPU that the estimate may fill.
 PACK_STEP, SMALLEST_PACK, LARGEST_PACK = 1024, 2048, 32768
 SHARE_TO_FILL = 0.85
-DRY_RUN_MEMORY = 80 * 2**30  # bytes of the GPU that --dry_run chooses packs for
+DRY_RUN_MEMORY = 80 * 2**30  # bytes of the GPU for which --dry_run chooses packs
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # weights in the dtype of the arithmetic, and gradients before they are reduced
+    gathered: float  # weights in the compute dtype, and gradients before they are reduced
     activations: float
     head: float
 
 
 def memory_table(config: TrainConfig) -> str:
-    """The estimate for a config on 1 to 64 GPUs, in GiB. Raises ValueError as loading would."""
+    """The estimate for a config on 1 to 64 GPUs, in GiB. Raises the ValueErrors of loading."""
     options = {"trust_remote_code": config.trust_remote_code}
     lm = empty_model(config.model_name_or_path, **options)
     if config.use_peft:
@@ -62,7 +62,7 @@ def memory_table(config: TrainConfig) -> str:
     count = sum(parameter.numel() for parameter in lm.parameters())
     names = [field.name for field in fields(Memory)]
     lines = [
-        f"GiB on one GPU: {config.model_name_or_path}, {count / 1e9:.3g}B parameters, "
+        f"GiB per GPU: {config.model_name_or_path}, {count / 1e9:.3g}B parameters, "
         f"{str(dtype).removeprefix('torch.')}, {packs}, "
         f"activation_checkpointing {config.activation_checkpointing}",
         f"{'GPUs':>5}" + "".join(f"{name:>13}" for name in [*names, "total"]),
@@ -84,16 +84,16 @@ def fitting_tokens(
     memory: float,
     largest_query: int = 0,
 ) -> int:
-    """Tokens of the packs that a GPU of `memory` bytes has room for by the estimate, with weights
-    sharded over `num_gpus` and `activations` of `activation_line`."""
+    """Tokens per pack that fit a GPU of `memory` bytes by the estimate, with weights sharded over
+    `num_gpus` and `activations` from `activation_line`."""
     fixed = sum(astuple(estimate(lm, config, dtype, num_gpus)))
     room = SHARE_TO_FILL * memory
     return choose_tokens(lambda tokens: fixed + activations(tokens), room, largest_query)
 
 
 def choose_tokens(total: Callable[[int], float], room: float, largest_query: int) -> int:
-    """The largest multiple of 1024 up to 32768 whose `total` bytes fit the room. At least 2048 and
-    the largest query, which is never split, whether they fit or not."""
+    """The largest multiple of 1024 up to 32768 whose `total` bytes fit `room`; at least 2048 and
+    at least the largest query (which is never split), even if these do not fit."""
     smallest = max(SMALLEST_PACK, -(-largest_query // PACK_STEP) * PACK_STEP)
     sizes = range(smallest, LARGEST_PACK + 1, PACK_STEP)
     return max((tokens for tokens in sizes if total(tokens) <= room), default=smallest)
@@ -106,30 +106,30 @@ def estimate(
     num_gpus: int,
     activations: float = 0,
 ) -> Memory:
-    """With weights sharded over `num_gpus`; 1 is a process without torchrun."""
+    """Estimate with weights sharded over `num_gpus`; 1 means a process without torchrun."""
     layers = [_sizes(layer) for layer in decoder_layers(lm)]
     count, trained = _sizes(lm)
     largest, rest = max(layers), count - sum(size for size, _ in layers)
     masters = 4 * count / num_gpus
     if num_gpus == 1:
-        # Each float32 weight has a copy: those of the decoder's layers always, the head's while it
-        # is used. Frozen weights are in the arithmetic's dtype.
+        # Each float32 weight has a copy: permanent in the decoder's layers, temporary in the head.
+        # Frozen weights are in the compute dtype.
         gathered = 0 if dtype == torch.float32 else dtype.itemsize * trained
         masters = 4 * trained + dtype.itemsize * (count - trained)
     elif config.reshard_after_forward:
-        # The layer at hand, the next one, what belongs to no layer; a layer's gradients.
+        # The current layer, the next one, the rest outside layers; one layer's gradients.
         gathered = dtype.itemsize * (2 * largest[0] + rest) + (dtype.itemsize + 4) * largest[1]
     else:
         gathered = dtype.itemsize * count + 4 * trained
     head = lm.get_output_embeddings().weight
-    # Summed in float32; sharded weights are in the arithmetic's dtype, and so is what they get.
+    # Summed in float32; sharded weights and their gradients are in the compute dtype.
     rounded = 0 if num_gpus == 1 else dtype.itemsize
     d_weight = (4 + rounded) * head.numel() if head.requires_grad else 0
-    at_home = 0 if config.cpu_offload else 1
+    on_gpu = 0 if config.cpu_offload else 1
     return Memory(
-        weights=at_home * masters,
-        gradients=at_home * 4 * trained / num_gpus,
-        optimizer=at_home * 2 * _moment_bytes(config) * trained / num_gpus,
+        weights=on_gpu * masters,
+        gradients=on_gpu * 4 * trained / num_gpus,
+        optimizer=on_gpu * 2 * _moment_bytes(config) * trained / num_gpus,
         gathered=gathered,
         activations=activations,
         head=MAX_WORKSPACE_MB * 2**20 + d_weight,
@@ -139,8 +139,8 @@ def estimate(
 def activation_line(
     lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype
 ) -> Callable[[int], float]:
-    """`activation_bytes` for any number of tokens, by the straight line through two of them: all
-    that is kept grows with the tokens, since a fused attention keeps no matrix of scores."""
+    """`activation_bytes` as a linear function of the tokens, fitted to two sizes: all that is saved
+    is linear in them, since fused attention saves no matrix of scores."""
     low, high = (activation_bytes(lm, config, dtype, n) for n in (PACK_STEP, SMALLEST_PACK))
     slope = (high - low) / (SMALLEST_PACK - PACK_STEP)
     return lambda tokens: low + slope * (tokens - PACK_STEP)
@@ -149,8 +149,8 @@ def activation_line(
 def activation_bytes(
     lm: PreTrainedModel, config: TrainConfig, dtype: torch.dtype, num_tokens: int
 ) -> int:
-    """Bytes that stand between forward and backward of a pack of this many tokens; `lm` is on the
-    meta device. Raises ValueError for a model whose shapes depend on its numbers."""
+    """Bytes held between forward and backward of a pack of this many tokens; `lm` is on the meta
+    device. Raises ValueError for a model whose shapes depend on its data."""
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     lm.to(dtype)
     kept = _Kept(lm)
@@ -159,33 +159,33 @@ def activation_bytes(
         with attention(lm, "rrhf_shapes"), hooks, kept:
             positions = torch.arange(num_tokens, device="meta")[None]
             hidden = lm.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
-    except RuntimeError as error:  # a model's own
+    except RuntimeError as error:  # from the model's own code
         problem = f"the activations of {lm.config.model_type} in {dtype} cannot be estimated"
         raise ValueError(f"dry_run, max_tokens_per_pack: {problem} ({one_line(error)})") from error
     lm.to(torch.float32)
     logits = 0
     if config.packing == "none":
-        # In float32: log-probs of the whole vocabulary, their gradient and that of the logits.
+        # In float32: log-probs over the vocabulary, their gradient and that of the logits.
         logits = 3 * 4 * num_tokens * len(lm.get_output_embeddings().weight)
     if config.activation_checkpointing == "none":
         return kept.saved + logits
     layers = len(decoder_layers(lm))
     inputs = layers * hidden.numel() * dtype.itemsize
-    # While a layer's backward runs, what it saved is there again.
-    at_hand = kept.saved // layers
+    # A layer's saved tensors exist again while its backward runs.
+    one_layer = kept.saved // layers
     recomputed_from = kept.selective if config.activation_checkpointing == "selective" else 0
-    return inputs + recomputed_from + at_hand + logits
+    return inputs + recomputed_from + one_layer + logits
 
 
 class _Kept(TorchDispatchMode):
-    """Adds up what autograd saves, each storage once and no weights; and what selective
-    checkpointing would keep."""
+    """Sums the bytes that autograd saves, each storage once, without weights; and those that
+    selective checkpointing would keep."""
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.saved = self.selective = 0
         self._seen = {p.untyped_storage()._cdata for p in lm.parameters()}
-        self._alive = []  # a storage that is gone would hand its address on
+        self._alive = []  # addresses of freed storages would be reused
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -203,7 +203,7 @@ class _Kept(TorchDispatchMode):
 
 
 class _AttentionShapes(torch.autograd.Function):
-    """Saves what a fused attention saves."""
+    """Saves the same tensors as fused attention."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -224,14 +224,14 @@ AttentionInterface.register("rrhf_shapes", _attention_shapes)
 
 
 def _moment_bytes(config: TrainConfig) -> int:
-    """Of each of AdamW's two moments, a parameter."""
+    """Bytes per parameter of each of AdamW's two moments."""
     if config.optim == "adamw_8bit":
         return 1
     return 2 if config.optimizer_state_dtype == "bfloat16" else 4
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    """Parameters, and those that are trained."""
+    """Numbers of all and of trained parameters."""
     parameters = list(module.parameters())
     return (
         sum(parameter.numel() for parameter in parameters),

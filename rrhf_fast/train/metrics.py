@@ -1,4 +1,4 @@
-"""metrics.jsonl, always; TensorBoard, W&B or trackio beside it when asked."""
+"""Log metrics to metrics.jsonl, and to TensorBoard, W&B or trackio if `report_to` names them."""
 
 import json
 import math
@@ -10,20 +10,19 @@ from rrhf_fast.train.config import TrainConfig
 
 
 class MetricsLog:
-    """Writes each record to every place at once. A record is a flat dict of numbers with a
-    "step"."""
+    """Writes each record to every destination. A record is a flat dict of numbers with a "step"."""
 
     def __init__(self, output_dir: Path, config: TrainConfig, *, writes: bool = True):
-        """Without `writes` (ranks but the first) records are only kept. Raises ValueError when a
-        tracker of `report_to` is not installed."""
+        """Without `writes` (on all ranks but the first) records are only kept in memory. Raises
+        ValueError if a tracker in `report_to` is not installed."""
         self.records: list[dict] = []
         names = config.report_to if writes else []
         self._trackers = [_open_tracker(name, output_dir, config) for name in names]
         self._path, self._file, self._writes = output_dir / "metrics.jsonl", None, writes
 
     def resume(self, length: int) -> None:
-        """Go on behind the first `length` bytes of the file; what an earlier run wrote after its
-        checkpoint is dropped."""
+        """Continue after the first `length` bytes of the file; records written after the checkpoint
+        are dropped."""
         if self._path.exists():
             kept = self._path.read_bytes()[:length]
             self.records = [json.loads(line) for line in kept.splitlines()]
@@ -33,8 +32,8 @@ class MetricsLog:
                 self._file.seek(0, 2)
 
     def write(self, record: dict) -> None:
-        """Append one record; a kill of this process cannot lose it any more. Numbers that are not
-        finite become null."""
+        """Append one record and flush it, so that a kill of this process does not lose it.
+        Non-finite numbers become null."""
         record = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
@@ -42,7 +41,7 @@ class MetricsLog:
         self.records.append(record)
         if not self._writes:
             return
-        if self._file is None:  # only now is the file of an earlier run replaced
+        if self._file is None:  # replaces an earlier run's file, but not before the first record
             self._file = self._path.open("w")
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -59,7 +58,7 @@ class MetricsLog:
 
 
 def _open_tracker(name: str, output_dir: Path, config: TrainConfig):
-    """(log(numbers, step), finish()) of a tracker."""
+    """A tracker's functions (log(numbers, step), finish())."""
     module_name = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     try:
         module = import_module(module_name)

@@ -1,4 +1,4 @@
-"""AdamW, in the precision asked for, and its learning-rate schedule."""
+"""Build AdamW, in the configured precision, and its learning-rate schedule."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +17,12 @@ from rrhf_fast.train.schedule import build_schedule
 def build_optimizer(
     model: nn.Module, config: TrainConfig, num_steps: int
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """AdamW over the trainable parameters, weight decay on matrices only, and a schedule of
+    """AdamW over the trainable parameters, with weight decay on matrices only, and a schedule of
     `num_steps` steps.
 
     Raises:
-        ValueError: an unknown `lr_scheduler_type`, or `lr_scheduler_kwargs` that it does not take;
-            `optim adamw_8bit` without torchao.
+        ValueError: unknown `lr_scheduler_type` or unsupported `lr_scheduler_kwargs`; `optim
+            adamw_8bit` without torchao.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -36,7 +36,7 @@ def build_optimizer(
         eps=config.adam_epsilon,
     )
     for group in optimizer.param_groups:
-        # What resuming at a later point of a schedule needs. A copy: torchao changes its in place.
+        # Needed to resume in the middle of a schedule. A copy: torchao updates "lr" in place.
         group["initial_lr"] = float(group["lr"])
     return optimizer, build_schedule(optimizer, config, num_steps)
 
@@ -49,25 +49,25 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, grad_norm: float, max_norm: float) -> None:
-    """One step on gradients scaled down to `max_norm` as by `torch.nn.utils.clip_grad_norm_`, given
-    their norm.
+    """Take one step on gradients clipped to `max_norm` as by `torch.nn.utils.clip_grad_norm_`,
+    given their norm.
 
-    Scaling takes no pass of its own over the gradients: the update divides by `grad_scale`, which
-    torch.amp introduced for this. Gradients are of no use afterwards (torch's update leaves scaled
+    Clipping needs no extra pass over the gradients: the update divides by `grad_scale`, which
+    torch.amp introduced for this. Gradients are undefined afterwards (torch's update leaves scaled
     ones behind).
     """
-    scale = (grad_norm + 1e-6) / max_norm  # the small number is clip_grad_norm_'s
+    scale = (grad_norm + 1e-6) / max_norm  # the epsilon of clip_grad_norm_
     if scale <= 1:
         optimizer.step()
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # Filled on the device: a copy from the host would wait for the device.
+    # Filled on the device, because a copy from the host would synchronise.
     on_device = partial(torch.full, (), dtype=torch.float32, device=parameters[0].device)
     if isinstance(optimizer, AdamWBF16 | torch.optim.AdamW):
         optimizer.grad_scale = on_device(scale)
         optimizer.step()
         del optimizer.grad_scale
-    else:  # torchao's takes no scale
+    else:  # torchao's does not support grad_scale
         with span("optimizer"):
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, on_device(grad_norm))
         optimizer.step()

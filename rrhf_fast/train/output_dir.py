@@ -1,4 +1,4 @@
-"""The output folder: whose it is, and which checkpoints it holds."""
+"""The output folder: check that no other run owns it, and create it."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from pathlib import Path
 from rrhf_fast.stages.run_folder import is_ours
 from rrhf_fast.train.config import TrainConfig
 
-# Files that mark a folder as the output of an earlier run.
+# Files that mark a folder as an earlier run's output.
 RUN_FILES = (
     "metrics.jsonl",
     "model.safetensors",
@@ -18,22 +18,23 @@ RUN_FILES = (
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raise ValueError if this run would destroy files of another one, unless it was told to."""
+    """Raise ValueError if this run would destroy another run's files without being told to."""
     if config.output_dir is None:
         return
     output_dir = Path(config.output_dir)
     model = config.model_name_or_path
     if config.use_peft and model is not None and Path(model).resolve() == output_dir.resolve():
-        problem = f"{output_dir} is the model that the adapters belong to (choose another)"
+        problem = f"{output_dir} holds the adapters' base model (choose another)"
         raise ValueError(f"output_dir: {problem}")
     folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     for folder in folders:
         if not is_ours(folder):
-            raise ValueError(f"output_dir: {folder} is no checkpoint of rrhf_fast (choose another)")
+            problem = f"{folder} is not a checkpoint of rrhf_fast"
+            raise ValueError(f"output_dir: {problem} (choose another)")
     if config.overwrite_output_dir:
         source = config.init_optimizer_from
         if source is not None and _is_inside(source, output_dir):
-            problem = f"{source} is in the output_dir that --overwrite_output_dir clears"
+            problem = f"{source} is in the output_dir, which --overwrite_output_dir clears"
             raise ValueError(f"init_optimizer_from: {problem} (choose another output_dir)")
         return
     resumed = config.resume_from_checkpoint
@@ -42,7 +43,7 @@ def check_output_dir(config: TrainConfig) -> None:
         if resumed == "latest"
         else _is_inside(resumed, output_dir)
     ):
-        return  # its own earlier run
+        return  # resumes its own run
     names = (*RUN_FILES, *(folder.name for folder in folders))
     used = [name for name in names if (output_dir / name).exists()]
     if used:
@@ -53,7 +54,7 @@ def check_output_dir(config: TrainConfig) -> None:
 
 
 def claim_output_dir(config: TrainConfig) -> Path:
-    """Make the folder. Two runs that start in the same second get a folder each."""
+    """Create the folder. Runs that start in the same second get separate folders."""
     try:
         if config.output_dir is not None:
             output_dir = Path(config.output_dir)

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # the backend comes first
+import matplotlib.pyplot as plt  # after the backend is set
 
 
 def plot_training(records: list[dict], path: Path) -> None:
@@ -19,7 +19,7 @@ def plot_training(records: list[dict], path: Path) -> None:
     _line(loss, train, "sft_loss", "best response (SFT)", "C1")
     _dots(loss, held_out, "eval/rank_loss", "ranking, held out", "C0")
     _dots(loss, held_out, "eval/sft_loss", "best response, held out", "C1")
-    loss.set(title="Loss a query", yscale="log")
+    loss.set(title="Loss per query", yscale="log")
 
     _line(accuracy, train, "rewards/accuracies", "training", "C2")
     _dots(accuracy, held_out, "eval/rewards/accuracies", "held out", "C2")

@@ -1,4 +1,4 @@
-"""The weights of a run, gathered from its ranks and written."""
+"""Gather the weights of a run from its ranks and write them."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from rrhf_fast.train.prepare import Run
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes, by name: with adapters they alone, else all parameters and persistent
-    buffers. They share memory with the model."""
+    """The tensors that training changes, by name: the adapters if there are any, else all
+    parameters and persistent buffers. They share memory with the model."""
     parameters = dict(model.named_parameters())
     adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
     tensors = named_tensors(model)
@@ -24,8 +24,8 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; elsewhere {}.
-    Gathers a tensor at a time. All ranks must call."""
+    """`trained_tensors` of `model.lm`, whole and in `dtype`, on the first rank's CPU; {} on others.
+    Gathers one tensor at a time. All ranks must call."""
     weights = {}
     for name, tensor in trained_tensors(model).items():
         tensor = whole(tensor.detach())
@@ -41,5 +41,5 @@ def save_model(run: Run, output_dir: Path | None = None) -> None:
     weights = gather_weights(run.model, run.world, run.save_dtype)
     if run.world.is_first:
         folder = output_dir or run.output_dir
-        with run.model.generation():  # the saved config must name an attention that others have
+        with run.model.generation():  # the saved config must name a standard attention
             write_model(run.model.lm, run.tokenizer, folder, dtype=run.save_dtype, weights=weights)

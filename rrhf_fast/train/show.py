@@ -1,4 +1,4 @@
-"""What the model will see: `--show_tokens` prints rows token by token."""
+"""Show what the model will see: `--show_tokens` prints rows token by token."""
 
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
@@ -9,7 +9,7 @@ from rrhf_fast.train.summary import counted
 
 
 def shown_rows(config: TrainConfig) -> str:
-    """The first `config.show_tokens` training rows as text. Raises ValueError as `train` does."""
+    """The first `config.show_tokens` training rows as text. Raises the ValueErrors of `train`."""
     rows, report = load_rows(
         config.train_data,
         use_responses=config.use_responses,
@@ -40,13 +40,13 @@ def _shown(query: TokenisedQuery, tokenizer) -> str:
     lines += _indented(tokenizer.decode(query.prompt_ids))
     for i, (ids, score) in enumerate(zip(query.response_ids, query.row.scores, strict=True)):
         lines.append(f"responses[{i}], score {score:g}, {len(ids)} tokens, learned")
-        # Each token by itself: where they join, bytes of one letter may be parted.
+        # Each token is decoded alone; a letter whose bytes span several tokens appears broken.
         lines += _indented("".join(f"[{tokenizer.decode([token])}]" for token in ids))
     return "\n".join(lines)
 
 
 def _indented(text: str) -> list[str]:
-    """Lines of a text; line ends are shown, and what a terminal would obey is escaped."""
+    """Indent a text's lines; line ends are made visible, and control characters are escaped."""
     lines = text.replace("\n", "\u23ce\n").split("\n")
     return [
         "    " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in s) for s in lines if s

@@ -1,4 +1,4 @@
-"""What a run is about to train on, in a few lines: read before the first step is paid for."""
+"""The summary printed before the first step: what the run will train on."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def describe(
     max_length: int,
     has_template: bool,
 ) -> str:
-    """Model, rows, k, ties, duplicates, what was dropped or cut, tokens packed against padded."""
+    """Model, rows, k, ties, duplicates, dropped and cut rows, packed versus padded tokens."""
     queries = train.queries
     sizes = Counter(len(query.response_ids) for query in queries)
     num_responses = sum(k * count for k, count in sizes.items())
@@ -52,7 +52,7 @@ def describe(
         "": f"{ties} rows with tied scores, {duplicates} with duplicate responses",
         "cut": f"{cut.cut['prompts']} prompts and {cut.cut['responses']} responses, "
         f"to fit {max_length} tokens",
-        "tokens": f"{packed:,} an epoch; padded it would be {padded:,} "
+        "tokens": f"{packed:,} per epoch; with padding {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
     if text := warn_of_text([query.row.prompt for query in queries], has_template):
@@ -62,15 +62,15 @@ def describe(
     shared = count_shared([q.row for q in held_out], [q.row for q in queries])
     if shared:
         lines["leak"] = (
-            f"warning: {shared} of {len(held_out)} held-out rows have a prompt that is trained on"
+            f"warning: {shared} of {len(held_out)} held-out rows share a prompt with training rows"
         )
     if ties == len(queries) and all(len(np.unique(query.rewards)) == 1 for query in queries):
         lines["warning"] = "no row has two different scores, so there is nothing to rank"
     oversized = [size for size in train.sizes if size > config.max_tokens_per_pack]
     if oversized:
         lines["note"] = (
-            f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) and "
-            f"get a pack each, the largest {max(oversized):,} tokens"
+            f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) "
+            f"and each get their own pack; the largest has {max(oversized):,} tokens"
         )
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
@@ -84,19 +84,19 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
 
 
 def warn_of_text(prompts: Sequence[str | list[dict]], has_template: bool) -> str | None:
-    """What to say of prompts that go past the tokenizer's chat template."""
+    """A warning about prompts that bypass the tokenizer's chat template, if any."""
     texts = sum(isinstance(prompt, str) for prompt in prompts)
     if not texts or not has_template:
         return None
     which = "all" if texts == len(prompts) else f"{texts} of {len(prompts)}"
     return (
-        f"warning: {which} are text, which goes past the model's chat template; "
-        "--apply_chat_template true makes messages of them"
+        f"warning: {which} are text, which bypasses the model's chat template; "
+        "--apply_chat_template true turns them into messages"
     )
 
 
 def counted(rows_with: Counter) -> str:
-    """Names, each with its number of rows, the most frequent first, and not too many."""
+    """The 12 most frequent names, each with its number of rows."""
     shown = [f"{listed([name])} ({count} rows)" for name, count in rows_with.most_common(12)]
     more = len(rows_with) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

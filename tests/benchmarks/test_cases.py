@@ -1,4 +1,4 @@
-"""Memory, scaling and the host's work: what their figures say whatever the machine."""
+"""Memory, scaling and the host's work: properties of their figures on any machine."""
 
 import json
 import math
@@ -13,7 +13,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read fr
 
 
 def shown(case, figures, tmp_path):
-    """Figures as they come back from a file, once table and plot have taken them."""
+    """Figures as read back from a file, after table and plot have accepted them."""
     figures = json.loads(json.dumps(figures))
     assert case.table(figures)
     case.plot(figures, tmp_path / "figure.png")
@@ -33,10 +33,10 @@ def test_memory_of_the_same_gradient(monkeypatch, tmp_path):
         assert way["total_bytes"] == case["model_bytes"] + way["extra_bytes"]
     assert ways[points.ENGINE]["tokens"] == 2 * (128 + 6 * 63)
     assert ways[points.REPEATED]["tokens"] == 2 * 6 * (128 + 63)
-    # Logits of 6 * 191 tokens of 8,192; as much again for the log-softmax, and for its gradient.
+    # Logits of 6 * 191 tokens over 8,192; as much again for log-softmax and for its gradient.
     logits = 6 * 191 * 8192 * 4
     assert 3 * logits < ways[points.RELEASED]["extra_bytes"] < 10 * logits
-    # One query at a time, as the others have it. Measured: 64 MiB for 100, and 37 for 191.
+    # One query at a time, like the others. Measured: 64 MiB for 100, and 37 for 191.
     assert ways[points.ALONE]["extra_bytes"] < 0.8 * ways[points.REPEATED]["extra_bytes"]
     assert ways[points.LEAN]["extra_of_released"] < 1 / 3
 
@@ -61,7 +61,7 @@ def test_slopes(monkeypatch, tmp_path):
     assert engine["slopes"]["extra_bytes"] < repeated["slopes"]["extra_bytes"] / 2
 
     slopes = {way: one["slopes"]["extra_bytes"] for way, one in by_vocabulary["series"].items()}
-    # The gradients of the head and of the embedding, which are one matrix here, and no logits.
+    # Gradients of the head and of the embedding, which share one matrix here, and no logits.
     assert slopes[points.ENGINE] < 2.5 * 4 * figures["hidden_size"]
     # Three times the logits of every token.
     assert slopes[points.RELEASED] > 2.5 * 4 * 4 * (64 + 31)
@@ -70,7 +70,7 @@ def test_slopes(monkeypatch, tmp_path):
     assert ranked["active_fraction"] < unranked["active_fraction"] <= 1
 
 
-def test_a_baseline_is_left_out_where_it_would_take_too_long():
+def test_a_baseline_is_left_out_where_it_would_be_too_slow():
     sweep = scaling.Sweep("prompt", (64, 100_000), Lengths(0, 64, 6))
     options = {"shape": "tiny", "device": "cpu", "rounds": 1}
     assert list(sweep.points(points.REPEATED, **options)) == [64]

@@ -1,5 +1,5 @@
-"""A contender that fails, runs out of memory or is wrong costs no other its figures, and what is
-known is in the file before the next thing is tried."""
+"""A contender that fails, runs out of memory or is wrong does not affect the others' figures, which
+are written before the next contender runs."""
 
 import json
 from functools import partial
@@ -22,7 +22,7 @@ PROBLEM = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
 
 
 def checked(case, figures, saved, tmp_path, names):
-    """Figures, and what was saved on the way, go through the file, the table and the plot."""
+    """Final and intermediate figures are accepted by the file, the table and the plot."""
     assert len(saved) > 1 and saved[-1] == json.loads(json.dumps(figures))
     text = case.table(figures)
     assert all(name in text for name in names)
@@ -35,7 +35,7 @@ def snapshots():
     return saved, lambda figures: saved.append(json.loads(json.dumps(figures)))
 
 
-def test_rounds_go_on_without_a_way_that_fails():
+def test_rounds_continue_without_a_failing_way():
     results, calls = {"good": {}, "bad": {}, "late": {}}, []
 
     def late():
@@ -56,13 +56,13 @@ def test_heads(monkeypatch, tmp_path):
 
     def contenders(device, sizes):
         def wrong(hidden, weight, queries):
-            return 1.1 * found["plain torch"](hidden, weight, queries)
+            return 1.1 * heads["plain torch"](hidden, weight, queries)
 
         def nan(hidden, weight, queries):
-            return np.nan * found["plain torch"](hidden, weight, queries)
+            return np.nan * heads["plain torch"](hidden, weight, queries)
 
-        found = own(device, sizes)
-        return found | {"bad": broken, "wrong": wrong, "nan": nan, "absent": "not installed"}
+        heads = own(device, sizes)
+        return heads | {"bad": broken, "wrong": wrong, "nan": nan, "absent": "not installed"}
 
     monkeypatch.setattr(kernel, "contenders", contenders)
     saved, save = snapshots()
@@ -83,7 +83,7 @@ def test_heads_that_are_only_checked():
     figures = kernel.run(preset="smoke", device="cpu", rounds=0, **options)
     for case in figures["cases"]:
         assert all(max(w["gradient_errors"]) < 1e-5 for w in case["contenders"].values())
-    # A softcap changes what is right.
+    # A softcap changes the expected gradients.
     case = dict(shape=(512, 32, 500), fraction=1.0, contenders={}, softcap=5.0)
     ignores = {"plain": lambda h, w, q: q.loss(kernel._plain(h, w, q.targets, None))}
     kernel._measure(case, ignores, "cpu", 0, lambda: None)
@@ -94,22 +94,22 @@ def test_attention(monkeypatch, tmp_path):
     ways = attention._ways
 
     def more(*arguments):
-        found = ways(*arguments)
-        right = found["unpacked"]
-        return {"bad": broken, "wrong": lambda: lambda *qkv: 1.1 * right()(*qkv)} | found
+        all_ways = ways(*arguments)
+        right = all_ways["unpacked"]
+        return {"bad": broken, "wrong": lambda: lambda *qkv: 1.1 * right()(*qkv)} | all_ways
 
     monkeypatch.setattr(attention, "_ways", more)
     monkeypatch.setattr(attention, "_decoder", broken)
     saved, save = snapshots()
     options = {"shapes": [(16, 8, 3)], "tokens": 128, "save": save}
     figures = attention.run(preset="smoke", device="cpu", rounds=1, **options)
-    found = checked(attention, figures, saved, tmp_path, ["bad", "wrong", "out of memory"])
-    assert found["bad"]["problem"] == figures["decoder"]["problem"] == PROBLEM
-    assert "problem" in found["wrong"] and found["forest_sdpa"]["ms"] > 0
+    results = checked(attention, figures, saved, tmp_path, ["bad", "wrong", "out of memory"])
+    assert results["bad"]["problem"] == figures["decoder"]["problem"] == PROBLEM
+    assert "problem" in results["wrong"] and results["forest_sdpa"]["ms"] > 0
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_an_error_behind_the_first_tree_is_seen_in_the_whole_pack(monkeypatch, whole):
+def test_an_error_after_the_first_tree_is_found_in_the_whole_pack(monkeypatch, whole):
     ways = attention._ways
 
     def more(pack, *others):
@@ -128,7 +128,7 @@ def test_an_error_behind_the_first_tree_is_seen_in_the_whole_pack(monkeypatch, w
     assert bool(problems(figures)) == whole
 
 
-def test_the_argument_that_one_pytorch_has_and_another_needs():
+def test_gqa_is_requested_only_from_versions_that_need_it():
     def newer(q, k, v, *, window_size=(-1, -1), enable_gqa=False): ...
     def older(q, k, v, *, window_size=(-1, -1)): ...
 
@@ -140,19 +140,19 @@ def test_options_of_flex_attention_are_changed_for_one_contender(monkeypatch):
     own = lambda *args: {"IS_DIVISIBLE": True, "args": args}  # noqa: E731
     monkeypatch.setattr(attention.forest_flex, "kernel_options", own, raising=False)
     with attention._kernel_options({"IS_DIVISIBLE": False}):
-        found = attention.forest_flex.kernel_options(1, 2)
-    assert found == {"IS_DIVISIBLE": False, "args": (1, 2)}
+        options = attention.forest_flex.kernel_options(1, 2)
+    assert options == {"IS_DIVISIBLE": False, "args": (1, 2)}
     assert attention.forest_flex.kernel_options is own
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """step.run with two contenders more."""
+    """step.run with two more contenders."""
     contenders = step.contenders
 
     def more(*arguments):
-        found = contenders(*arguments)
-        first = found[step.RELEASED]
+        all_ways = contenders(*arguments)
+        first = all_ways[step.RELEASED]
 
         def wrong():
             loss = first.run()
@@ -161,7 +161,7 @@ def steps(monkeypatch):
             return loss
 
         bad = step.Contender(first.lm, 5, broken)
-        return {"bad": bad, "wrong": step.Contender(first.lm, 5, wrong)} | found
+        return {"bad": bad, "wrong": step.Contender(first.lm, 5, wrong)} | all_ways
 
     monkeypatch.setattr(step, "contenders", more)
     return partial(step.run, preset="smoke", device="cpu", rounds=1, num_queries=2)
@@ -174,17 +174,17 @@ def test_steps(steps, tmp_path):
     assert ways["bad"] == {"problem": PROBLEM}
     assert ways["wrong"]["gradient_error"] == pytest.approx(0.01, rel=1e-3)
     assert ways["wrong"]["problem"] == "too far from float64"
-    assert ways["wrong"]["queries_per_second"] > 0  # timed all the same
+    assert ways["wrong"]["queries_per_second"] > 0  # timed anyway
     assert figures["cases"][0]["checked_pairs"] > 0
     for name in set(ways) - {"bad", "wrong"}:
         way = ways[name]
         assert "problem" not in way and way["gradient_error"] < 1e-5
         assert way["tokens_per_second"] == pytest.approx(way["tokens"] / way["seconds"][0])
-        # Not below 1: on a busy machine, the peak that it is a share of is measured too low.
+        # May exceed 1: on a busy machine, the measured peak is too low.
         assert way["mfu"] is None or way["mfu"] > 0
 
 
-def test_a_baseline_that_fails_costs_its_ratios_only(monkeypatch, tmp_path):
+def test_a_failing_baseline_costs_only_its_ratios(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "released_loss", broken)
     figures = step.run(preset="smoke", device="cpu", rounds=1, num_queries=2, workloads=["paper"])
     ways = figures["cases"][0]["contenders"]
@@ -193,8 +193,8 @@ def test_a_baseline_that_fails_costs_its_ratios_only(monkeypatch, tmp_path):
     assert "over_repeated" in figures["cases"][0] and "out of memory" in step.table(figures)
 
 
-def test_operations_are_those_of_a_plain_run():
-    """Against PyTorch's own count for one row: decoder, attention and all its predictions."""
+def test_operations_equal_those_of_a_plain_run():
+    """Against PyTorch's count for one row: decoder, attention and all predictions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.flops import flops_of_packs, flops_of_rows
@@ -210,7 +210,7 @@ def test_operations_are_those_of_a_plain_run():
     counter = FlopCounterMode(display=False)
     with counter:
         lm(input_ids=ids).logits.sum().backward()
-    causal = 0.5 * 12 * 4 * 6 * 32 * 300 * 299  # what eager attention computes and hides
+    causal = 0.5 * 12 * 4 * 6 * 32 * 300 * 299  # computed and masked by eager attention
     expected = counter.get_total_flops() - causal
     assert flops_of_rows(engine, [query], 1.0) == pytest.approx(expected, rel=1e-3)
     pack = build_forest([query], pad_to_multiple_of=128)
@@ -222,14 +222,14 @@ def test_operations_are_those_of_a_plain_run():
 def test_near_ties_form_no_pair():
     rewards = np.array([3, 1, 2, 5, 4], np.float32)
     scores = np.array([0.0, 1.0, 1.05, 1.1, 2.0])
-    found = exact.without_near_ties(rewards, scores, 0.06)
-    assert found.tolist() == [3.0, pytest.approx(8 / 3), found[1], found[1], 4.0]
+    merged = exact.without_near_ties(rewards, scores, 0.06)
+    assert merged.tolist() == [3.0, pytest.approx(8 / 3), merged[1], merged[1], 4.0]
     assert exact.without_near_ties(rewards, scores, 0.01).tolist() == rewards.tolist()
 
 
 @pytest.mark.parametrize("near, tolerance", [(exact.NEAR_TIES[torch.bfloat16], 0.02), (0.0, 0.2)])
-def test_a_flipped_tie_is_no_error_of_bfloat16(monkeypatch, near, tolerance):
-    """These queries have two responses that bfloat16 puts in the other order."""
+def test_a_flipped_tie_is_not_an_error(monkeypatch, near, tolerance):
+    """These queries have two responses whose order bfloat16 reverses."""
     monkeypatch.setitem(exact.NEAR_TIES, torch.bfloat16, near)
     monkeypatch.setattr(step, "compute_dtype", lambda device: torch.bfloat16)
     options = {"workloads": ["long prompts"], "only": [step.ENGINE], "num_queries": 2}
@@ -249,9 +249,9 @@ def test_the_ranking_loss(monkeypatch, tmp_path):
 
     monkeypatch.setattr(loss, "_ways", more)
     figures = loss.run(preset="smoke", device="cpu", rounds=1)
-    found = checked(loss, figures, [None, json.loads(json.dumps(figures))], tmp_path, ["bad"])
-    assert found["bad"]["problem"] == PROBLEM and "problem" in found["wrong"]
-    assert found["rrhf_fast torch"]["ms"] > 0
+    results = checked(loss, figures, [None, json.loads(json.dumps(figures))], tmp_path, ["bad"])
+    assert results["bad"]["problem"] == PROBLEM and "problem" in results["wrong"]
+    assert results["rrhf_fast torch"]["ms"] > 0
 
 
 def test_the_active_set(monkeypatch, tmp_path):
@@ -289,7 +289,7 @@ def test_memory(monkeypatch, tmp_path, lost):
     memory.plot(figures, tmp_path / "figure.png")
 
 
-def test_a_loss_that_differs_is_told_of_its_way(monkeypatch):
+def test_a_way_with_a_different_loss_is_marked(monkeypatch):
     def measure(point):
         loss = 1.001 if point.way == points.ENGINE else 1.0
         return {"tokens": 1, "loss": loss, "model_bytes": 1, "extra_bytes": 1, "peak_bytes": 1}
@@ -324,7 +324,7 @@ def test_scaling(monkeypatch, tmp_path):
     scaling.plot(figures, tmp_path / "figure.png")
 
 
-def test_a_case_that_ends_early_leaves_its_file(monkeypatch, tmp_path, capsys):
+def test_a_case_that_fails_early_leaves_its_file(monkeypatch, tmp_path, capsys):
     def early(*, save, **options):
         save({"cases": [1]})
         broken()
@@ -343,7 +343,7 @@ def test_figures_are_written_before_they_are_shown(monkeypatch, tmp_path, name):
     assert json.loads((tmp_path / "loss-smoke-cpu.json").read_text())["cases"]
 
 
-def test_all_goes_on_after_a_case_that_fails(monkeypatch, tmp_path):
+def test_all_continues_after_a_failed_case(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "CASES", {"kernel": "", "memory": "", "loss": ""})
     monkeypatch.setattr(kernel, "run", broken)
 

@@ -1,5 +1,5 @@
-"""The first run on a GPU, without one: parts that fail, hang or are killed cost no other part its
-figures, and every part runs at its toy size."""
+"""The first run on a GPU, without one: parts that fail, hang or are killed do not affect the
+figures of others, and every part runs at its toy size."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def leaves_a_child(device, save):
 
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
-    """The module `fake_parts` above, as parts find it."""
+    """Parts from the module `fake_parts` above."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_parts.py").write_text(PARTS)
@@ -70,7 +70,7 @@ def run(chosen, out):
     return written
 
 
-def test_what_happens_to_a_part_costs_no_other_its_figures(parts, tmp_path):
+def test_a_failed_part_does_not_affect_other_figures(parts, tmp_path):
     names = ["fails", "hangs", "killed", "crashes"]
     chosen = [
         part
@@ -96,21 +96,21 @@ def test_what_happens_to_a_part_costs_no_other_its_figures(parts, tmp_path):
     assert not (tmp_path / "part.json").exists()
 
 
-def test_a_second_is_a_limit(parts, tmp_path):
+def test_a_limit_may_be_one_second(parts, tmp_path):
     start = time.monotonic()
     records = run([parts("hangs", 1), parts("good")], tmp_path)["parts"]
     assert time.monotonic() - start < 60
     assert [record["status"] for record in records.values()] == [TIMED_OUT, OK]
 
 
-def test_what_a_part_has_started_ends_with_it(parts, tmp_path):
+def test_processes_of_a_part_end_with_it(parts, tmp_path):
     record = run([parts("leaves_a_child")], tmp_path)["parts"]["leaves_a_child"]
     status = Path(f"/proc/{record['figures']['pid']}/stat")
     for _ in range(100):  # it may still wait to be reaped
         if not status.exists() or status.read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
-    pytest.fail("it runs on")
+    pytest.fail("it is still running")
 
 
 @pytest.mark.parametrize("how", ["fails", "killed"])
@@ -120,14 +120,14 @@ def test_a_part_that_stops_the_others(parts, tmp_path, how):
     assert how in records["good too"]["detail"]
 
 
-def test_slow_is_not_wrong(parts, tmp_path):
+def test_a_slow_part_is_not_a_wrong_one(parts, tmp_path):
     instead = {"compile": False}
     chosen = [parts("hangs", 1, stops=True, instead=instead), parts("good")]
     results = run(chosen, tmp_path)
     assert results["parts"]["good"]["status"] == OK and results["engine_options"] == {}
 
 
-def test_later_parts_go_on_without_what_failed(parts, tmp_path):
+def test_later_parts_continue_without_a_failed_option(parts, tmp_path):
     wants = {"options": {"engine_options": {}}}
     chosen = [
         parts("good first", **wants),
@@ -142,13 +142,13 @@ def test_later_parts_go_on_without_what_failed(parts, tmp_path):
         results["parts"][name]["figures"]["engine_options"] for name in ("good first", "good last")
     ]
     assert given == [{}, expected]
-    # And so does the next command in the same folder.
+    # So does the next command in the same folder.
     (tmp_path / "kernels.json").rename(tmp_path / "correctness.json")
     options = gpu_first_run._parser().parse_args(
         ["step", "--out", str(tmp_path), "--attention", "x"]
     )
-    found = gpu_first_run._engine_options(options, tmp_path)
-    assert found == {"attn_implementation": "x", "compile": False}
+    engine_options = gpu_first_run._engine_options(options, tmp_path)
+    assert engine_options == {"attn_implementation": "x", "compile": False}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -174,7 +174,7 @@ raise SystemExit(first.main(["kernels", "--device", "cpu", "--out", {str(tmp_pat
     assert [r.get("figures") for r in records.values()] == [{"value": 1}, {"value": 3}, None]
 
 
-def test_what_is_missing_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+def test_missing_wheels_are_listed_on_one_line(tmp_path, monkeypatch, capsys):
     gone = {"torch", "liger_kernel", "xdist"}
     monkeypatch.setattr(gpu_first_run, "find_spec", lambda name: None if name in gone else name)
     assert gpu_first_run.main(["kernels", "--out", str(tmp_path)]) == 2
@@ -203,7 +203,7 @@ def test_commands_fit_their_ten_minutes(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", gpu_first_run.COMMANDS)
 def test_every_part_at_its_toy_size(command, tmp_path, capsys, monkeypatch):
-    # The limits are a GPU's; a CPU may be busy.
+    # The limits are for a GPU; a CPU may be busy.
     patient = [replace(part, seconds=900) for part in gpu_first_run.COMMANDS[command]]
     monkeypatch.setitem(gpu_first_run.COMMANDS, command, patient)
     assert gpu_first_run.main([command, "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -267,7 +267,7 @@ def test_a_part_that_never_fits_fails():
         gpu_parts.fitting(lambda *_: out_of_memory(), 64, {}, lambda figures: None)
 
 
-def test_sizes_go_on_with_checkpointing_where_memory_ends(monkeypatch):
+def test_sizes_continue_with_checkpointing_when_memory_runs_out(monkeypatch):
     measured = packs._measure
 
     def measure(engine, size, *more):
@@ -276,11 +276,11 @@ def test_sizes_go_on_with_checkpointing_where_memory_ends(monkeypatch):
 
     monkeypatch.setattr(packs, "_measure", measure)
     figures = packs.run(device="cpu", shape="tiny", sizes=[768, 256, 512], rounds=1)
-    found = [
+    cases = [
         (case["max_tokens_per_pack"], case["activation_checkpointing"], "mfu" in case)
         for case in figures["cases"]
     ]
-    assert found == [
+    assert cases == [
         (256, "none", True),
         (512, "none", False),
         (512, "full", True),

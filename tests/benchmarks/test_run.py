@@ -1,4 +1,4 @@
-"""benchmarks/run.py: every case can be asked for, and mistakes cost one line."""
+"""benchmarks/run.py: every case can be run, and mistakes are reported in one line."""
 
 import json
 from importlib import import_module
@@ -12,7 +12,7 @@ from benchmarks.timing import interleaved, ratio
 
 
 @pytest.mark.parametrize("case", run.CASES)
-def test_every_case_has_what_run_calls(case):
+def test_every_case_has_the_functions_that_run_calls(case):
     module = import_module(f"benchmarks.{case}")
     assert all(callable(getattr(module, name)) for name in ("run", "table", "plot"))
 
@@ -36,13 +36,13 @@ def test_a_case_leaves_figures_and_a_plot(tmp_path, capsys):
         (["loss", "--out", __file__], "File exists"),
     ],
 )
-def test_mistakes_cost_one_line(options, problem, capsys):
+def test_mistakes_are_reported_in_one_line(options, problem, capsys):
     assert run.main([*options, "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and problem in line
 
 
-def test_rounds_alternate_and_ratios_are_taken_by_round():
+def test_rounds_alternate_and_ratios_are_taken_per_round():
     calls = []
     ways = {name: lambda name=name: calls.append(name) for name in "ab"}
     seconds = interleaved(ways, 2, before=lambda: calls.append("-"))

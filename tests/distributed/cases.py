@@ -1,7 +1,7 @@
-"""What every rank runs: python -m torch.distributed.run --nproc_per_node N cases.py FOLDER [CASE..]
+"""Runs on every rank: python -m torch.distributed.run --nproc_per_node N cases.py FOLDER [CASE..]
 
-Small runs of the embedded model, or of a random one with a head of its own. Without torchrun it
-makes the inputs and what the ranks' runs are compared with.
+Small runs of the embedded model, or of a random one with an untied head. Without torchrun it
+creates the inputs and the runs that those of the ranks are compared with.
 """
 
 import os
@@ -21,7 +21,7 @@ from transformers import (
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.model import layers
 
-# Adam blows rounding up where a gradient is nearly 0, hence its large epsilon. 24 rows in steps of
+# Adam amplifies rounding where a gradient is nearly 0, hence the large epsilon. 24 rows in steps of
 # 5: the last step of the epoch has 4.
 COMMON = {
     "learning_rate": 1e-3, "adam_epsilon": 1e-3, "train_batch_size": 5, "num_train_epochs": 1,
@@ -40,7 +40,7 @@ CASES = {
     "fewer queries than ranks": {"train_batch_size": 2, "max_steps": 3},
     "samples": {"max_steps": 1, "eval_reward_fn": "rrhf_fast.demo.reward:score"},
 }
-# Layers compiled by a backend each; they run only where named.
+# Layers compiled by one backend each; they run only if named.
 COMPILED = {
     f"{backend} {mode}": {
         "compiler": backend, "compile": True, "activation_checkpointing": mode,
@@ -51,7 +51,7 @@ COMPILED = {
     }.items()
     for mode in modes
 }  # fmt: skip
-# Which of them give the same run.
+# Cases that must give the same run.
 SAME_AS = {
     "accumulation": "tied", "gathered once": "tied", "checkpointing": "tied", "offload": "tied",
     "active set": "tied",
@@ -60,12 +60,12 @@ SAME_AS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """Rows, and a model whose head is not tied, in bfloat16 and in several files."""
+    """Rows, and a model with an untied head, in bfloat16 and in several files."""
     for source, count in ((demo.TRAIN_FILE, 24), (demo.EVAL_FILE, 7)):
         lines = source.read_text().splitlines(keepends=True)[:count]
         (folder / source.name).write_text("".join(lines))
     torch.manual_seed(0)
-    # 66 columns and 3 layers: FSDP's parts have to differ in size.
+    # 66 columns and 3 layers: FSDP's shards differ in size.
     config = LlamaConfig(
         vocab_size=577, hidden_size=66, intermediate_size=90, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, head_dim=22, tie_word_embeddings=False,
@@ -73,7 +73,7 @@ def make_inputs(folder: Path) -> None:
     )  # fmt: skip
     lm = LlamaForCausalLM(config).to(torch.bfloat16)
     lm.save_pretrained(folder / "untied", max_shard_size="100KB")
-    # Its files hold each expert apart, and transformers fuses them while loading.
+    # Its files store experts separately, and transformers fuses them while loading.
     config = MixtralConfig(
         vocab_size=577, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, sliding_window=None,
@@ -101,8 +101,8 @@ def run(folder: Path, name: str, options: dict):
 
 
 def of_ranks(num_ranks: int, folder: Path) -> dict[str, dict]:
-    """The cases that this number of ranks runs: all on 2, since starting and stepping 4 on a small
-    machine takes its time."""
+    """The cases for this number of ranks: all on 2, few on 4, which are slow to start and step on a
+    small machine."""
     if num_ranks == 0:
         return {name: options for name, options in CASES.items() if name not in SAME_AS}
     if num_ranks == 2:

@@ -1,4 +1,4 @@
-"""Two ranks that fail together, again and again, and then one that fails alone, in its third step:
+"""Two ranks that fail together, repeatedly, and then one that fails alone, in its third step:
 python -m torch.distributed.run failing.py FOLDER, the folder of cases.py."""
 
 import os
@@ -14,7 +14,7 @@ RANK = int(os.environ["RANK"])
 
 
 def reward(prompts: list, responses: list[str]) -> list[float]:
-    """Is there before the first step, and fails after the last."""
+    """Works before the first step and fails after the last."""
     if hasattr(reward, "called"):
         raise IndexError("no reward")
     reward.called = True

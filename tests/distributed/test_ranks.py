@@ -1,4 +1,4 @@
-"""Runs on 1, 2 and 4 processes over gloo are the run on one: losses, gradient norms, weights."""
+"""Runs on 1, 2 and 4 processes over gloo equal the run on one: losses, gradient norms, weights."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ SPEC.loader.exec_module(cases)
 
 
 def start(num_ranks, *arguments):
-    """A process on the CPU, under torchrun if `num_ranks` is not 0."""
+    """Start a process on the CPU, under torchrun unless `num_ranks` is 0."""
     command = [sys.executable]
     if num_ranks:
         options = ["--standalone", "--nproc_per_node", str(num_ranks)]
@@ -36,7 +36,7 @@ def start(num_ranks, *arguments):
 
 
 def launch(num_ranks, *arguments, timeout=300):
-    """Exit code, standard output and errors of `start`."""
+    """Exit code, standard output and standard error of `start`."""
     process = start(num_ranks, *arguments)
     try:
         out, errors = process.communicate(timeout=timeout)
@@ -54,31 +54,31 @@ def weights(folder):
     return load_file(file)
 
 
-def assert_same_run(expected, found, *, first_step=0):
-    """Losses, gradient norms, held-out measures and weights, to 1e-5. What is sampled depends on
-    the number of ranks, since each has a seed, and so does the time."""
+def assert_same_run(expected, actual, *, first_step=0):
+    """Losses, gradient norms, held-out measures and weights, to 1e-5. Samples, since each rank has
+    its own seed, and times depend on the number of ranks."""
     free = {"tokens_per_second", "eval/reward", "eval/reward_ci95", "eval/response_length"}
-    free |= {"compiled_graphs"}  # there is none without compilation
+    free |= {"compiled_graphs"}  # absent without compilation
     before = [record for record in metrics(expected) if record["step"] >= first_step]
-    after = metrics(found)
+    after = metrics(actual)
     assert [record["step"] for record in after] == [record["step"] for record in before]
     for one, other in zip(before, after, strict=True):
         assert one.keys() - free == other.keys() - free
         for key in one.keys() - free:
-            # How rows are dealt decides how much of a padded batch is padding; compiled layers get
-            # forests that are padded too.
-            if key != "num_tokens" or found.name not in ("padding", *cases.COMPILED):
-                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (found, key)
-    one, other = weights(expected), weights(found)
+            # The dealing of rows decides how much of a padded batch is padding; forests for
+            # compiled layers are padded too.
+            if key != "num_tokens" or actual.name not in ("padding", *cases.COMPILED):
+                assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (actual, key)
+    one, other = weights(expected), weights(actual)
     assert one.keys() == other.keys()
     for key in one:
-        assert (one[key] - other[key]).abs().max() < 1e-5, (found, key)
+        assert (one[key] - other[key]).abs().max() < 1e-5, (actual, key)
 
 
 @pytest.mark.slow
 def test_ranks_change_nothing(tmp_path):
-    # One test, so that pytest-xdist does not make every worker launch all of it.
-    for num_ranks in (0, 2, 1, 4):  # 1 and 4 resume what 2 has saved
+    # One test, so that pytest-xdist does not launch everything in every worker.
+    for num_ranks in (0, 2, 1, 4):  # 1 and 4 resume what 2 saved
         code, _, errors = launch(num_ranks, SCRIPT, tmp_path)
         assert code == 0, errors
         for name in cases.of_ranks(num_ranks, tmp_path):
@@ -112,12 +112,12 @@ def test_a_rank_that_fails_takes_the_others_along(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/checkpoint-1").write_text("in the way")
     code, out, errors = launch(2, SCRIPT.with_name("failing.py"), tmp_path, timeout=240)
-    # What fails on all ranks costs no complete step.
+    # A failure on all ranks loses no complete step.
     for rank in (0, 1):
         assert f"rank {rank} is told: eval_reward_fn: __main__:reward raised IndexError" in out
         assert f"rank {rank} is told: output_dir: {tmp_path}/checkpoint/checkpoint-1 could" in out
     assert weights(tmp_path / "reward") and weights(tmp_path / "checkpoint")
-    # The first rank waits in the third step for the second, which has failed.
+    # In the third step, the first rank waits for the second, which has failed.
     assert code != 0 and "RuntimeError: rank 1 fails" in errors
     assert "survived" not in out
 
@@ -149,9 +149,9 @@ def test_sigterm_saves_on_all_ranks(tmp_path):
     while not (out / "metrics.jsonl").exists():
         assert time.monotonic() < give_up and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    process.send_signal(signal.SIGTERM)  # torchrun forwards it
     printed, errors = process.communicate(timeout=120)
     assert "to resume from is in" in printed, errors
-    assert process.returncode == 1  # torchrun's own
+    assert process.returncode == 1  # torchrun's exit code
     (saved,) = complete_checkpoints(out)
     assert len(list(saved.glob("*.distcp"))) == 2

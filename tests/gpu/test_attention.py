@@ -1,4 +1,4 @@
-"""What only a GPU can show of attention: the kernels themselves, memory, waiting, compilation."""
+"""Attention on a GPU: the kernels themselves, memory, synchronisation, compilation."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def states(spec, num_tokens, dtype=torch.bfloat16):
         (spec.num_kv_heads, spec.head_size),
         (spec.num_kv_heads, spec.value_size),
     ]
-    # Laid out as a decoder's projections are: other strides make other graphs.
+    # The layout of a decoder's projections: other strides need other graphs.
     return [
         torch.randn(1, num_tokens, heads, size, generator=g, device="cuda", dtype=dtype)
         .transpose(1, 2).detach().requires_grad_()
@@ -73,8 +73,8 @@ def test_equals_float64_or_says_why_not(name, kind, dtype, cuda):
     spec = SPECS[kind]
     problem = BACKENDS[name].obstacle(spec, cuda, dtype, 8192)
     if name == "forest_flex" and dtype == torch.float32:
-        # Its float32 code needs more shared memory than there is, or spills tens of thousands of
-        # instructions: it has to be refused, not tried.
+        # Its float32 code exceeds shared memory or spills tens of thousands of instructions: it
+        # must be refused, not tried.
         assert problem is not None and "float32" in problem
     if problem is not None:
         pytest.skip(problem)
@@ -157,7 +157,7 @@ def test_gathered_keys_stay_within_their_bound(monkeypatch):
     # Output and log-sum-exp; one call's output; gathered keys and values.
     assert forward < 2.5 * of_the_pack + gathered
     _, backward = extra(lambda: torch.autograd.grad(out, tensors, torch.ones_like(out)))
-    # The kernel adds up gradients of queries, and of a key for every query head, in float32.
+    # The kernel sums gradients of queries, and of a key per query head, in float32.
     work = 4 * of_the_pack + spec.num_heads // spec.num_kv_heads * 4 * gathered
     keys = 2 * pack.num_tokens * spec.num_kv_heads * spec.head_size * (4 + 2)
     assert backward < 2 * of_the_pack + keys + 3 * gathered + work

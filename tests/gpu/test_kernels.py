@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16, real vocabularies, memory, the engine on CUDA."""
+"""Kernels on a GPU: bfloat16, real vocabularies, memory, the engine on CUDA."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rrhf_fast.losses import linear_logprob, linear_rrhf_loss, rrhf_loss
 
 pytestmark = pytest.mark.gpu
 
-# Llama 3's, Gemma 2's, and one that is no multiple of any tile.
+# Llama 3's, Gemma 2's, and one that is not a multiple of any tile.
 VOCABULARIES = [128_256, 256_000, 50_257]
 
 
@@ -88,17 +88,17 @@ def test_one_sweep_equals_two_steps(v, head, workspace_mb):
     out = linear_rrhf_loss(
         hidden, weight, rows, targets, rewards, workspace_mb=workspace_mb, **layout, **head
     )
-    found = torch.autograd.grad(out.loss, [hidden, weight])
+    gradients = torch.autograd.grad(out.loss, [hidden, weight])
     logps = linear_logprob(hidden, weight, rows, targets, **head)
     two_steps = rrhf_loss(logps, rewards, **layout)
     torch.testing.assert_close(out.loss, two_steps.loss, rtol=1e-4, atol=1e-4)
-    # Given the two steps' own order of the scores, so that a near tie cannot change a count.
+    # With the scores of the two steps, so that a near tie cannot change a count.
     upstream = torch.autograd.grad(two_steps.loss, logps, retain_graph=True)[0]
     doubles = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(
         reference.linear_logprob(*doubles, rows, targets, **head), doubles, upstream.double()
     )
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(gradients, exact, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
 
 

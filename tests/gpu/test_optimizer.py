@@ -1,4 +1,4 @@
-"""The optimizer on a GPU: its kernel against the eager update, and how often a step waits."""
+"""The optimizer on a GPU: its kernel against the eager update, and synchronisations per step."""
 
 import warnings
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def stepped(kind, dtype):
-    """A parameter before and after a step in mid-run, and its moments."""
+    """A parameter before and after one step in mid-run, and its moments."""
     torch.manual_seed(0)
     start = SHAPES[kind]().to("cuda", dtype)
     if kind == "unaligned":  # a copy to the device is aligned
@@ -54,18 +54,18 @@ def stepped(kind, dtype):
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_is_the_eager_update_up_to_rounding(kind, dtype, monkeypatch):
-    start, found, moments = stepped(kind, dtype)
+    start, updated, moments = stepped(kind, dtype)
     again = stepped(kind, dtype)
-    for one, other in zip([found, *moments], [again[1], *again[2]], strict=True):
+    for one, other in zip([updated, *moments], [again[1], *again[2]], strict=True):
         assert torch.equal(one, other)
     monkeypatch.setattr(adamw_bf16, "HAS_TRITON", False)
     _, expected, others = stepped(kind, dtype)
-    assert not found.numel() or (found != start).any()
-    start, found, expected = start.double(), found.double(), expected.double()
+    assert not updated.numel() or (updated != start).any()
+    start, updated, expected = start.double(), updated.double(), expected.double()
     change = (expected - start).abs()
     # The eager update rounds to the parameter's dtype twice.
     allowed = 2 * torch.finfo(dtype).eps * (start.abs() + change) + 1e-5 * (change + 0.1)
-    assert ((found - expected).abs() <= allowed).all()
+    assert ((updated - expected).abs() <= allowed).all()
     spacing = torch.finfo(torch.bfloat16).eps
     for ours, theirs in zip(moments, others, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=spacing, atol=1e-6)
@@ -102,7 +102,7 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
 def test_a_step_waits_once(dtype, max_grad_norm, monkeypatch):
-    """After its backward, which is not the subject here."""
+    """After its backward, which is not tested here."""
     config = TrainConfig(optimizer_state_dtype=dtype, max_grad_norm=max_grad_norm, active_set="off")
     model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 3)).cuda()
     model.device = torch.device("cuda")
@@ -118,9 +118,9 @@ def test_a_step_waits_once(dtype, max_grad_norm, monkeypatch):
     optimizer, _ = build_optimizer(model, config, 10)
     signals = SimpleNamespace(stop=False, hold=lambda: None)
     before = [p.detach().clone() for p in model.parameters()]
-    for step in range(3):  # the first one makes the optimizer's state
+    for step in range(3):  # the first creates the optimizer's state
         try:
-            with warnings.catch_warnings(record=True) as found:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 totals, norm, problem = one_step.take_step(
                     run, None, optimizer, step, Progress(), signals
@@ -128,7 +128,7 @@ def test_a_step_waits_once(dtype, max_grad_norm, monkeypatch):
                 totals.means(), totals.num_tokens, totals.flagged, totals.active_fraction
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        # Turning the mode on warns, too, of what it does not see.
-        waits = [str(w.message) for w in found if "called a synchronizing" in str(w.message)]
+        # Enabling the mode also warns that it misses some cases.
+        waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
         assert problem is None and norm > 0 and len(waits) <= 1, waits
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))

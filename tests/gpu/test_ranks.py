@@ -1,4 +1,4 @@
-"""FSDP2 over NCCL on one GPU: the run without torchrun, with and without offload, resumed."""
+"""FSDP2 over NCCL on one GPU equals the run without torchrun, with and without offload, resumed."""
 
 import json
 import os

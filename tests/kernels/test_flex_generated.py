@@ -1,8 +1,8 @@
-"""FlexAttention's code for a GPU, generated without one, in Triton's interpreter, against float64.
+"""FlexAttention's GPU code, generated without a GPU, in Triton's interpreter, against float64.
 
-The interpreter computes dot products of bfloat16 wrongly. So float16, for which Inductor takes the
-same tiles, stands for it; and float32, which a GPU is refused, shows what rounding would hide, with
-tiles as large as those of training.
+The interpreter computes bfloat16 dot products wrongly, so float16, for which Inductor selects the
+same tiles, stands in for it. Float32, which is refused on a GPU, reveals errors that rounding would
+hide, with tiles as large as those of training.
 """
 
 import inspect
@@ -49,8 +49,8 @@ SPECS = {
     "keys of 192, values of 128": replace(PLAIN, head_size=192, value_size=128),
     "keys of 16, values of 64": replace(PLAIN, value_size=64),
 }
-# Those of an H100 at heads of 64 and 128; Inductor's for float32 are a quarter of it, and the
-# interpreter's time goes by their number.
+# Those of an H100 at heads of 64 and 128; Inductor's for float32 are a quarter of the size, and the
+# interpreter's time is proportional to their number.
 TILES = {
     "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128,
     "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64,
@@ -70,7 +70,7 @@ def interpret(kernel, *arguments):
         *arguments, x, y, z = arguments
         kernel.function[x, y, z](*arguments)
         return
-    # What goes on around attention has one axis of results, and perhaps a sum over another.
+    # Operations around attention have one axis of results, and possibly a sum over another.
     names = list(inspect.signature(kernel.function.fn).parameters)
     blocks = {name: 16 for name in ("XBLOCK", "R0_BLOCK") if name in names}
     grid = triton.cdiv(arguments[names.index("xnumel")], blocks["XBLOCK"])
@@ -79,7 +79,7 @@ def interpret(kernel, *arguments):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """forest_flex as it computes on a GPU of a compute capability; the kernels that it made."""
+    """Run forest_flex as on a GPU of a compute capability; yields the generated kernels."""
     torch._dynamo.reset()
     monkeypatch.setattr(triton_helpers, "libdevice", SimpleNamespace(tanh=_tanh))
     compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=generated.lower)
@@ -97,7 +97,7 @@ def on_gpu(monkeypatch):
 
 
 def forest(*shapes, multiple=128):
-    """A query of (prompt, responses of these lengths, how many first tokens these share) each."""
+    """One query per shape (prompt, lengths of responses, how many first tokens they share)."""
     rng = np.random.default_rng(0)
 
     def query(prompt, lengths, shared):
@@ -109,8 +109,8 @@ def forest(*shapes, multiple=128):
     return build_forest([query(*shape) for shape in shapes], pad_to_multiple_of=multiple)
 
 
-# 512 rows: blocks that nothing sees, that everything sees, and that the trees' borders cross; the
-# last one holds padding.
+# 512 rows: blocks that are invisible, fully visible, and crossed by the trees' borders; the last
+# one contains padding.
 PACK = forest((200, [90, 200, 20], 5), (3, [5], 0))
 
 
@@ -119,7 +119,7 @@ def errors(pack, spec, dtype):
     g = torch.Generator().manual_seed(0)
     n = pack.num_tokens
 
-    def draw(heads, size):  # as a decoder's projections leave them
+    def draw(heads, size):  # laid out as by a decoder's projections
         states = torch.randn(1, n, heads, size, generator=g).to(dtype)
         return states.transpose(1, 2).requires_grad_()
 
@@ -135,7 +135,7 @@ def errors(pack, spec, dtype):
     out = forest_flex.attend(
         *tensors[:3], forest_flex.plan(pack), sinks=(*tensors, None)[3], **options
     )
-    found = [out, *torch.autograd.grad(out, tensors, upstream)]
+    actual = [out, *torch.autograd.grad(out, tensors, upstream)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     q, k, v = (t[0] for t in exact[:3])
     out = reference.forest_attention(
@@ -143,12 +143,12 @@ def errors(pack, spec, dtype):
     )
     expected = [out[None], *torch.autograd.grad(out, exact, upstream[0].double())]
     return [
-        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True)
     ]
 
 
 def test_a_wrong_stride_would_show():
-    """The pack holds full blocks, and each of its lists reads otherwise by columns than by rows."""
+    """The pack has full blocks, and each of its lists differs by columns and by rows."""
     mask = forest_flex.plan(PACK).mask(None)
     assert mask.full_kv_num_blocks.sum() > 0
     for kind in ("kv", "full_kv", "q", "full_q"):
@@ -165,9 +165,9 @@ def test_a_wrong_stride_would_show():
 @pytest.mark.parametrize("kind", SPECS)
 def test_equals_float64(kind, on_gpu):
     with on_gpu() as kernels:
-        found = errors(PACK, SPECS[kind], torch.float32)
-    assert max(found) <= TOLERANCES[torch.float32], found
-    # Attention and its backward, not the operators that it would fall back to.
+        deviations = errors(PACK, SPECS[kind], torch.float32)
+    assert max(deviations) <= TOLERANCES[torch.float32], deviations
+    # Attention and its backward were generated, not replaced by fallback operators.
     assert [kernel.is_template for kernel in kernels].count(True) == 2
 
 
@@ -175,15 +175,15 @@ def test_equals_float64(kind, on_gpu):
 @pytest.mark.parametrize("kind", ["heads of 128", "heads of 256"])
 def test_the_tiles_of_training_on_every_gpu(kind, capability, on_gpu):
     with on_gpu(capability, tiles={}):
-        found = errors(PACK, SPECS[kind], torch.float16)
-    assert max(found) <= TOLERANCES[torch.float16], found
+        deviations = errors(PACK, SPECS[kind], torch.float16)
+    assert max(deviations) <= TOLERANCES[torch.float16], deviations
 
 
 @pytest.mark.parametrize(
     "pack",
     [
-        forest((5, [30, 20], 3)),  # one block, where sizes of 1 are constants
-        forest((5, [30, 20], 3), multiple=1),  # so short that a kernel for decoding would do
+        forest((5, [30, 20], 3)),  # one block: sizes of 1 become constants
+        forest((5, [30, 20], 3), multiple=1),  # short enough for a decoding kernel
         forest((150, [60, 40], 20), multiple=1),
     ],
     ids=lambda pack: str(pack.num_tokens),
@@ -191,8 +191,8 @@ def test_the_tiles_of_training_on_every_gpu(kind, capability, on_gpu):
 @pytest.mark.parametrize("kind", ["plain", "groups of 3"])
 def test_packs_of_every_length(pack, kind, on_gpu):
     with on_gpu() as kernels:
-        found = errors(pack, SPECS[kind], torch.float32)
-    assert max(found) <= TOLERANCES[torch.float32], found
+        deviations = errors(pack, SPECS[kind], torch.float32)
+    assert max(deviations) <= TOLERANCES[torch.float32], deviations
     assert not [kernel for kernel in kernels if "BLOCK_M = 16" in kernel.source]
 
 

@@ -44,7 +44,7 @@ def exact(inputs, **head):
 
 
 def check(inputs, workspace_mb=None, **head):
-    """No element further from float64 than plain torch in the same dtype, plus a few roundings."""
+    """Errors against float64 exceed those of plain torch in the same dtype by a few roundings."""
     dtype = inputs[0][0].dtype
     ours = run(linear_logprob, *inputs, backend="triton", workspace_mb=workspace_mb, **head)
     plain = run(reference.linear_logprob, *inputs, **head)
@@ -58,7 +58,7 @@ def check(inputs, workspace_mb=None, **head):
 
 @pytest.fixture(params=[True, False], ids=["tma", "pointers"])
 def loads(request, monkeypatch):
-    """Both ways to load a tile, whatever the device's own is."""
+    """Both ways to load a tile, whichever the device uses."""
     choose = kernels.choose
     monkeypatch.setattr(kernels, "choose", lambda *key: replace(choose(*key), tma=request.param))
 
@@ -71,8 +71,8 @@ def test_heads(dtype, head, bias):
     check(case(dtype=dtype, bias=bias), **head)
 
 
-# One more and one less than a tile of 64 or 128, a vocabulary of one token, a remainder as
-# GPT-2's 50,257 leaves, a single edge, more edges than a tile.
+# One more and one less than a tile of 64 or 128, a vocabulary of one token, a remainder like that
+# of GPT-2's 50,257, a single edge, more edges than a tile.
 @pytest.mark.parametrize("v", [1, 63, 127, 129, 401])
 @pytest.mark.parametrize("e", [1, 65])
 @pytest.mark.parametrize("h", [8, 40])
@@ -95,7 +95,7 @@ def test_flat_peaked_and_huge_logits(size):
 def test_a_bias_may_forbid_tokens():
     tensors, rows, targets, upstream = case(v=200)
     with torch.no_grad():
-        tensors[2][70:] = float("-inf")  # whole tiles of nothing
+        tensors[2][70:] = float("-inf")  # whole tiles of -inf
     targets = targets % 70
     hidden, weight, bias = tensors
     arguments = (hidden, weight, rows, targets)
@@ -105,7 +105,7 @@ def test_a_bias_may_forbid_tokens():
     assert all(g.isfinite().all() for g in gradients) and not gradients[2][70:].any()
 
 
-def test_edges_without_gradient_are_left_out():
+def test_edges_without_gradient_are_skipped():
     inputs = case(e=70)
     inputs[3][::2] = 0
     check(inputs)
@@ -119,7 +119,7 @@ def test_rows_that_occur_often_are_summed():
     check((tensors, torch.zeros_like(rows), targets, upstream))
 
 
-def test_frozen_tensors_get_nothing():
+def test_frozen_tensors_get_no_gradient():
     (hidden, weight, bias), rows, targets, upstream = case()
     for wanted in ([hidden], [weight], [bias], [hidden, bias]):
         frozen = [t if any(t is w for w in wanted) else t.detach() for t in (hidden, weight, bias)]
@@ -222,7 +222,7 @@ def test_compile_has_no_graph_break():
         ),
     ],
 )
-def test_what_the_kernels_do_not_take(h, dtype, message):
+def test_unsupported_inputs_are_refused(h, dtype, message):
     (hidden, weight), rows, targets, _ = case(h=h, dtype=dtype, bias=False)
     with pytest.raises(ValueError, match=message):
         linear_logprob(hidden, weight, rows, targets, backend="triton")

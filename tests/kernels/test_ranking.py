@@ -1,4 +1,4 @@
-"""The ranking kernel against the reference in float64, and against its twin in PyTorch."""
+"""The ranking kernel against the float64 reference, and against its PyTorch counterpart."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def packed(logps, rewards):
 
 
 def assert_equal(edges, layout, options, tolerance=1e-5):
-    """Every output and the gradient, kernel against PyTorch in float64."""
+    """Compare every output and the gradient with PyTorch in float64."""
     ours = rrhf_loss(edges, **layout, **options, backend="triton")
     exact_edges = edges.detach().double().requires_grad_()
     exact = rrhf_loss(exact_edges, **layout, **options, backend="torch")
     for name, expected in vars(exact).items():
-        found = getattr(ours, name).to(expected.dtype)
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        actual = getattr(ours, name).to(expected.dtype)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     (gradient,) = torch.autograd.grad(ours.loss, edges)
     (expected,) = torch.autograd.grad(exact.loss, exact_edges)
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
@@ -100,11 +100,11 @@ def test_shared_edges_are_summed():
     }
     layout = {name: tensor.to(DEVICE) for name, tensor in layout.items()}
     gradient = assert_equal(edges, layout, {})
-    # c = (1, -2, 1), so the ranking part cancels on the edge that all share.
+    # c = (1, -2, 1), so the ranking part cancels on the edge shared by all.
     assert gradient.tolist() == [-1.0, 1.0, -2.0]
 
 
-def test_only_the_order_of_rewards_counts_whatever_their_dtype():
+def test_only_the_order_of_rewards_counts_in_any_dtype():
     edges, layout = packed(*ragged([4, 3], levels=100))
     fine = layout | {"rewards": 1 + layout["rewards"].double() * 1e-12}  # float32 would merge them
     first, second = (
@@ -138,7 +138,7 @@ def test_opcheck():
     torch.library.opcheck(ops.rrhf_backward_op, (*backward, len(edges)))
 
 
-def test_the_kernel_takes_float32_only():
+def test_the_kernel_accepts_only_float32():
     edges, layout = packed(*ragged([2]))
     with pytest.raises(ValueError, match="logps: the kernel expects float32, found torch.float64"):
         rrhf_loss(edges.double(), **layout, backend="triton")

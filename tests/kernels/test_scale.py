@@ -1,4 +1,4 @@
-"""Scaling by a scalar of the device: on a GPU, or under Triton's interpreter."""
+"""Scaling by a scalar on the device: on a GPU, or under Triton's interpreter."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ def test_values_are_multiplied_in_place(monkeypatch, dtype, factor, shape):
     kernels.scale(values, factor)
     expected = before[:-1].view(shape) * factor
     torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
-    assert room[-1] == before[-1]  # what lies behind is another's
+    assert room[-1] == before[-1]  # memory beyond the view is untouched
 
 
 @pytest.mark.parametrize("factor, written", [(1.0, False), (0.5, True)])
-def test_by_one_nothing_is_touched(factor, written):
-    """Bit for bit: a signalling NaN would not come out of a product as it went in."""
+def test_a_factor_of_one_writes_nothing(factor, written):
+    """Bit for bit: a product would change a signalling NaN."""
     bits = torch.full((5000,), 0x7F800001, dtype=torch.int32, device=DEVICE)
     values = bits.clone().view(torch.float32)
     kernels.scale(values, torch.tensor(factor, device=DEVICE))

@@ -1,4 +1,4 @@
-"""What every kernel configuration compiles to, for three architectures, without a GPU."""
+"""Static checks of every kernel's machine code, for three architectures, without a GPU."""
 
 import json
 import os
@@ -29,7 +29,7 @@ for size, seed, count, rate in [(1, 1, 1, 1), (16, 0, 16, 1.0), (2**33, 2**64 - 
     kinds.add(str(bind(*tensors, size, seed, count, count - 1, *[rate] * 8, BLOCK=512)[1]))
 print(len(kinds))
 """
-# Counts and alignments as they differ from pack to pack, for each kernel that sees a pack.
+# Counts and alignments that differ from pack to pack, for each kernel that takes a pack's tensors.
 PACKS = """
 import json
 import torch
@@ -40,7 +40,7 @@ from rrhf_fast.kernels import linear_logprob, ranking, scale
 backend = make_backend(GPUTarget("cuda", 90, 32))
 sizes = {"hidden_size": 64, "vocab_size": 50257, "width": 50272, "first_token": 0}
 sizes |= {"num_values": 64}
-found = {}
+variants = {}
 for module in (linear_logprob, ranking, scale):
     for label, kernel in vars(module).items():
         if not label.endswith("_kernel"):
@@ -61,8 +61,8 @@ for module in (linear_logprob, ranking, scale):
                     slices = getattr(module, "SLICES", ())
                     arguments[name] = torch.zeros(64)[start if name in slices else 0 :]
             kinds.add(str(bind(**arguments)[1]))
-        found[f"{module.__name__} {label}"] = len(kinds)
-print(json.dumps(found))
+        variants[f"{module.__name__} {label}"] = len(kinds)
+print(json.dumps(variants))
 """
 SCRIPT = """
 import json
@@ -76,17 +76,17 @@ FLEX = """
 import json, sys
 from dataclasses import asdict
 from rrhf_fast.kernels import generated, report
-found = [asdict(u) for u in report.compile_flex(json.loads(sys.argv[1]))]
-print(json.dumps({"limits": generated.SHARED_LIMITS, "kernels": found}))
+kernels = [asdict(u) for u in report.compile_flex(json.loads(sys.argv[1]))]
+print(json.dumps({"limits": generated.SHARED_LIMITS, "kernels": kernels}))
 """
-# Spilled instructions of the worst of report.FLEX_LAYERS, forward and backward, rounded up, as
-# found with triton 3.6.0 and 3.7.1. FlexAttention's own choice of warps and tiles spills up to
-# 17,443 (sm_80), 1,522 (sm_90), 4,387 (sm_100) and 4,800 (sm_120).
+# Spilled instructions of the worst of report.FLEX_LAYERS, forward and backward, rounded up, with
+# triton 3.6.0 and 3.7.1. FlexAttention's default warps and tiles spill up to 17,443 (sm_80),
+# 1,522 (sm_90), 4,387 (sm_100) and 4,800 (sm_120).
 FLEX_SPILLS = {80: (20, 310), 90: (120, 560), 100: (60, 170), 120: (5, 120)}
 
 
 def compiled(script, *arguments):
-    """What a process prints in which kernels are compiled, not interpreted."""
+    """The output of a script in a process that compiles kernels instead of interpreting them."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
@@ -99,15 +99,15 @@ def compiled(script, *arguments):
 @pytest.mark.slow
 def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
     report = compiled(SCRIPT)
-    # Four variants of each row of the table, those of the backward for the forward that keeps
-    # exponentials too; and the kernels without a product on each architecture.
+    # Four variants of each row of the table; those of the backward also for the forward that keeps
+    # exponentials; and the kernels without a product, on each architecture.
     rows = [2 if kernel == "dlogits" else 1 for kernel, _, _ in TILES]
     assert len(report["kernels"]) == 4 * sum(rows) + (4 + 2 + 2 + 2) * len(report["limits"])
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for usage in report["kernels"]:
         assert usage["doubles"] == 0, usage
-        # The exceptions: no model that we know caps the logits of a head with a bias; and triton
-        # 3.6 spills two registers where the forward keeps exponentials on Hopper.
+        # Exceptions: no known model caps the logits of a head with a bias; and triton 3.6 spills
+        # two registers in the forward that keeps exponentials on Hopper.
         if (usage["variant"], usage["arch"], TRITON) == ("keep bf16 plain", 90, "3.6"):
             assert usage["spills"] <= 4, usage
         elif "bias softcap" not in usage["variant"]:
@@ -118,12 +118,12 @@ def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
         is_product = usage["kernel"] in ("forward", "dlogits") and "bf16" in usage["variant"]
         assert usage["matrix"] == (instruction[usage["arch"]] if is_product else ""), usage
         if usage["kernel"] == "dlogits_of_exps":
-            # 16 bytes at a time, for any vocabulary (the report's is of unknown divisibility).
+            # 16 bytes at a time, for any vocabulary (the report assumes no divisibility).
             assert usage["accesses"].get("16", 0) >= 2, usage
             assert usage["registers"] < 128, usage
         if "adamw" in usage["variant"]:
-            # Reads and writes of parameter, gradient and moments in each of four blocks: none of a
-            # single element outside of the tensor's last program.
+            # Reads and writes of parameter, gradient and moments in each of four blocks: single
+            # elements only in the tensor's last program.
             is_float32 = "fp32" in usage["variant"]
             expected = {"16": 4 * 3, "8": 4 * 4} if is_float32 else {"8": 4 * 7}
             wide = {size: n for size, n in usage["accesses"].items() if int(size) > 4}
@@ -138,15 +138,15 @@ def test_every_device_finds_a_tile_that_it_can_run():
     assert choose("forward", 120, 2) is TILES["forward", 80, 2]
 
 
-def test_neither_size_nor_step_nor_rate_compiles_the_optimizer_anew():
-    """Triton makes a variant of a kernel for each type, for 1, and for multiples of 16."""
+def test_neither_size_nor_step_nor_rate_recompiles_the_optimizer():
+    """Triton compiles variants of a kernel for each type, for 1, and for multiples of 16."""
     assert compiled(SPECIALISATIONS) == 1
 
 
-def test_no_pack_compiles_a_kernel_anew():
-    found = compiled(PACKS)
-    assert len(found) == 6
-    assert set(found.values()) == {1}, found
+def test_no_pack_recompiles_a_kernel():
+    variants = compiled(PACKS)
+    assert len(variants) == 6
+    assert set(variants.values()) == {1}, variants
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tuned tiles: found, written, read, and refused when they are none."""
+"""Tuned tiles: selected, written, read, and refused if the file is invalid."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_the_fastest_tile_that_runs_is_written_and_read(tmp_path, monkeypatch):
     states, weight = torch.randn(9, 16, device=DEVICE), torch.randn(70, 16, device=DEVICE)
     good = TILES["forward", 80, 4]
-    broken = replace(good, block_k=3)  # no power of two, which Triton refuses
+    broken = replace(good, block_k=3)  # not a power of two, which Triton refuses
     lines = []
     rows = tune(states, weight, torch.arange(9, device=DEVICE), [broken, good], lines.append)
     assert [row["kernel"] for row in rows] == ["forward", "dlogits"]
@@ -34,7 +34,7 @@ def test_the_fastest_tile_that_runs_is_written_and_read(tmp_path, monkeypatch):
     assert choose("forward", 90, 2) is TILES["forward", 90, 2]  # not in the file
 
 
-def test_a_device_on_which_nothing_runs():
+def test_a_device_on_which_no_tile_runs():
     states, weight = torch.randn(9, 16, device=DEVICE), torch.randn(70, 16, device=DEVICE)
     broken = replace(TILES["forward", 80, 4], block_k=3)
     with pytest.raises(RuntimeError, match="forward: none of 1 tiles runs on this device"):
@@ -51,6 +51,6 @@ def test_other_files_are_refused(text, tmp_path, monkeypatch):
         choose("forward", 90, 2)
 
 
-def test_candidates_hold_what_the_table_holds():
+def test_candidates_include_the_table():
     for (_, family, itemsize), tile in TILES.items():
         assert itemsize == 4 or tile in set(candidates(family))

@@ -1,15 +1,15 @@
-"""Stand-ins on the CPU for what only a GPU computes."""
+"""CPU stand-ins for attention kernels that need a GPU, and for the compiler."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from rrhf_fast.model import forest_flash, forest_flex
+from rrhf_fast.model import forest_flash, forest_flex, layers
 
 
 def _pieces(q, k, v, call, options):
-    """(rows, q, k, v, visible) of each chain, heads first and as many for keys as for queries."""
+    """(rows, keys, q, k, v, visible) of each chain, heads first, keys repeated per query head."""
     groups = q.shape[1] // k.shape[1]
     queries, keys = call.query_offsets.tolist(), call.key_offsets.tolist()
     assert queries[-1] == len(q) and keys[-1] == len(k) == len(call.key_rows)
@@ -40,7 +40,7 @@ def _forward(q, k, v, call, options):
 
 
 def _backward(d_out, q, k, v, out, lse, call, options):
-    """As flash attention's: from the given output and log-sum-exp, without a softmax."""
+    """As in flash attention: from the given output and log-sum-exp, without a softmax."""
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys, chain_q, chain_k, chain_v, visible in _pieces(q, k, v, call, options):
         d_o, o = d_out[rows].transpose(0, 1), out[rows].transpose(0, 1)
@@ -49,14 +49,14 @@ def _backward(d_out, q, k, v, out, lse, call, options):
         d_s = p * (d_o @ chain_v.mT - (d_o * o).sum(-1, keepdim=True)) * options.scale
         d_q[rows] = (d_s @ chain_k).transpose(0, 1)
         for total, part in ((d_k, d_s.mT @ chain_q), (d_v, p.mT @ d_o)):
-            groups = (k.shape[1], -1)  # gradients of the heads that share a key add up
+            groups = (k.shape[1], -1)  # sums gradients over the heads that share a key
             total[keys] += part.unflatten(0, groups).sum(1).transpose(0, 1)
     return d_q, d_k, d_v
 
 
 @pytest.fixture(scope="module")
 def varlen_on_cpu():
-    """PyTorch's scaled_dot_product_attention, a chain at a time, in place of varlen flash."""
+    """Replace varlen flash by PyTorch's scaled_dot_product_attention, one chain at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forest_flash, "kernel", lambda: forest_flash.Kernel(_forward, _backward))
         yield
@@ -64,8 +64,18 @@ def varlen_on_cpu():
 
 @pytest.fixture(scope="module")
 def flex_on_cpu():
-    """FlexAttention without code generation: what its masks and modifications say, forward only."""
+    """FlexAttention without code generation: evaluates its masks and score_mods, forward only."""
     with pytest.MonkeyPatch.context() as patch:
         eager = torch.compile(flex_attention, dynamic=True, backend="eager")
         patch.setattr(forest_flex, "compiled", eager)
         yield
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch):
+    """Graphs are made and differentiated as usual, but run by PyTorch's own operators."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(layers, "COMPILER", "aot_eager")
+    yield
+    torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Every attention backend against the dense reference in float64, and the choice among them."""
+"""Every attention backend against the dense reference in float64, and the choice of one."""
 
 import re
 from dataclasses import replace
@@ -97,8 +97,8 @@ def test_sdpa_equals_the_reference(cases, kv_heads, multiple, options):
 @pytest.mark.usefixtures("varlen_on_cpu")
 @given(cases, st.sampled_from([1, 2, 4]), st.sampled_from([1, 8]), st.fixed_dictionaries(OPTIONS))
 def test_gathered_keys_equal_the_reference(cases, kv_heads, multiple, options):
-    """Outputs and gradients, sinks' too, to float64's rounding, in one call or in many."""
-    options |= {"softcap": None}  # the kernel's own business
+    """Outputs and gradients, including sinks, to float64's rounding, in one call or in many."""
+    options |= {"softcap": None}  # left to the kernel
     pack = forest(cases, pad_to_multiple_of=multiple)
     tensors = tensors_for(pack, kv_heads=kv_heads)
     expected = run_reference(pack, tensors, **options)
@@ -125,14 +125,14 @@ def test_flex_equals_the_reference(cases, kv_heads, multiple, options):
 
 
 def test_scale_and_cap_are_constants_of_the_kernel(monkeypatch):
-    """Inductor has no code for floats that are inputs of FlexAttention."""
+    """Inductor cannot generate code for floats that are inputs of FlexAttention."""
     inputs = []
 
     def spy(graph, example_inputs):
         inputs.extend(example_inputs)
         return graph
 
-    torch._dynamo.reset()  # the tests before may have used up the limit of compilations
+    torch._dynamo.reset()  # earlier tests may have used up the limit on compilations
     spied = torch.compile(flex_attention, dynamic=True, backend=spy)
     monkeypatch.setattr(forest_flex, "compiled", spied)
     pack = forest([([1, 2], [[0, 1, 2], [0, 2, 2]])])
@@ -157,8 +157,8 @@ def test_chains_are_runs_of_first_children(cases):
         assert path.tolist() == visible[stop - 1].nonzero().flatten().tolist()
 
 
-def test_gathering_adds_gradients_up_in_float32():
-    """256 + 1 is 256 in bfloat16, so a sum in it would lose every one but the first."""
+def test_gathering_sums_gradients_in_float32():
+    """256 + 1 is 256 in bfloat16, so a sum in it would lose all but the first."""
     states = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.zeros(65, dtype=torch.int64)
     gradient = torch.ones(65, dtype=torch.bfloat16)
@@ -183,7 +183,7 @@ def test_auto_on_a_cpu_is_sdpa_and_says_why():
 
 
 @pytest.mark.parametrize("name", ["forest_flex", "forest_flash"])
-def test_a_backend_that_cannot_serve_is_refused_by_name_and_reason(name):
+def test_an_unsupported_backend_is_refused_by_name_and_reason(name):
     with pytest.raises(ValueError, match=f"^attn_implementation: {name} (has no|needs)"):
         choose_backend(name, [LLAMA], device=CPU, dtype=torch.bfloat16)
 
@@ -192,19 +192,19 @@ def test_a_backend_that_cannot_serve_is_refused_by_name_and_reason(name):
     ("change", "dtype", "reason"),
     [
         ({}, torch.float32, "16 bits, not in float32"),
-        ({"head_size": 20, "value_size": 20}, torch.bfloat16, "heads of 20"),
+        ({"head_size": 20, "value_size": 20}, torch.bfloat16, "multiple of 8 up to 256, not 20"),
         ({"value_size": 16}, torch.bfloat16, "keys .8. and values .16."),
         ({"softcap": 50.0}, torch.bfloat16, "flash-attn"),
         ({"window": 9, "has_sinks": True}, torch.bfloat16, None),
     ],
 )
-def test_what_flash_cannot_do(change, dtype, reason, monkeypatch):
+def test_flash_names_what_it_does_not_support(change, dtype, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(forest_flash, "_flash_attn", lambda: None)
-    found = forest_flash.obstacle(replace(LLAMA, **change), torch.device("cuda"), dtype, 0)
-    assert (found is None) == (reason is None)
+    problem = forest_flash.obstacle(replace(LLAMA, **change), torch.device("cuda"), dtype, 0)
+    assert (problem is None) == (reason is None)
     if reason:
-        assert re.search(reason, found)
+        assert re.search(reason, problem)
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def flash_without_obstacle(monkeypatch, varlen_on_cpu):
     monkeypatch.setattr(forest_flash, "obstacle", lambda *args: None)
 
 
-def test_auto_takes_the_first_that_can_serve(flash_without_obstacle):
+def test_auto_takes_the_first_supported_backend(flash_without_obstacle):
     choice = choose_backend("auto", [LLAMA], device=CPU, dtype=torch.float32)
     assert (choice.name, choice.warning) == ("forest_flash", None)
 
@@ -233,14 +233,14 @@ def test_a_backend_that_fails_at_start_up_is_replaced_with_one_warning(
     monkeypatch.setattr(forest_flash, "attend", attend)
     choice = choose_backend("auto", [LLAMA], device=CPU, dtype=torch.float32)
     assert choice.name == "forest_sdpa"
-    found = "RuntimeError: no kernel" if fault == "raises" else "ArithmeticError: a trial is"
-    assert choice.warning.startswith(f"forest_flash failed at start-up ({found}")
+    error = "RuntimeError: no kernel" if fault == "raises" else "ArithmeticError: a trial is"
+    assert choice.warning.startswith(f"forest_flash failed at start-up ({error}")
     assert "\n" not in choice.warning
     with pytest.raises(ValueError, match="forest_flash failed at start-up"):
         choose_backend("forest_flash", [LLAMA], device=CPU, dtype=torch.float32)
 
 
-def test_all_that_failed_is_in_the_warning(flash_without_obstacle, monkeypatch):
+def test_the_warning_names_every_failed_backend(flash_without_obstacle, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no kernel")
 
@@ -253,7 +253,7 @@ def test_all_that_failed_is_in_the_warning(flash_without_obstacle, monkeypatch):
     assert choice.warning == f"forest_flex {problem}; forest_flash {problem}"
 
 
-def test_a_trial_covers_what_each_layer_asks_for(flash_without_obstacle, monkeypatch):
+def test_a_trial_covers_what_each_layer_requests(flash_without_obstacle, monkeypatch):
     asked = []
     monkeypatch.setattr(attention, "try_backend", lambda backend, spec, *_: asked.append(spec))
     specs = [LLAMA, replace(LLAMA, window=9), LLAMA]
@@ -265,7 +265,7 @@ def test_a_trial_covers_what_each_layer_asks_for(flash_without_obstacle, monkeyp
 @pytest.mark.parametrize(
     "change", [{}, {"window": 4096}, {"softcap": 50.0}, {"has_sinks": True}, {"value_size": 4}]
 )
-def test_what_is_right_passes_its_trial(change, dtype):
+def test_a_correct_backend_passes_its_trial(change, dtype):
     spec = replace(LLAMA, **change)
     try_backend(forest_sdpa, spec, CPU, dtype)
 
@@ -281,14 +281,14 @@ def test_what_is_right_passes_its_trial(change, dtype):
         ({"head_size": 192}, torch.float16, None),
     ],
 )
-def test_flex_names_what_it_does_not_take(change, dtype, reason):
+def test_flex_names_what_it_does_not_support(change, dtype, reason):
     spec = replace(LLAMA, **({"head_size": 64, "value_size": 64} | change))
-    found = forest_flex.obstacle(spec, torch.device("cuda"), dtype, 8192)
-    assert found == reason if reason is None else reason in found
+    problem = forest_flex.obstacle(spec, torch.device("cuda"), dtype, 8192)
+    assert problem == reason if reason is None else reason in problem
 
 
 def test_flex_never_falls_back_to_all_scores(monkeypatch):
-    """Beyond the limit on graphs PyTorch would run it uncompiled, in N x N memory."""
+    """Beyond the limit on graphs PyTorch would run it uncompiled, with N x N memory."""
     torch._dynamo.reset()
     eager = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend="eager")
     monkeypatch.setattr(forest_flex, "compiled", eager)
@@ -297,5 +297,5 @@ def test_flex_never_falls_back_to_all_scores(monkeypatch):
     q, k, v = (t.detach() for t in tensors_for(pack)[:3])
     plan = forest_flex.plan(pack)
     forest_flex.attend(q, k, v, plan)
-    with pytest.raises(RuntimeError, match="^attn_implementation: forest_flex: layers are of more"):
+    with pytest.raises(RuntimeError, match="^attn_implementation: forest_flex: the layers are"):
         forest_flex.attend(q, k, v, plan, softcap=3.0)

@@ -1,4 +1,4 @@
-"""The directly built block mask against PyTorch's, which evaluates every pair."""
+"""The directly built block mask against PyTorch's, which evaluates all pairs."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from rrhf_fast.model import forest_flex
 
 
 def forest_of(num_tokens, seed, multiple=1):
-    """Queries of many shapes until there are `num_tokens` rows; the last one fits exactly."""
+    """Queries of many shapes, `num_tokens` rows in total; the last query fills up the rest."""
     rng = np.random.default_rng(seed)
     queries, left = [], num_tokens
     while left > 0:
@@ -22,7 +22,7 @@ def forest_of(num_tokens, seed, multiple=1):
         ]
         query = TokenisedQuery(prompt, answers, np.zeros(len(answers), np.float32))
         size = build_forest([query]).num_tokens
-        if size > left:  # a lone response adds its length less one
+        if size > left:  # a single response adds its length minus one
             query = TokenisedQuery(prompt[:1], [np.zeros(left, np.int32)], np.zeros(1, np.float32))
             size = left
         queries.append(query)
@@ -48,11 +48,11 @@ def test_equals_create_block_mask_block_by_block(num_tokens):
     )
     assert ours.shape == theirs.shape
     for name in ("kv", "full_kv", "q", "full_q"):
-        found, expected = (
+        actual, expected = (
             columns(getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices"))
             for mask in (ours, theirs)
         )
-        assert found == expected, name
+        assert actual == expected, name
         for part in ("num_blocks", "indices"):
             a, b = (getattr(mask, f"{name}_{part}") for mask in (ours, theirs))
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -60,7 +60,7 @@ def test_equals_create_block_mask_block_by_block(num_tokens):
 
 
 def test_the_cases_hold_every_kind_of_block():
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     mask = forest_flex.plan(forest_of(16_384, seed=16_384)).mask(None)
     partial, full = mask.kv_num_blocks.sum().item(), mask.full_kv_num_blocks.sum().item()
     assert full > 50 and partial > 128 and partial + full < 128 * 129 // 2
@@ -79,8 +79,8 @@ def test_with_a_window_full_blocks_are_visible_and_skipped_ones_are_not(
     row, depth = torch.arange(n), pack.position_ids
     visible = (row <= row[:, None]) & (row[:, None] < pack.subtree_end)
     visible &= depth[:, None] - depth < window
-    found = mask.mask_mod(0, 0, row[:, None], row)
-    assert torch.equal(found, visible)
+    allowed = mask.mask_mod(0, 0, row[:, None], row)
+    assert torch.equal(allowed, visible)
     partial, full = (columns(*x) for x in (
         (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
     ))  # fmt: skip
@@ -95,12 +95,12 @@ def test_with_a_window_full_blocks_are_visible_and_skipped_ones_are_not(
                 assert not part.any()
 
 
-def test_a_window_skips_what_lies_behind_it():
+def test_a_window_skips_blocks_behind_it():
     response = np.zeros(4096, np.int32)
     query = TokenisedQuery(response[:1], [response], np.zeros(1, np.float32))
     plan = forest_flex.plan(build_forest([query]))
-    # Blocks of 128: one is out of sight until its last row is seen by the query block's first, and
-    # full as soon as its first row is seen by the query block's last.
+    # Blocks of 128: a block is skipped unless the query block's first row sees its last row, and
+    # full if the query block's last row sees its first.
     for window, partial, full in [
         (1, 1, 0), (2, 2, 0), (129, 2, 0), (130, 3, 0), (255, 3, 0), (256, 2, 1), (258, 3, 1),
     ]:  # fmt: skip
@@ -124,7 +124,7 @@ def test_changing_lengths_share_compilations():
 
     torch._dynamo.reset()
     before = graphs()
-    attend(7 * 128)  # as a trial at start-up
+    attend(7 * 128)  # like the trial at start-up
     # One kind of layer with a window, one without.
     assert graphs() - before == 2
     for num_tokens in (200, 300, 1000, 777, 4000):

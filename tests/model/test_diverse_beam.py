@@ -1,4 +1,4 @@
-"""Diverse beam search against transformers' own beam search and a slow search written apart."""
+"""Diverse beam search against transformers' beam search and an independent slow search."""
 
 import random
 from collections import Counter
@@ -57,7 +57,7 @@ def random_prompts(rng, count=3):
 
 
 def until_end(tokens, eos):
-    """A padded row as a list that stops with its first end token."""
+    """A padded row as a list up to and including its first end token."""
     out = []
     for token in tokens.tolist():
         out.append(token)
@@ -108,7 +108,7 @@ def test_one_group_is_transformers_beam_search(kind, dtype, seed):
     model = tiny_model(kind, seed, dtype)
     ids, mask = left_padded(random_prompts(rng))
     beams, max_new = rng.randint(1, 5), rng.randint(1, 12)
-    # With one beam, `generate` turns to greedy search, which returns no scores.
+    # With one beam, `generate` switches to greedy search, which returns no scores.
     beams = max(beams, 2)
     length_penalty = rng.choice([0.0, 0.5, 1.0, 2.0])
     eos = rng.choice([[2], [2, 5], [2, 5, 9]])
@@ -196,7 +196,7 @@ def test_equals_slow_search(kind, seed):
         got = [until_end(row, eos) for row in tokens[b]]
         if penalty or groups == 1:
             assert got == [t for t, _ in want]
-        else:  # all groups find the same, so equal scores may come in any order
+        else:  # all groups find the same beams, so the order of equal scores may differ
             assert sorted(got) == sorted(t for t, _ in want)
         longest = max(longest, *map(len, got))
         for row, kept in zip(tokens[b], got, strict=True):
@@ -222,7 +222,7 @@ def test_scores_of_the_first_group_are_log_probs_and_later_ones_pay():
     later = logp.clone()
     later[logp.argmax()] -= 1.0
     want = sorted([logp.max().item(), later.max().item()], reverse=True)
-    assert logp.argmax() != 2  # an end token costs nothing
+    assert logp.argmax() != 2  # end tokens are never penalised
     torch.testing.assert_close(scores[0], torch.tensor(want, dtype=torch.float64))
     assert tokens[0, :, 0].tolist() == [logp.argmax(), later.argmax()]
 
@@ -237,7 +237,7 @@ def test_penalty_makes_groups_differ():
     apart, _ = diverse_beam_search(model, ids, mask, diversity_penalty=100.0, **setting)
     for b in range(2):
         assert len({tuple(row.tolist()) for row in same[b]}) == 1
-        assert len(set(apart[b, :, 0].tolist())) == 4  # none chosen twice
+        assert len(set(apart[b, :, 0].tolist())) == 4  # all different
 
 
 @pytest.mark.parametrize(

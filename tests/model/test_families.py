@@ -33,8 +33,8 @@ SIZES = {
 }
 MHA = SIZES | {"num_key_value_heads": 4}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-# Every family of the supported list, with what makes it special turned on; windows are shorter than
-# the rows, so that a wrong window shows.
+# Every supported family with its special features enabled; windows are shorter than the rows, so
+# that a wrong window shows.
 SUPPORTED = {
     "llama": SIZES,
     "llama-tied": SIZES | {"tie_word_embeddings": True},
@@ -82,7 +82,7 @@ SUPPORTED = {
     "cohere": SIZES | {"logit_scale": 0.25},
 }
 TINY_GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
-# Silently wrong if let through; the message says why.
+# Would be silently wrong if accepted; the message says why.
 REFUSED = {
     "gptj": (TINY_GPT, "AttentionInterface"),
     "codegen": (TINY_GPT, "AttentionInterface"),
@@ -138,7 +138,7 @@ def tiny_model(kind: str, sizes: dict, dtype=torch.float32):
 
 
 def queries() -> list[TokenisedQuery]:
-    """Shared response prefixes, a duplicate, a response that is the start of another, ragged k."""
+    """Shared response prefixes, a duplicate, a response that is a prefix of another, ragged k."""
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> np.ndarray:
@@ -155,7 +155,7 @@ def queries() -> list[TokenisedQuery]:
 
 
 def unpacked_loss(model, cases):
-    """The reference: each response alone through transformers' own eager attention."""
+    """The reference: each response alone, with transformers' eager attention."""
     logps, losses = [], []
     with attention(model, "eager") if model._can_set_attn_implementation() else nullcontext():
         for case in cases:
@@ -184,12 +184,12 @@ def assert_equal_to_unpacked(lm, wrapped: RRHFModel, pack, tolerance: float):
     out = wrapped(pack)
     torch.testing.assert_close(ours[pack.path_edges], logps, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(out.loss, loss, rtol=tolerance, atol=tolerance)
-    found = gradients(out.loss, lm)
-    assert found.keys() == expected.keys()
+    actual = gradients(out.loss, lm)
+    assert actual.keys() == expected.keys()
     for name in expected:
         scale = max(1.0, expected[name].abs().max().item())
         torch.testing.assert_close(
-            found[name], expected[name], rtol=tolerance, atol=tolerance * scale, msg=name
+            actual[name], expected[name], rtol=tolerance, atol=tolerance * scale, msg=name
         )
 
 
@@ -226,15 +226,15 @@ def test_flex_equals_unpacked(kind):
     pack = build_forest(queries(), pad_to_multiple_of=wrapped.pad_to_multiple_of)
     assert pack.num_tokens == 128
     expected, _ = unpacked_loss(lm, queries())
-    found = wrapped.edge_logps(pack)[pack.path_edges]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    logps = wrapped.edge_logps(pack)[pack.path_edges]
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
 def test_forest_equals_unpacked_in_float64(kind):
     lm = tiny_model(kind, SUPPORTED[kind], torch.float64)
     wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.float32)
-    # The libraries keep RoPE, norms or softmax in float32, so this is no 1e-12.
+    # Libraries keep RoPE, norms or softmax in float32, so 1e-12 is out of reach.
     assert_equal_to_unpacked(lm, wrapped, build_forest(queries()), 2e-6)
 
 
@@ -247,7 +247,7 @@ def test_refuses_what_would_be_silently_wrong(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", *REFUSED])
-def test_padded_path_serves_every_model(kind):
+def test_padding_supports_every_model(kind):
     sizes = SUPPORTED[kind] if kind in SUPPORTED else REFUSED[kind][0]
     lm = tiny_model(kind, sizes)
     wrapped = RRHFModel(lm, LossConfig(), max_length=64, packing="none")
@@ -280,25 +280,25 @@ def test_self_check_catches_a_decoder_that_ignores_the_forest(kind):
 
 
 def test_a_decoder_that_hides_its_window_is_refused():
-    """Qwen2-MoE puts the window into a mask and does not tell the attention function of it."""
+    """Qwen2-MoE builds the window into a mask and does not pass it to the attention function."""
     sizes = SIZES | {
         "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1,
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     }  # fmt: skip
-    with pytest.raises(UnsupportedModel, match="of its layers see 24 tokens, but 0 tell"):
+    with pytest.raises(UnsupportedModel, match="of its layers see 24 tokens, but 0 pass"):
         self_check(tiny_model("qwen2_moe", sizes), max_length=64)
     self_check(tiny_model("qwen2_moe", sizes), max_length=24)
 
 
-def test_padding_serves_causal_models_only():
+def test_padding_supports_only_causal_models():
     lm = tiny_model("bert", SIZES | {"is_decoder": False})
     with pytest.raises(ValueError, match="bert: a token sees the tokens to its right"):
         RRHFModel(lm, LossConfig(), packing="none", max_length=64)
 
 
 def test_self_check_catches_a_wrong_mask(monkeypatch):
-    """A decoder that sees a token it must not see is refused, not trained."""
+    """A decoder that attends to a masked token is refused."""
     right = forest_sdpa.plan
 
     def wrong(pack):
@@ -322,7 +322,7 @@ def test_activation_checkpointing_changes_nothing():
     torch.testing.assert_close(losses[0], losses[2])
 
 
-def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
+def test_bfloat16_keeps_log_probs_and_rewards_accurate():
     lm = tiny_model("llama", SIZES)
     pack = build_forest(queries())
     exact = RRHFModel(lm, LossConfig(), max_length=64)(pack)
@@ -332,7 +332,7 @@ def test_bfloat16_keeps_log_probs_and_rewards_exact_enough():
     assert torch.equal(rounded.num_pairs, exact.num_pairs)
 
 
-def test_rewards_that_bfloat16_could_not_tell_apart_are_ranked():
+def test_rewards_that_are_equal_in_bfloat16_are_ranked():
     lm = tiny_model("llama", SIZES)
     close = torch.tensor([1.0, 1.0 + 2**-20, 1.0 + 2**-19])
     query = TokenisedQuery(np.arange(3, 9), [np.arange(i, 20) for i in (3, 4, 5)], close.numpy())
@@ -343,8 +343,8 @@ def test_rewards_that_bfloat16_could_not_tell_apart_are_ranked():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen3"])
-def test_in_bfloat16_products_are_rounded_and_nothing_else(kind):
-    """RoPE, norms, residual stream and log-probs are float32; weights and gradients, too."""
+def test_bfloat16_rounds_only_products(kind):
+    """RoPE, norms, residual stream, log-probs, weights and gradients are float32."""
     lm = tiny_model(kind, SUPPORTED[kind])
     wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)
     seen = {}

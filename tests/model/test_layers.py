@@ -1,4 +1,4 @@
-"""Compiled layers compute the same, for any length, and share their graphs."""
+"""Compiled layers compute the same for any length, and share graphs."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +14,7 @@ from rrhf_fast.model import layers, rrhf
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -53,16 +54,6 @@ def loss_and_gradients(model, pack):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch):
-    """Graphs are made and differentiated as ever, but run by PyTorch's own operators."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(layers, "COMPILER", "aot_eager")
-    yield
-    torch._dynamo.reset()
-
-
 def graphs_made(function):
     before = layers.count_graphs()
     function()
@@ -89,7 +80,7 @@ def test_compilation_changes_nothing(packing, checkpointing):
     ("kind", "sizes"), [("llama", {}), ("gemma2", {"head_dim": 8, "sliding_window": 6})]
 )
 def test_graphs_are_shared_by_layers_and_lengths(kind, sizes):
-    """All graphs are made at start-up and in the first evaluation, whatever comes."""
+    """All graphs are made at start-up and in the first evaluation; later packs add none."""
     models = []
     options = {"max_length": 64, "compile": True}
     start = graphs_made(
@@ -98,8 +89,8 @@ def test_graphs_are_shared_by_layers_and_lengths(kind, sizes):
     model = models[0]
     with torch.no_grad():
         start += graphs_made(lambda: model(build_forest(queries(0))))
-    # Three parts of a layer, before and behind attention and around it, with and without gradient,
-    # for each of at most two kinds of layer.
+    # Three parts of a layer (before, after and around attention), with and without gradient, for
+    # at most two kinds of layer.
     assert 0 < start <= 3 * 2 * 2
     for seed in range(1, 6):
         pack = build_forest(queries(seed, count=seed), pad_to_multiple_of=1 + 127 * (seed % 2))
@@ -119,14 +110,14 @@ def test_generation_is_not_compiled():
     assert graphs_made(generate) == 0
 
 
-def test_the_default_on_a_cpu_is_not_to_compile():
+def test_layers_are_not_compiled_on_a_cpu_by_default():
     model = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=None)
     assert not model.compiled and model.pad_to_multiple_of == 1
     compiled = RRHFModel(tiny_model(), LossConfig(), max_length=64, compile=True)
     assert compiled.compiled and compiled.pad_to_multiple_of == 128
 
 
-def test_a_compiler_that_fails_is_refused_or_replaced(monkeypatch):
+def test_a_failing_compiler_is_refused_or_replaced(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nfound")
 
@@ -159,7 +150,7 @@ def test_inductor_changes_nothing_beyond_rounding(kind, sizes, monkeypatch):
         )
 
 
-def test_a_limit_on_graphs_that_is_reached_is_counted(monkeypatch):
+def test_functions_beyond_the_limit_on_graphs_are_counted(monkeypatch):
     assert layers.count_given_up() == 0
     model = tiny_model()
     layers.compile_layers(model)
@@ -173,7 +164,7 @@ def test_a_limit_on_graphs_that_is_reached_is_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("multiple", [1, 128])
-def test_a_trial_has_a_length_that_is_no_size_of_the_model(multiple):
+def test_the_length_of_a_trial_differs_from_all_sizes_of_weights(multiple):
     model = tiny_model(intermediate_size=7 * 128) if multiple > 1 else tiny_model()
     length = layers.trial_length(model, multiple)
     assert length % multiple == 0 and length > multiple
@@ -182,7 +173,7 @@ def test_a_trial_has_a_length_that_is_no_size_of_the_model(multiple):
 
 @pytest.mark.parametrize(("limit", "is_reached"), [(1, True), (64, False)])
 def test_the_limit_holds_in_every_thread(limit, is_reached, monkeypatch):
-    """A GPU's backward has a thread of its own."""
+    """A GPU's backward runs in its own thread."""
     monkeypatch.setattr(layers, "RECOMPILE_LIMIT", limit)
     model, ids = tiny_model(), torch.arange(3, 9)[None]
     layers.compile_layers(model)

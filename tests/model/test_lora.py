@@ -1,4 +1,4 @@
-"""Adapters on the packed path: the same loss as unpacked runs, gradients for them alone."""
+"""Adapters on the packed path: the same loss as unpacked runs, gradients for adapters alone."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def queries(count):
     return tokenise_rows(rows[:count], tokenizer, report, max_length=256)[0]
 
 
-def test_the_packed_loss_is_the_reference_and_trains_adapters_alone():
+def test_the_packed_loss_equals_the_reference_and_trains_only_adapters():
     lm, config = adapted()
     generator = torch.Generator().manual_seed(1)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -40,7 +40,7 @@ def test_the_packed_loss_is_the_reference_and_trains_adapters_alone():
     model = RRHFModel(lm, config, max_length=256)
     loss = model(pack).loss
     loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    packed = {name: parameter.grad.clone() for name, parameter in trained.items()}
     assert all(p.grad is None for name, p in lm.named_parameters() if name not in trained)
     assert lm.get_output_embeddings().weight.grad is None
 
@@ -58,7 +58,7 @@ def test_the_packed_loss_is_the_reference_and_trains_adapters_alone():
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in trained.items():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(packed[name], parameter.grad, rtol=1e-3, atol=1e-5), name
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed():

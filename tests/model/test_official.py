@@ -1,4 +1,4 @@
-"""`--compat official` against the released trainer's loss, stated on its own padded rows."""
+"""`--compat official` against the released trainer's loss, computed on its own padded rows."""
 
 import numpy as np
 import pytest
@@ -34,12 +34,12 @@ def lm():
 def released_loss(lm, query, length_penalty):
     """One query's loss as the released trainer defines it.
 
-    A row's inputs are prompt and response, end token included. Its labels stand one place to the
-    left of their tokens: P - 1 ignored places, the response, and one more ignored place, so labels
-    are as long as inputs. Rows are padded to the longest, P + max R. The trainer sets ignored
-    labels to 0 in place when it gathers log-probs, and counts a response's length as its labels
-    that are not ignored afterwards, which are all: hence the division by P + max R, of every
-    response alike. The SFT part is a mean over the same row.
+    A row's inputs are prompt and response, end token included. Its labels are shifted one position
+    to the left: P - 1 ignored positions, the response, and one more ignored position, so labels are
+    as long as inputs. Rows are padded to the longest, P + max R. When gathering log-probs, the
+    trainer sets ignored labels to 0 in place, and then counts labels that are not ignored as a
+    response's length, which are all: hence the division by P + max R for every response. The SFT
+    part is a mean over the same row.
     """
     width = len(query.prompt_ids) + max(len(ids) for ids in query.response_ids)
     sums = []
@@ -62,7 +62,7 @@ def released_loss(lm, query, length_penalty):
 
 
 def released_step(lm, queries, length_penalty=1.0):
-    """Mean loss over the queries, one a device as there, and its gradient."""
+    """Mean loss over the queries, one per device as in the release, and its gradient."""
     lm.zero_grad()
     loss = sum(released_loss(lm, query, length_penalty) for query in queries) / len(queries)
     loss.backward()
@@ -89,14 +89,15 @@ WAYS = [("forest", backward_whole), ("forest", backward_active), ("none", backwa
 def check(lm, queries, **options):
     loss, gradient = released_step(lm, queries, **options)
     for packing, backward in WAYS:
-        ours, found = engine_step(lm, queries, packing, backward, **options)
-        assert ours == pytest.approx(loss, rel=1e-6), (packing, backward.__name__)
-        assert (found - gradient).norm() <= 1e-6 * gradient.norm(), (packing, backward.__name__)
+        our_loss, our_gradient = engine_step(lm, queries, packing, backward, **options)
+        way = (packing, backward.__name__)
+        assert our_loss == pytest.approx(loss, rel=1e-6), way
+        assert (our_gradient - gradient).norm() <= 1e-6 * gradient.norm(), way
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_length": 24}, {"max_response_length": 3}], ids=str)
 def test_rows_of_the_demo(lm, limits):
-    """Whole, and with prompts and responses cut: padding follows what is left."""
+    """Whole and truncated: padding follows the truncated lengths."""
     lines = [
         ("The cat sat on the mat and", [" slept.", " ran away from the big dog."], [2, 1]),
         ("A", [" b", " c d e f g h i j k l m n o p q r s t"], [0, 1]),
@@ -119,12 +120,12 @@ def responses(rng, k):
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), length_penalty=st.sampled_from([1.0, 0.0, 0.7]))
 def test_any_rows(lm, seed, length_penalty):
-    """Also prompts of one token (a BOS alone, or no BOS), ragged k, ties and an end token alone."""
+    """Includes one-token prompts (a lone BOS, or no BOS), ragged k, ties and a lone end token."""
     rng = np.random.default_rng(seed)
     queries = []
     for prompt_length in (1, int(rng.integers(1, 12)), 5):
-        found = responses(rng, int(rng.integers(2, 6)))
-        rewards = rng.integers(0, 3, len(found)).astype(np.float32)
+        response_ids = responses(rng, int(rng.integers(2, 6)))
+        rewards = rng.integers(0, 3, len(response_ids)).astype(np.float32)
         prompt = rng.integers(0, VOCAB, prompt_length, dtype=np.int32)
-        queries.append(TokenisedQuery(prompt, found, rewards))
+        queries.append(TokenisedQuery(prompt, response_ids, rewards))
     check(lm, queries, length_penalty=length_penalty)

@@ -1,4 +1,4 @@
-"""Where the tensors of an empty model are found, and what stands in for it."""
+"""Locating the tensors of an empty model, and its small twin."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from rrhf_fast.model.sharded import (
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the embedded model, to be changed."""
+    """A copy of the embedded model that tests may change."""
     for path in demo.MODEL_DIR.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -31,14 +31,14 @@ def rename(folder, change):
 
 @pytest.mark.parametrize("without_prefix", [False, True])
 def test_a_filled_model_is_the_loaded_one(folder, without_prefix):
-    if without_prefix:  # as models without a head are saved
+    if without_prefix:  # as in saved models without a head
         rename(folder, lambda name: name.removeprefix("model."))
     lm = empty_model(str(folder))
     assert {parameter.device.type for parameter in lm.parameters()} == {"meta"}
-    found = locate_weights(lm, str(folder))
+    locations = locate_weights(lm, str(folder))
     lm.to_empty(device="cpu")
-    lm.tie_weights()  # FSDP keeps ties, a plain module does not
-    fill_weights(lm, found)
+    lm.tie_weights()  # FSDP preserves ties, a plain module does not
+    fill_weights(lm, locations)
     loaded = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
     ids = torch.arange(50)[None]
     assert torch.equal(lm(ids).logits, loaded(ids).logits)

@@ -1,4 +1,4 @@
-"""Models that cannot be used are refused in one line that says why."""
+"""Unusable models are refused in one line that says why."""
 
 import importlib
 import json
@@ -66,7 +66,7 @@ def test_either_packing(packing, rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "score", "evaluate"])
-def test_adapters_are_no_model(command, rows, tmp_path, capsys):
+def test_adapters_are_not_a_model(command, rows, tmp_path, capsys):
     folder = tmp_path / "adapters"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
@@ -74,6 +74,6 @@ def test_adapters_are_no_model(command, rows, tmp_path, capsys):
         shutil.copy(demo.MODEL_DIR / name, folder)
     assert run(command, *commands(folder, rows, tmp_path / "out")[command]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"model_name_or_path: {folder} holds LoRA adapters and no model" in error
+    assert f"model_name_or_path: {folder} holds LoRA adapters, not a model" in error
     assert f"python -m rrhf_fast.export --checkpoint {folder} --merge true" in error
     assert not list(tmp_path.glob("out*"))

@@ -1,6 +1,6 @@
-"""What one pack makes the host wait for on a GPU: how many edges have a gradient, nothing else.
+"""A pack synchronises the host with a GPU only once: for the number of edges with a gradient.
 
-Without a GPU: the operators are counted that wait there, while the kernels run in the interpreter.
+Runs without a GPU: operators that would synchronise are counted, and kernels are interpreted.
 """
 
 from collections import Counter
@@ -26,13 +26,13 @@ aten = torch.ops.aten
 WAITING = {
     aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select,
     aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount,
-    aten.segment_reduce, aten.lift_fresh,  # a tensor of Python numbers, to be copied to the device
+    aten.segment_reduce, aten.lift_fresh,  # a tensor of Python numbers, copied to the device
 }  # fmt: skip
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators that wait for the device on CUDA."""
+    """Counts operators that would synchronise on CUDA."""
 
     def __init__(self):
         super().__init__()
@@ -63,14 +63,14 @@ def queries(sizes=(4, 3, 5)):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """The kernels, and none of the checks that run on the CPU only."""
+    """Use the kernels, and skip the checks that run only on the CPU."""
     monkeypatch.setattr(linear_rrhf, "choose_backend", lambda *_: "triton")
     for module, name in (
         (linear_rrhf, "check_shapes"), (linear_rrhf, "check_layout"), (linear_rrhf, "check_bounds"),
         (rrhf, "check_layout"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_: None)
-    # A mode does not look into an operator.
+    # Dispatch modes do not see inside an operator.
     for name in ("linear_rrhf_op", "scale_op"):
         monkeypatch.setattr(linear_rrhf, name, getattr(linear_rrhf, name)._init_fn)
 
@@ -79,7 +79,7 @@ def as_on_cuda(monkeypatch):
     "options", [{}, {"compat": "official"}, {"sft_reduction": "mean"}], ids=str
 )
 @pytest.mark.parametrize("workspace_mb", [0.01, 1e-6, None], ids=["chunks", "slices", "whole"])
-def test_a_pack_waits_once_a_chunk(as_on_cuda, monkeypatch, options, workspace_mb):
+def test_a_pack_waits_once_per_chunk(as_on_cuda, monkeypatch, options, workspace_mb):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=90, hidden_size=16, intermediate_size=24, num_hidden_layers=1,

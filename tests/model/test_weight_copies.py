@@ -1,5 +1,5 @@
-"""The decoder's products with copies of its weights: as near to float64 as plain autocast, one cast
-of a weight per optimizer step, and no trace in what is saved."""
+"""Products with copies of the decoder's weights: as close to float64 as plain autocast, one cast
+per weight and optimizer step, and nothing extra in saved models."""
 
 from collections import Counter
 from copy import deepcopy
@@ -27,17 +27,8 @@ from rrhf_fast.train.adamw_bf16 import AdamWBF16
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 KINDS = {"llama": {}, "qwen2": {}, "llama tied": {"tie_word_embeddings": True}}  # Qwen2 has biases
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch):
-    """Graphs are made and differentiated as ever, but run by PyTorch's own operators."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(layers, "COMPILER", "aot_eager")
-    yield
-    torch._dynamo.reset()
 
 
 def tiny(kind="llama", **sizes):
@@ -48,7 +39,7 @@ def tiny(kind="llama", **sizes):
     } | KINDS.get(kind, {}) | sizes  # fmt: skip
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[0], **sizes))
     with torch.no_grad():
-        for parameter in lm.parameters():  # biases are 0 and norms 1 at first
+        for parameter in lm.parameters():  # biases start at 0 and norms at 1
             parameter.add_(0.05 * torch.randn(parameter.shape))
     return lm.eval()
 
@@ -75,7 +66,7 @@ def packs(packing="forest", count=4):
 
 
 def step(model, packing="forest"):
-    """The loss and each gradient of several packs, added up."""
+    """The losses of several packs, and their summed gradients."""
     model.zero_grad()
     losses = []
     for pack in packs(packing):
@@ -86,9 +77,9 @@ def step(model, packing="forest"):
     return {"loss": torch.tensor(losses).double()} | gradients
 
 
-def errors(found, exact):
+def errors(actual, exact):
     return {
-        name: ((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact
+        name: ((actual[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact
     }
 
 
@@ -100,29 +91,29 @@ def is_copied(model, name):
 
 @pytest.mark.parametrize("packing", ["forest", "none"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_nearer_to_float64_than_those_of_autocast(kind, packing):
+def test_gradients_are_closer_to_float64_than_those_of_autocast(kind, packing):
     lm = tiny(kind)
     exact = step(wrap(deepcopy(lm).double(), torch.float32, packing=packing), packing)
     plain = wrap(deepcopy(lm), packing=packing, is_sharded=True)
     copied = wrap(lm, packing=packing)
     assert not plain.copied and len(copied.copied) == 2 * 7
-    expected, found = step(plain, packing), step(copied, packing)
-    before, after = errors(expected, exact), errors(found, exact)
+    expected, actual = step(plain, packing), step(copied, packing)
+    before, after = errors(expected, exact), errors(actual, exact)
     weights, biases = [], []
     for name in exact:
         if is_copied(copied, name):
             weights.append(name)
         elif name.endswith("bias"):
             biases.append(name)
-            continue  # of few numbers each, where chance decides; below, all of them
+            continue  # too few numbers each; compared together below
         else:
-            assert torch.equal(found[name], expected[name]), name
+            assert torch.equal(actual[name], expected[name]), name
         assert after[name] <= 1.05 * before[name] < 0.05, name
-    # No pack's gradient is rounded: of weights all of them, and few enough biases for chance.
+    # Not rounded per pack, weights' gradients have a smaller error; biases are too few to show it.
     for names, factor in ((weights, 0.99), (biases, 1.05)):
         before, after = (
             sum((run[name] - exact[name]).square().sum() for name in names) ** 0.5
-            for run in (expected, found)
+            for run in (expected, actual)
         )
         assert after <= factor * before
 
@@ -133,14 +124,14 @@ def test_compilation_and_checkpointing_change_nothing(kind, checkpointing):
     lm = tiny(kind)
     expected = step(wrap(deepcopy(lm)))
     options = {"activation_checkpointing": checkpointing}
-    found = step(wrap(deepcopy(lm), **options))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = step(wrap(deepcopy(lm), **options))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     compiled, plain = (
         wrap(deepcopy(lm), compile=True, is_sharded=sharded, **options) for sharded in (False, True)
     )
     exact = step(wrap(lm.double(), torch.float32))
-    found, expected = step(compiled), step(plain)
-    before, after = errors(expected, exact), errors(found, exact)
+    actual, expected = step(compiled), step(plain)
+    before, after = errors(expected, exact), errors(actual, exact)
     weights = [name for name in exact if is_copied(compiled, name)]
     assert len(weights) == 2 * 7 and max(after.values()) < 0.05
     assert all(after[name] <= 1.05 * before[name] for name in weights)
@@ -149,7 +140,7 @@ def test_compilation_and_checkpointing_change_nothing(kind, checkpointing):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_generated_code_adds_in_place(checkpointing, monkeypatch):
-    """Not to a copy of the gradient, which would cost what is to be saved."""
+    """Not into a copy of the gradient, which would cost the saved traffic."""
     monkeypatch.setattr(layers, "COMPILER", "inductor")
     lm, places, add = tiny("qwen2"), [], weight_copies.add_product
     exact = step(wrap(deepcopy(lm).double(), torch.float32))
@@ -162,7 +153,7 @@ def test_generated_code_adds_in_place(checkpointing, monkeypatch):
 
 
 def test_layers_and_steps_share_their_graphs():
-    """There are as many as without copies, and no new ones come with new gradients."""
+    """As many graphs as without copies, and no new ones for new gradients."""
     made = []
     for is_sharded in (True, False):
         torch._dynamo.reset()
@@ -180,7 +171,7 @@ def test_layers_and_steps_share_their_graphs():
 
 
 class Casts(TorchDispatchMode):
-    """Counts casts of parameters to 16 bits, by parameter."""
+    """Counts casts to 16 bits per parameter."""
 
     def __init__(self, lm):
         super().__init__()
@@ -198,8 +189,8 @@ class Casts(TorchDispatchMode):
 
 
 def casts(model, optimizer, num_steps=1):
-    """Casts of each weight in so many steps, each with several packs and a scoring of them."""
-    with Casts(model.lm) as found:
+    """Casts of each weight in `num_steps` steps; each step trains on several packs and scores."""
+    with Casts(model.lm) as counter:
         for _ in range(num_steps):
             for pack in packs():
                 with torch.no_grad():
@@ -207,30 +198,31 @@ def casts(model, optimizer, num_steps=1):
                 model(pack).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {name: n for name, n in found.counts.items() if ".layers." in name and "weight" in name}
+    counts = counter.counts.items()
+    return {name: n for name, n in counts if ".layers." in name and "weight" in name}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_weight_is_cast_once_a_step(checkpointing):
+def test_a_weight_is_cast_once_per_step(checkpointing):
     options = {"activation_checkpointing": checkpointing}
     plain, copied = wrap(tiny(), is_sharded=True, **options), wrap(tiny(), **options)
     optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in (plain, copied)]
-    assert min(casts(plain, optimizers[0]).values()) >= 2 * 4  # once a forward, or more often
+    assert min(casts(plain, optimizers[0]).values()) >= 2 * 4  # at least once per forward
     assert casts(copied, optimizers[1]) == {
         name: 1 for name, _ in copied.lm.named_parameters() if is_copied(copied, name)
     }
     assert set(casts(copied, optimizers[1], num_steps=3).values()) == {3}
-    with Casts(copied.lm) as found, torch.no_grad():
+    with Casts(copied.lm) as counter, torch.no_grad():
         for pack in packs():
             copied(pack)
-    assert {n for name, n in found.counts.items() if ".layers." in name} == {1}
-    with Casts(copied.lm) as found, copied.generation(), copied.autocast():
+    assert {n for name, n in counter.counts.items() if ".layers." in name} == {1}
+    with Casts(copied.lm) as counter, copied.generation(), copied.autocast():
         copied.lm.generate(torch.arange(3, 9)[None], max_new_tokens=4, do_sample=False)
-    assert not [name for name in found.counts if ".layers." in name]
+    assert not [name for name in counter.counts if ".layers." in name]
 
 
 class Unnoted(torch.optim.SGD):
-    """Writes without PyTorch's knowledge, as a kernel does."""
+    """Writes without incrementing versions, like a kernel."""
 
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -277,7 +269,7 @@ def updates():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_change_of_the_weights_reaches_the_copies(compile):
+def test_copies_follow_changes_of_the_weights(compile):
     pack, ids = packs()[1], torch.arange(3, 9)[None]
     model = wrap(tiny(), compile=compile)
     fresh = wrap(tiny(), compile=compile, is_sharded=True)
@@ -292,7 +284,7 @@ def test_a_change_of_the_weights_reaches_the_copies(compile):
             assert losses[-1] == fresh(pack).loss.item(), name
         for layer in model.copied:
             assert torch.equal(layer.weight_copy, layer.weight.bfloat16()), name
-        # Outside of the model, too.
+        # Also outside of the model.
         update(model)
         fresh.load_state_dict(model.state_dict())
         with torch.no_grad(), model.generation(), fresh.generation(), autocast:
@@ -301,7 +293,7 @@ def test_a_change_of_the_weights_reaches_the_copies(compile):
 
 
 def test_gradients_may_be_cleared_at_any_time():
-    """Also between a forward and its backward, and with others there already."""
+    """Also between a forward and its backward, and with other gradients already present."""
     model = wrap(tiny())
     expected = step(model)
     for number, pack in enumerate(packs()):
@@ -309,8 +301,8 @@ def test_gradients_may_be_cleared_at_any_time():
         if number == 0:
             model.zero_grad()
         loss.backward()
-    found = {name: p.grad for name, p in model.lm.named_parameters()}
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    gradients = {name: p.grad for name, p in model.lm.named_parameters()}
+    assert all(torch.equal(gradients[name], expected[name]) for name in gradients)
     loss = model(packs()[0]).loss
     model.zero_grad()
     for parameter in model.parameters():
@@ -323,7 +315,7 @@ def test_gradients_may_be_cleared_at_any_time():
         torch.testing.assert_close(with_ones[name], parameter.grad + 1)
 
 
-def test_two_forwards_may_come_before_a_backward():
+def test_two_forwards_may_precede_a_backward():
     model = wrap(tiny())
     first, second, *_ = packs()
     (model(first).loss + model(second).loss).backward()
@@ -331,11 +323,11 @@ def test_two_forwards_may_come_before_a_backward():
     model.zero_grad()
     for pack in (first, second):
         model(pack).loss.backward()
-    for found, parameter in zip(together, model.parameters(), strict=True):
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+    for gradient, parameter in zip(together, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_of_it_is_saved(tmp_path):
+def test_copies_are_not_saved(tmp_path):
     model, plain = wrap(tiny()), wrap(tiny(), is_sharded=True)
     step(model)
     for find in (nn.Module.state_dict, lambda m: dict(m.named_parameters()),
@@ -380,7 +372,7 @@ def test_weights_on_frozen_inputs_are_trained(compile):
             assert parameter.grad is None
 
 
-def test_adapters_have_none():
+def test_adapters_have_no_copies():
     pytest.importorskip("peft")
     lm = tiny()
     add_lora(lm, TrainConfig())
@@ -388,15 +380,15 @@ def test_adapters_have_none():
     assert not wrap(lm).copied
 
 
-def test_a_deep_copy_is_a_model_of_its_own():
+def test_a_deep_copy_is_independent():
     model = wrap(tiny())
     expected = step(model)
     other = deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    found = step(other)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    gradients = step(other)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
@@ -419,7 +411,7 @@ def test_a_run_has_copies_unless_it_is_sharded(tmp_path, one_rank):
 
 
 def test_a_run_trains_with_copies_and_resumes(tmp_path):
-    """A run in two parts ends where one in one part does."""
+    """A resumed run ends like an uninterrupted one."""
     options = {"max_steps": 4, "dtype": "bfloat16", "train_batch_size": 8, "save_steps": 2}
     whole = TrainConfig(output_dir=str(tmp_path / "whole"), **options)
     train(whole)

@@ -1,6 +1,6 @@
-"""A run that is killed again and again, and one that is not: python killed.py FOLDER SEED KILLS
+"""A run that is killed repeatedly, and one that is not: python killed.py FOLDER SEED KILLS
 
-Children are forked from this process, which has imported everything, so a start takes a fraction of
+Children are forked from this process, which has imported everything, so they start in a fraction of
 a second.
 """
 
@@ -42,19 +42,19 @@ def start(folder: Path, output_dir: Path) -> int:
 
 
 def ended(pid: int, *, wait: bool = False) -> bool:
-    """Whether the child is done. It must not have failed."""
-    found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
-    assert not found or os.waitstatus_to_exitcode(status) == 0, status
-    return bool(found)
+    """Whether the child is done. Asserts that it did not fail."""
+    ended_pid, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    assert not ended_pid or os.waitstatus_to_exitcode(status) == 0, status
+    return bool(ended_pid)
 
 
 def is_saving(output_dir: Path) -> bool:
-    """Whether a checkpoint has begun and is not complete."""
+    """Whether a checkpoint is incomplete."""
     return any(not (path / ".metadata").exists() for path in output_dir.glob("checkpoint-*"))
 
 
 def kill_once(folder: Path, rng: random.Random, *, while_saving: bool) -> bool:
-    """Start or resume the run and kill it; False if it came to its end before."""
+    """Start or resume the run and kill it; False if it ended before."""
     output_dir = folder / "killed"
     pid = start(folder, output_dir)
     give_up = time.monotonic() + (60 if while_saving else rng.uniform(0.3, 3))
@@ -82,7 +82,7 @@ def run(folder: Path, seed: int, kills: int) -> None:
         if kill_once(folder, rng, while_saving=while_saving):
             kills -= 1
             in_saves += is_saving(folder / "killed")
-        else:  # each chain of kills that came to its end is looked at, and a new one begun
+        else:  # check each run that reached its end, and begin a new one
             (folder / "killed").rename(folder / f"chain-{chain}")
             chain += 1
     if not (folder / "killed").exists() or not ended(start(folder, folder / "killed"), wait=True):

@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is the run that was never stopped, whatever stopped it."""
+"""Checkpoints: a resumed run equals an uninterrupted one, whatever stopped it."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def unharmed(tmp_path_factory, data):
 
 
 def metrics(folder):
-    """The records, without what the machine's speed decides."""
+    """The records, without those that depend on the machine's speed."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
 
@@ -73,7 +73,7 @@ def assert_same_run(one, other):
 
 
 def stopped_at(step, unharmed, target):
-    """The run as a kill after its checkpoint of this step would leave it."""
+    """The run as if killed after its checkpoint of this step."""
     shutil.copytree(unharmed, target)
     (target / "model.safetensors").unlink()
     for path in complete_checkpoints(target):
@@ -82,9 +82,9 @@ def stopped_at(step, unharmed, target):
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, data, unharmed, step):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, data, unharmed, step):
     stopped_at(step, unharmed, tmp_path / "out")
-    # What a kill in the middle of a save leaves.
+    # Left by a kill in the middle of a save.
     shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
     (tmp_path / "out/checkpoint-50/.metadata").unlink()
     (tmp_path / "out/.checkpoint-50").mkdir()
@@ -124,7 +124,7 @@ def test_adapters_resume_too(tmp_path, data):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
-    # Adapters and their moments alone: the model is not in the checkpoint.
+    # Only adapters and their moments: the model is not in the checkpoint.
     stored = FileSystemReader(tmp_path / "whole/checkpoint-6").read_metadata().state_dict_metadata
     weights = [key for key in stored if key.endswith(("weight", "exp_avg"))]
     assert weights and all("lora_" in key for key in weights)
@@ -145,7 +145,7 @@ def test_auto_resumes_with_the_packs_of_its_checkpoint(tmp_path, data, capsys):
 
 @pytest.mark.parametrize("reuses_memory", [False, True])
 def test_what_is_written_is_what_was_saved(tmp_path, data, reuses_memory, monkeypatch):
-    """However late it is written; memory for the copies is reused with CUDA only."""
+    """However late it is written; memory for the copies is reused only with CUDA."""
     changed, write = threading.Event(), FileSystemWriter.write_data
 
     def late(*arguments):
@@ -218,7 +218,7 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, data, unharmed, name):
 
 
 def signal_in_step(monkeypatch, number, name=signal.SIGTERM):
-    """Make this process get a signal in the given step's backward."""
+    """Send this process a signal in the given step's backward."""
     step = trainer.take_step
 
     def signalled(run, batch, optimizer, now, *rest):
@@ -229,9 +229,7 @@ def signal_in_step(monkeypatch, number, name=signal.SIGTERM):
     monkeypatch.setattr(trainer, "take_step", signalled)
 
 
-def test_a_signal_comes_before_an_evaluation_which_is_made_up_for(
-    tmp_path, data, unharmed, monkeypatch
-):
+def test_an_evaluation_skipped_for_a_signal_is_made_up_for(tmp_path, data, unharmed, monkeypatch):
     signal_in_step(monkeypatch, 3)
     assert run(tmp_path / "out", data).preempted
     last = metrics(tmp_path / "out")[-1]
@@ -270,7 +268,7 @@ def test_latest_starts_afresh_where_there_is_none(tmp_path, data, unharmed, caps
     assert_same_run(unharmed, tmp_path / "out")
 
 
-def test_the_oldest_make_room(tmp_path, data):
+def test_the_oldest_checkpoints_are_removed(tmp_path, data):
     run(tmp_path, data, save_steps=1, save_total_limit=2)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-6", "checkpoint-7"]
@@ -282,14 +280,14 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     fewer = Path(data["train_data"]).read_text().splitlines(keepends=True)[:-1]
     (tmp_path / "fewer.jsonl").write_text("".join(fewer))
     other = data | {"train_data": str(tmp_path / "fewer.jsonl")}
-    with pytest.raises(ValueError, match="checkpoint-4 is of a run on other rows"):
+    with pytest.raises(ValueError, match="checkpoint-4 is from a run on other rows"):
         run(tmp_path / "out", other, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-5 is no complete"):
         run(tmp_path / "new", data, resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
     (tmp_path / "out/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
         run(tmp_path / "out", data)
-    # A folder of another run is not the one to go on in, whatever the checkpoint.
+    # A folder of another run is refused, whatever the checkpoint.
     with pytest.raises(ValueError, match="already holds metrics.jsonl of another run"):
         run(unharmed, data, resume_from_checkpoint=checkpoint)
     for moments, problem in ((checkpoint, "output_dir that --over"), ("latest", "no complete")):
@@ -309,10 +307,10 @@ def test_checkpoints_of_another_program_are_left_alone(tmp_path, data, unharmed)
     foreign.mkdir()
     (foreign / "model.safetensors").write_text("precious")
     for state in (None, '{"global_step": 500, "log_history": []}', "[1]", "1", "{"):
-        if state is not None:  # transformers' Trainer has a file of this name too
+        if state is not None:  # transformers' Trainer also writes a file of this name
             (foreign / "trainer_state.json").write_text(state)
         for options in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
-            with pytest.raises(ValueError, match="checkpoint-500 is no checkpoint of rrhf_fast"):
+            with pytest.raises(ValueError, match="checkpoint-500 is not a checkpoint of rrhf_fast"):
                 run(tmp_path / "out", data, **options)
     assert (foreign / "model.safetensors").read_text() == "precious"
 
@@ -326,7 +324,7 @@ def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):
         result.steps == 1
         and result.metrics[1]["learning_rate"] == (plain.metrics[1]["learning_rate"])
     )
-    # The first loss is that of the starting weights, the step from there another one.
+    # The first loss is that of the initial weights, the first step differs.
     assert result.metrics[1]["loss"] == plain.metrics[1]["loss"]
     assert result.after["loss"] != plain.after["loss"]
     # The rate is not the other run's.
@@ -336,7 +334,7 @@ def test_a_new_run_with_the_moments_of_another(tmp_path, data, unharmed):
 
 @contextmanager
 def small_files():
-    """No file may grow beyond 200 kB: what a full disk does to a save, without one."""
+    """Limit files to 200 kB, which fails saves like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -347,7 +345,7 @@ def small_files():
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, data, unharmed):
+def test_a_full_disk_leaves_earlier_saves_intact(tmp_path, data, unharmed):
     stopped_at(4, unharmed, tmp_path / "out")
     message = "could not be written .*File too large"
     with small_files(), pytest.raises(SaveFailed, match=message) as failed:
@@ -364,7 +362,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, data, unharmed, monkeypatch):
     with pytest.raises(SaveFailed, match="checkpoint-6 could not be written"):
         run(tmp_path / "out", data, resume_from_checkpoint="latest")
     assert complete_checkpoints(tmp_path / "out")[-1].name == "checkpoint-4"
-    # The weights of the complete steps are there all the same.
+    # The weights of the complete steps are saved anyway.
     assert load_file(tmp_path / "out/model.safetensors")
     (tmp_path / "out/model.safetensors").unlink()
     signal_in_step(monkeypatch, 6)  # whatever the reason for the checkpoint
@@ -397,8 +395,10 @@ def test_ctrl_c_waits_for_the_update_and_reports_a_failed_write(tmp_path, data, 
     assert load_file(tmp_path / "failed/model.safetensors")
 
 
-@pytest.mark.slow  # torchao compiles itself
-def test_a_signal_saves_the_model_where_no_checkpoint_can_be(tmp_path, data, monkeypatch, capsys):
+@pytest.mark.slow  # torchao compiles its step
+def test_a_signal_saves_the_model_if_checkpoints_are_unsupported(
+    tmp_path, data, monkeypatch, capsys
+):
     pytest.importorskip("torchao")
     signal_in_step(monkeypatch, 1)
     result = run(tmp_path / "out", data, optim="adamw_8bit", save_steps=None)
@@ -408,7 +408,7 @@ def test_a_signal_saves_the_model_where_no_checkpoint_can_be(tmp_path, data, mon
     assert not list((tmp_path / "out").glob("*checkpoint*"))
 
 
-def test_state_is_staged_where_no_pinned_memory_is_to_be_had(monkeypatch):
+def test_state_is_staged_without_pinned_memory(monkeypatch):
     def fail(tensor):
         raise RuntimeError("no memory to be locked")
 
@@ -426,8 +426,8 @@ def test_state_of_other_keys_is_staged(monkeypatch):
     stager = Stager(cache_staged_state_dict=True)
     for names in (["a"], ["a"], ["a", "b"], ["b"]):
         state = {name: torch.full((3,), float(i)) for i, name in enumerate(names)}
-        found = stager.stage(state)
-        assert {name: t.tolist() for name, t in found.items()} == {
+        staged = stager.stage(state)
+        assert {name: t.tolist() for name, t in staged.items()} == {
             name: t.tolist() for name, t in state.items()
         }
-    assert stager.state_dict_cache is None  # pinned memory of no use is given back
+    assert stager.state_dict_cache is None  # useless pinned memory is freed

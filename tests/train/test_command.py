@@ -96,7 +96,7 @@ MISTAKES = {
     ),
     "latest of nowhere": (["--resume_from_checkpoint", "latest"], "latest needs an output_dir"),
     "dropout": (["--lora_dropout", "0.1"], "lora_dropout: expected 0"),
-    "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is none"),
+    "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is unknown"),
     "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
     "no held-out rows to sample for": (
         ["--model_name_or_path", MODEL, "--train_data", DATA, "--eval_reward_fn", "a:b"],

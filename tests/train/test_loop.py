@@ -300,9 +300,9 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path, data, capsys):
     path.write_text("\n".join(map(json.dumps, pairs)))
     run(tmp_path / "out", {"train_data": str(path)}, eval_fraction=0.25, max_steps=1)
     out = capsys.readouterr().out
-    assert "24 read, 18 to train on, 6 held out" in out and "have a prompt" not in out
+    assert "24 read, 18 to train on, 6 held out" in out and "share a prompt" not in out
     run(tmp_path / "leak", {"train_data": str(path), "eval_data": data["train_data"]}, max_steps=1)
-    assert "warning: 8 of 24 held-out rows have a prompt that is trained" in capsys.readouterr().out
+    assert "warning: 8 of 24 held-out rows share a prompt with" in capsys.readouterr().out
 
 
 def test_overwriting_is_possible_when_asked(tmp_path, data):

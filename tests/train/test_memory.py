@@ -1,4 +1,4 @@
-"""The estimate of --dry_run against what PyTorch holds."""
+"""The estimate of --dry_run against PyTorch's actual memory."""
 
 from dataclasses import astuple, replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.sharded import empty_model
-from rrhf_fast.train import prepare
+from rrhf_fast.train import memory, prepare
 from rrhf_fast.train.__main__ import main
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.memory import (
@@ -28,7 +28,7 @@ from rrhf_fast.train.optimizer import build_optimizer
 MODEL = str(demo.MODEL_DIR)
 
 
-def test_weights_gradients_and_moments_are_those_of_a_step():
+def test_weights_gradients_and_moments_equal_those_of_a_step():
     config = TrainConfig()
     lm = AutoModelForCausalLM.from_pretrained(MODEL)
     optimizer, _ = build_optimizer(lm, config, num_steps=1)
@@ -37,17 +37,17 @@ def test_weights_gradients_and_moments_are_those_of_a_step():
     moments = [
         state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     ]
-    found = estimate(empty_model(MODEL), config, torch.float32, 1)
+    memory = estimate(empty_model(MODEL), config, torch.float32, 1)
     for expected, tensors in (
-        (found.weights, list(lm.parameters())),
-        (found.gradients, [parameter.grad for parameter in lm.parameters()]),
-        (found.optimizer, moments),
+        (memory.weights, list(lm.parameters())),
+        (memory.gradients, [parameter.grad for parameter in lm.parameters()]),
+        (memory.optimizer, moments),
     ):
         assert expected == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     adapted = empty_model(MODEL)
     add_lora(adapted, TrainConfig())
     adapted = estimate(adapted, config, torch.bfloat16, 1)
-    assert adapted.optimizer < found.optimizer / 2 and adapted.weights < found.weights
+    assert adapted.optimizer < memory.optimizer / 2 and adapted.weights < memory.weights
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
@@ -66,7 +66,7 @@ def test_copies_of_weights_are_counted(use_peft):
 
 
 def saved_bytes(lm, num_tokens):
-    """What autograd keeps of a plain row, weights not counted."""
+    """Bytes that autograd saves for a plain row, without weights."""
     storages = {}
     weights = {parameter.data_ptr() for parameter in lm.parameters()}
 
@@ -82,10 +82,10 @@ def saved_bytes(lm, num_tokens):
     return sum(storage.nbytes() for storage in storages.values()), hidden
 
 
-def test_activations_are_what_autograd_keeps():
+def test_activations_are_close_to_what_autograd_saves():
     estimated = activation_bytes(empty_model(MODEL), TrainConfig(), torch.float32, 128)
-    found, _ = saved_bytes(AutoModelForCausalLM.from_pretrained(MODEL), 128)
-    assert abs(estimated - found) < 0.1 * found
+    saved, _ = saved_bytes(AutoModelForCausalLM.from_pretrained(MODEL), 128)
+    assert abs(estimated - saved) < 0.1 * saved
     by_mode = {}
     for mode in ("none", "selective", "full"):
         config = TrainConfig(activation_checkpointing=mode)
@@ -115,7 +115,7 @@ def test_dry_run_prints_a_table_and_trains_nothing(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("packing", ["forest", "none"])
-def test_activations_lie_on_a_line(mode, packing):
+def test_activations_are_linear_in_tokens(mode, packing):
     config = TrainConfig(activation_checkpointing=mode, packing=packing)
     line = activation_line(empty_model(MODEL), config, torch.bfloat16)
     for num_tokens in (5000, 32768):
@@ -139,7 +139,7 @@ def test_padded_batches_need_their_logits():
         (9 * 1024, 0, 9 * 1024),
         (9 * 1024 - 1, 0, 8 * 1024),
         (1e9, 0, 32768),
-        (2047, 0, 2048),  # not even the smallest
+        (2047, 0, 2048),  # even the smallest does not fit
         (0, 2048, 2048),
         (0, 2049, 3072),
         (10_000, 2049, 9 * 1024),
@@ -152,7 +152,7 @@ def test_the_size_chosen(room, largest_query, expected):
 
 
 def resolve(config, memories, monkeypatch):
-    """What ranks whose GPUs have these bytes agree on."""
+    """The pack size chosen by ranks whose GPUs have these bytes."""
 
     class Ranks(World):
         def gather(self, value):
@@ -164,9 +164,9 @@ def resolve(config, memories, monkeypatch):
     long = SimpleNamespace(prompt_ids=range(3000), response_ids=[torch.arange(99).numpy()])
     assert 3000 < forest_tokens(long) < 3100
     before = torch.get_rng_state()
-    found = prepare._resolve_pack(config, Ranks(torch.device("cuda")), [long])
-    assert torch.equal(torch.get_rng_state(), before)  # the run is that of the number
-    return found
+    num_tokens = prepare._resolve_pack(config, Ranks(torch.device("cuda")), [long])
+    assert torch.equal(torch.get_rng_state(), before)  # as if the number had been given
+    return num_tokens
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
@@ -192,12 +192,12 @@ def test_dry_run_chooses_packs_for_each_number_of_gpus(monkeypatch):
     lm = empty_model(MODEL)
     activations = {n: activation_bytes(lm, config, torch.bfloat16, n) for n in (2048, 9216, 32768)}
     just_too_much = sum(astuple(estimate(lm, config, torch.bfloat16, 1, activations[9216])))
-    for memory, sizes in (
+    for num_bytes, sizes in (
         (80 * 2**30, [32768]),
         (1, [2048]),
-        (just_too_much / 0.8501, [8192, *6 * [9216]]),  # more GPUs hold less of the weights each
+        (just_too_much / 0.8501, [8192, *6 * [9216]]),  # more GPUs: less of the weights each
     ):
-        monkeypatch.setattr(memory, "DRY_RUN_MEMORY", memory)
+        monkeypatch.setattr(memory, "DRY_RUN_MEMORY", num_bytes)
         first, _, *rows = memory_table(config).splitlines()
         assert f"packs of {', '.join(map(str, sizes))} tokens (auto, on GPUs of 80 GiB)" in first
         assert rows[-1].split()[5] == f"{activations[sizes[-1]] / 2**30:.2f}"

@@ -1,4 +1,4 @@
-"""Optimizers that keep their state in few bits, against torch.optim.AdamW."""
+"""Optimizers with low-precision state, against torch.optim.AdamW."""
 
 import sys
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def seed():
 
 @pytest.fixture(params=["eager", "kernel"])
 def way(request, monkeypatch):
-    """How an update of AdamWBF16 is computed. Without a GPU, the kernel is interpreted."""
+    """The implementation of AdamWBF16's update. Without a GPU, the kernel is interpreted."""
     if request.param == "kernel":
         pytest.importorskip("triton", reason="the kernel needs triton")
         monkeypatch.setattr(adamw_bf16, "_kernel_takes", lambda *tensors: True)
@@ -49,12 +49,12 @@ def trained(config, *, num_steps=30):
 
 LOW_BITS = [
     {"optimizer_state_dtype": "bfloat16"},
-    pytest.param({"optim": "adamw_8bit"}, marks=pytest.mark.slow),  # compiles itself
+    pytest.param({"optim": "adamw_8bit"}, marks=pytest.mark.slow),  # compiles its step
 ]
 
 
 @pytest.mark.parametrize("options", LOW_BITS)
-def test_few_bits_take_the_same_way(options):
+def test_low_precision_follows_the_same_path(options):
     if "optim" in options:
         pytest.importorskip("torchao")
     shared = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 3}
@@ -75,43 +75,43 @@ def test_few_bits_take_the_same_way(options):
             assert moment.dtype == torch.bfloat16
 
 
-def test_weight_decay_spares_what_is_no_matrix():
+def test_weight_decay_applies_only_to_matrices():
     for options in ({}, {"optimizer_state_dtype": "bfloat16"}):
         config = TrainConfig(weight_decay=0.5, **options)
         optimizer, _ = build_optimizer(nn.Linear(3, 2), config, 10)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
 
 
-def test_rounding_at_random_is_right_on_average_and_never_far():
+def test_stochastic_rounding_is_unbiased_and_returns_a_neighbour():
     x = torch.tensor([1.0, -1.0, 1.0 + 2**-9, -3.1415927, 1e-30, 0.0, 65504.3])
     samples = torch.stack([round_at_random(x) for _ in range(4000)])
     assert samples.dtype == torch.bfloat16
     samples = samples.double()
     spacing = torch.finfo(torch.bfloat16).eps * x.abs().double()
     assert ((samples - x.double()).abs() <= spacing).all()
-    # Five standard deviations of a mean of 4000.
+    # Five standard deviations of the mean of 4000.
     error = (samples.mean(0) - x.double()).abs()
     assert (error <= 5 * spacing / (2 * 4000**0.5)).all()
     assert (samples[:, [0, 1, 5]] == x[[0, 1, 5]].double()).all()
 
 
-def test_a_second_moment_fades(way):
-    """Rounded to the nearest, it would stay where it is: 0.999 of a number is that number."""
+def test_a_second_moment_decays(way):
+    """Rounded to nearest, it would be frozen: 0.999 of a number rounds to that number."""
     assert (torch.tensor(1.0).bfloat16() * 0.999).item() == 1.0
     parameter = nn.Parameter(torch.zeros(1000))
     optimizer = AdamWBF16([parameter], lr=1e-3)
     for step in range(300):
         parameter.grad = torch.full_like(parameter, 100.0 if step == 0 else 0.0)
         optimizer.step()
-    found = optimizer.state[parameter]["exp_avg_sq"].double().mean().item()
-    assert found == pytest.approx(100**2 * 0.001 * 0.999**299, rel=0.01)
+    moment = optimizer.state[parameter]["exp_avg_sq"].double().mean().item()
+    assert moment == pytest.approx(100**2 * 0.001 * 0.999**299, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (7, 3), (4, 2, 3)])
-def test_an_update_by_parts_is_an_update(shape, monkeypatch):
+def test_an_update_by_parts_equals_an_update(shape, monkeypatch):
     monkeypatch.setattr(adamw_bf16, "round_at_random", torch.Tensor.bfloat16)
     start, gradient = torch.randn(shape), torch.randn(shape)
-    found = []
+    results = []
     for part in (6, 10**6):
         monkeypatch.setattr(adamw_bf16, "PART", part)
         parameter = nn.Parameter(start.clone())
@@ -119,29 +119,29 @@ def test_an_update_by_parts_is_an_update(shape, monkeypatch):
         for _ in range(2):
             parameter.grad = gradient.clone()
             optimizer.step()
-        found.append((parameter.detach(), optimizer.state[parameter]["exp_avg_sq"]))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert (found[0][0] != start).all()
+        results.append((parameter.detach(), optimizer.state[parameter]["exp_avg_sq"]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert (results[0][0] != start).all()
 
 
-def test_a_saved_state_comes_back_as_it_was(way):
+def test_a_saved_state_is_loaded_unchanged(way):
     parameter = nn.Parameter(torch.randn(10))
     optimizer = AdamWBF16([parameter], lr=1e-3)
     parameter.grad = torch.randn(10)
     optimizer.step()
     copy = AdamWBF16([nn.Parameter(parameter.detach().clone())], lr=1.0)
     copy.load_state_dict(optimizer.state_dict())
-    (found,), (expected,) = copy.state.values(), optimizer.state.values()
-    assert found.keys() == expected.keys()
+    (loaded,), (expected,) = copy.state.values(), optimizer.state.values()
+    assert loaded.keys() == expected.keys()
     for name in expected:
-        assert torch.equal(found[name], expected[name])
-        assert found[name].dtype == expected[name].dtype
+        assert torch.equal(loaded[name], expected[name])
+        assert loaded[name].dtype == expected[name].dtype
     assert copy.param_groups[0]["lr"] == 1e-3
 
 
 @pytest.fixture
 def mesh():
-    """Of this process alone."""
+    """A mesh of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -156,13 +156,13 @@ def test_shards_are_updated_in_place(way, mesh):
     parameter.grad = distribute_tensor(gradient, mesh, [Shard(0)])
     optimizer.step()
     expected = whole - 0.1 * gradient.sign()
-    found = parameter.redistribute(mesh, [Replicate()]).to_local()
-    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-3)
+    updated = parameter.redistribute(mesh, [Replicate()]).to_local()
+    torch.testing.assert_close(updated, expected, rtol=0.01, atol=1e-3)
     assert isinstance(optimizer.state[parameter]["exp_avg"], DTensor)
 
 
-def test_several_steps_are_torchs(way):
-    """Up to the moments' rounding; every option reaches the parameters it is for."""
+def test_several_steps_equal_torchs(way):
+    """Up to the moments' rounding; every option reaches its parameters."""
 
     def trained(kind, dtype):
         generator = torch.Generator().manual_seed(1)
@@ -179,8 +179,8 @@ def test_several_steps_are_torchs(way):
         return [p.detach().float() for p in parameters]
 
     exact = trained(torch.optim.AdamW, torch.float64)
-    for found, expected in zip(trained(AdamWBF16, torch.float32), exact, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    for actual, expected in zip(trained(AdamWBF16, torch.float32), exact, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_several_steps_are_torchs(way):
         ({"dtype": torch.float64}, False),
     ],
 )
-def test_which_tensors_the_kernel_takes(changed, expected, monkeypatch):
+def test_which_tensors_the_kernel_supports(changed, expected, monkeypatch):
     monkeypatch.setattr(adamw_bf16, "HAS_TRITON", True)
     gpu = {"device": torch.device("cuda"), "is_contiguous": lambda: True, "dtype": torch.bfloat16}
     tensor, other = SimpleNamespace(**gpu), SimpleNamespace(**(gpu | changed))
@@ -207,7 +207,7 @@ OPTIMIZERS = [{}, *LOW_BITS]
 @pytest.mark.parametrize("options", OPTIMIZERS)
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 100.0, float("inf")])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_clipped_steps_are_those_after_clip_grad_norm(options, max_norm, sharded, way, mesh):
+def test_clipped_steps_equal_those_after_clip_grad_norm(options, max_norm, sharded, way, mesh):
     if "optim" in options:
         pytest.importorskip("torchao")
     config = TrainConfig(learning_rate=1e-2, adam_epsilon=1e-2, warmup_steps=0, **options)
@@ -230,10 +230,10 @@ def test_clipped_steps_are_those_after_clip_grad_norm(options, max_norm, sharded
                 clipped_step(optimizer, whole(norm).item(), max_norm)
         return [whole(p.detach()) for p in model.parameters()]
 
-    for found, expected in zip(stepped(False), stepped(True), strict=True):
-        # Moments of few bits may be rounded to the other side the next time.
+    for actual, expected in zip(stepped(False), stepped(True), strict=True):
+        # Low-precision moments may be rounded the other way the second time.
         tolerance = {"rtol": 1e-3, "atol": 2e-5} if options else {"rtol": 1e-6, "atol": 1e-6}
-        torch.testing.assert_close(found, expected, **tolerance)
+        torch.testing.assert_close(actual, expected, **tolerance)
 
 
 def test_eight_bits_without_torchao(monkeypatch):

@@ -1,4 +1,4 @@
-"""A saved folder: it stops where training taught it to, and holds all that its tokenizer brings."""
+"""A saved folder: generation stops where training taught it to; all tokenizer files are kept."""
 
 import json
 import os
@@ -30,7 +30,7 @@ MESSAGES = [{"role": "user", "content": "Name a pet"}]
 
 
 def make_tokenizer(template=TEMPLATE):
-    """Bytes, an EOS that is not the end of a turn, and the tokens of turns."""
+    """Byte tokens, an EOS that does not end turns, and tokens that delimit turns."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def make_tokenizer(template=TEMPLATE):
 
 
 def make_model(folder, tokenizer, generation=None):
-    """A random base model; `generation` are further entries of its generation_config.json."""
+    """A random base model; `generation` adds entries to its generation_config.json."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -59,7 +59,7 @@ def make_model(folder, tokenizer, generation=None):
 
 
 def run(folder, model, prompt=MESSAGES, **options):
-    """Train until the first response is what the model says."""
+    """Train until the model generates the first response."""
     row = {"prompt": prompt, "responses": ["cat", "dog"], "scores": [1, 0]}
     (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
     options = {"max_steps": 60, "learning_rate": 1e-2, "output_dir": str(folder / "out")} | options
@@ -72,7 +72,7 @@ def run(folder, model, prompt=MESSAGES, **options):
 
 
 def says(folder, **options):
-    """What plain transformers generates from the folder."""
+    """The output of plain transformers for the folder."""
     lm = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(
@@ -109,7 +109,7 @@ def test_a_model_trained_on_messages_stops_by_itself(tmp_path):
     assert settings(again)["eos_token_id"] == settings(out)["eos_token_id"]
 
 
-def test_adapters_bring_the_end_tokens_and_a_merged_model_stops(tmp_path):
+def test_adapters_carry_the_end_tokens_and_a_merged_model_stops(tmp_path):
     model = make_model(tmp_path / "base", make_tokenizer())
     options = {
         "use_peft": True,
@@ -141,30 +141,30 @@ def test_adapters_bring_the_end_tokens_and_a_merged_model_stops(tmp_path):
     ],
     ids=str,
 )
-def test_settings_that_transformers_would_not_save_cost_no_model(tmp_path, generation):
+def test_settings_that_transformers_refuses_to_save_are_kept(tmp_path, generation):
     model = make_model(tmp_path / "base", make_tokenizer(), generation)
     out = run(tmp_path, model, max_steps=1, save_steps=1)
     exported = export(tmp_path / "exported", out / "checkpoint-1")
     ends = generation.get("eos_token_id", [256])
     pad = max(generation.get("pad_token_id", 256), 0) or 256
     for folder in (out, out / "checkpoint-1", exported):
-        found = settings(folder)
-        assert found.pop("eos_token_id") == [*ends, 258]
-        assert found.pop("pad_token_id") == (256 if generation.get("pad_token_id") == -1 else pad)
+        saved = settings(folder)
+        assert saved.pop("eos_token_id") == [*ends, 258]
+        assert saved.pop("pad_token_id") == (256 if generation.get("pad_token_id") == -1 else pad)
         for name, value in generation.items():
             if name not in ("eos_token_id", "pad_token_id"):
-                assert found.get(name, getattr(GenerationConfig(), name) or value) == value
+                assert saved.get(name, getattr(GenerationConfig(), name) or value) == value
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_without_the_file_and_with_prompts_of_text(tmp_path):
+def test_without_generation_config_and_with_text_prompts(tmp_path):
     model = make_model(tmp_path / "base", make_tokenizer())
     os.unlink(tmp_path / "base/generation_config.json")
     out = run(tmp_path, model, prompt="Name a pet:", max_steps=1)
-    assert settings(out)["eos_token_id"] == 256  # EOS is what was taught
+    assert settings(out)["eos_token_id"] == 256  # training taught EOS
 
 
-def test_end_tokens_are_kept_once_and_alone_are_a_number(tmp_path):
+def test_end_tokens_are_unique_and_a_single_one_is_a_number(tmp_path):
     tokenizer = make_tokenizer()
     lm = LlamaForCausalLM(LlamaConfig(num_hidden_layers=0, vocab_size=9, hidden_size=32))
     for known, learned, expected in (
@@ -174,12 +174,12 @@ def test_end_tokens_are_kept_once_and_alone_are_a_number(tmp_path):
         lm.generation_config = GenerationConfig(eos_token_id=known)
         learn_end_tokens(lm, tokenizer, learned)
         assert lm.generation_config.eos_token_id == expected
-    lm.generation_config = None  # a model that does not generate
+    lm.generation_config = None  # the model does not generate
     learn_end_tokens(lm, tokenizer, [256])
 
 
 def contents(folder):
-    """Relative path -> bytes of all that is no record of the run."""
+    """Relative path -> bytes, without the run's records."""
     ours = {"metrics.jsonl", "training.png"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -207,7 +207,7 @@ def test_named_templates_are_saved_again_and_again(tmp_path):
     assert not (out / ".saving").exists()
 
 
-def test_nothing_of_an_earlier_save_is_read_with_the_new_one(tmp_path):
+def test_stale_files_of_an_earlier_save_are_removed(tmp_path):
     """Other shards, templates, adapters and settings; the user's own files stay."""
     plain = make_model(tmp_path / "plain", make_tokenizer())
     fresh = run(tmp_path, plain, max_steps=1, output_dir=str(tmp_path / "fresh"))
@@ -246,7 +246,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 """
 
 
-def test_code_that_model_and_tokenizer_bring_is_saved(tmp_path):
+def test_code_of_model_and_tokenizer_is_saved(tmp_path):
     source = tmp_path / "base"
     model = make_model(source, make_tokenizer())
     code = {
@@ -282,7 +282,7 @@ def test_code_that_model_and_tokenizer_bring_is_saved(tmp_path):
         assert (type(lm).__name__, type(tokenizer).__name__) == ("OwnModel", "OwnTokenizer")
 
 
-def test_what_cannot_be_moved_is_not_lost(tmp_path):
+def test_files_that_cannot_be_moved_are_not_lost(tmp_path):
     model = make_model(tmp_path / "base", make_tokenizer())
     out = tmp_path / "out"
     (out / "model.safetensors/in the way").mkdir(parents=True)
@@ -292,9 +292,9 @@ def test_what_cannot_be_moved_is_not_lost(tmp_path):
     assert (out / ".saving/model.safetensors").is_file()
 
 
-def test_adapters_do_not_replace_the_model_that_they_belong_to(tmp_path):
+def test_adapters_do_not_replace_their_base_model(tmp_path):
     model = make_model(tmp_path / "base", make_tokenizer())
     before = contents(tmp_path / "base")
-    with pytest.raises(ValueError, match="output_dir: .* is the model that the adapters belong to"):
+    with pytest.raises(ValueError, match="output_dir: .* holds the adapters' base model"):
         run(tmp_path, model, max_steps=1, use_peft=True, output_dir=model)
     assert contents(tmp_path / "base") == before

@@ -1,4 +1,4 @@
-"""Every schedule that is offered works, with its arguments; every other is refused by name."""
+"""Every offered schedule works, with its arguments; all others are refused by name."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.schedule import BY_METRIC
 
 STEPS = 20
-# What the schedules need that have no defaults.
+# Required arguments of schedules.
 NEEDED = {
     "cosine_with_min_lr": {"min_lr": 1e-4},
     "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
@@ -22,34 +22,34 @@ NEEDED = {
 
 
 def rates(name, arguments, warmup=4, steps=STEPS):
-    """The learning rate of every step, as shares of the peak."""
+    """The learning rate of every step, as a share of the peak."""
     config = TrainConfig(
         lr_scheduler_type=name, lr_scheduler_kwargs=arguments, warmup_steps=warmup,
         learning_rate=1e-3,
     )  # fmt: skip
     config.validate()
     optimizer, schedule = build_optimizer(torch.nn.Linear(2, 2), config, steps)
-    found = []
+    shares = []
     for _ in range(steps):
-        found.append(schedule.get_last_lr()[0] / 1e-3)
+        shares.append(schedule.get_last_lr()[0] / 1e-3)
         optimizer.step()
         schedule.step()
-    return found
+    return shares
 
 
 def names_offered():
-    with pytest.raises(ValueError, match="lr_scheduler_type: 'wave' is none") as caught:
+    with pytest.raises(ValueError, match="lr_scheduler_type: 'wave' is unknown") as caught:
         rates("wave", {})
-    return str(caught.value).partition("there are ")[2].split(", ")
+    return str(caught.value).partition("(expected ")[2].removesuffix(")").split(", ")
 
 
-def test_every_schedule_that_is_offered_works():
+def test_every_offered_schedule_works():
     names = names_offered()
     assert set(names) == {kind.value for kind in SchedulerType} - BY_METRIC
     assert {"linear", "cosine_with_min_lr", "warmup_stable_decay"} <= set(names)
     for name in names:
-        found = rates(name, NEEDED.get(name, {}))
-        assert max(found) == pytest.approx(1) and min(found) >= 0, name
+        shares = rates(name, NEEDED.get(name, {}))
+        assert max(shares) == pytest.approx(1) and min(shares) >= 0, name
 
 
 @pytest.mark.parametrize("name", sorted(BY_METRIC))
@@ -58,8 +58,8 @@ def test_schedules_that_follow_a_metric_are_refused(name):
         rates(name, {})
 
 
-def test_arguments_have_their_effect():
-    """Against the schedules' definitions; transformers' points are one step before ours."""
+def test_arguments_take_effect():
+    """Against the schedules' definitions; transformers counts from one step earlier."""
     cosine = rates("cosine_with_min_lr", {"min_lr": 1e-4})
     shares = [(n - 4) / (STEPS + 1 - 4) for n in range(4, STEPS + 1)]
     expected = [0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2 for share in shares]
@@ -111,8 +111,8 @@ def test_from_a_file_and_a_command_line(tmp_path):
         ["--lr_scheduler_kwargs.min_lr", "1e-6"],
     ):
         config = parse_config(TrainConfig, arguments)
-        found = rates("cosine_with_min_lr", config.lr_scheduler_kwargs | {"num_cycles": 0.5})
-        assert found == rates("cosine_with_min_lr", {"min_lr": 1e-6})
+        shares = rates("cosine_with_min_lr", config.lr_scheduler_kwargs | {"num_cycles": 0.5})
+        assert shares == rates("cosine_with_min_lr", {"min_lr": 1e-6})
     with pytest.raises(ValueError, match="lr_scheduler_kwargs: expected dict, found"):
         TrainConfig(lr_scheduler_kwargs=["min_lr"]).validate()
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(tmp_path, name):
     assert len(curve(whole)) == 6 and curve(again) == pytest.approx(curve(whole)[3:])
 
 
-def test_the_arguments_that_are_ours_are_still_those_of_transformers():
+def test_the_arguments_set_by_the_trainer_still_exist_in_transformers():
     from transformers.optimization import get_cosine_schedule_with_warmup
 
     names = set(inspect.signature(get_cosine_schedule_with_warmup).parameters)

@@ -1,4 +1,4 @@
-"""--show_tokens: rows as the model will see them."""
+"""--show_tokens: rows as the model sees them."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_rows_are_shown_and_nothing_is_trained(tmp_path, capsys):
     assert train(config).output_dir is None and not (tmp_path / "out").exists()
     out = capsys.readouterr().out
     assert f"{data}:1: prompt, " in out and f"{data}:2: prompt, " in out and ":3:" not in out
-    assert "    <s>x\\x1b[2J⏎\n    B\n" in out  # a terminal must not obey it
+    assert "    <s>x\\x1b[2J⏎\n    B\n" in out  # must not reach the terminal
     assert "responses[0], score 1, 3 tokens, learned\n    [a][ b][</s>]\n" in out
     assert "responses[1], score 0, 2 tokens, learned\n    [c][</s>]\n" in out
 

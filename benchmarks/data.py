@@ -15,8 +15,8 @@ from benchmarks.results import Save, no_save, recorded
 from benchmarks.workloads import PAPER, build_model, draw, draw_tries, real, unpacked_tokens
 from rrhf_fast import TrainConfig, demo
 from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.rrhf import RRHFModel

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
+from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, fields_hint
 from rrhf_fast.data.checks import BadRow, Cell, check_length, check_score, check_text, from_json
 from rrhf_fast.data.messages import answer_text, from_cell
 
@@ -66,12 +66,12 @@ def _add(
 ) -> None:
     key = record.get(group_by)
     if key is None:
-        problem = f"{group_by}: missing (the field of --group_by){what_serves(record)}"
+        problem = f"{group_by}: missing (the field of --group_by){fields_hint(record)}"
         raise BadRow("missing field", where, problem)
     name = next((name for name in RESPONSE_NAMES if record.get(name) is not None), None)
     if name is None or name == group_by:
         problem = "response: missing (--group_by joins rows of one response each)"
-        raise BadRow("missing field", where, problem + what_serves(record))
+        raise BadRow("missing field", where, problem + fields_hint(record))
     response = check_text(answer_text(from_cell(record[name]), name, where), name, where)
     score_name = next((name for name in SCORE_NAMES if record.get(name) is not None), None)
     score = None
@@ -80,7 +80,7 @@ def _add(
             problem = f"{name}: empty, expected at least one visible character"
             raise BadRow("empty response", where, problem)
         if score_name is None:
-            problem = f"score: missing (a number was expected){what_serves(record)}"
+            problem = f"score: missing (a number was expected){fields_hint(record)}"
             raise BadRow("missing score", where, problem)
         score = check_score(record[score_name], score_name, where)
     source = _only(record, "sources", where)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import BadRow, Draft, Row, RowReport
+from rrhf_fast.data.rows import BadRow, Draft, Row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+from rrhf_fast.data.encode import decode_response
+from rrhf_fast.data.load import RowReport
+from rrhf_fast.data.rows import BadRow, Row
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 
 EOS = "<eos>"
 JOINS = (("Ċ", "cat"), ("]", "Ġ"), (":", "Ġ"), ("t", "Ċ"), ("Ċ", "Ċ"))

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from rrhf_fast.data.checks import BadRow
-from rrhf_fast.data.files import read_records
-from rrhf_fast.data.rows import load_drafts, load_rows
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.sources import read_records
 
 PAIRS = [
     {"prompt": f"Why {i}?\nTell.", "chosen": "So, é.", "rejected": 'No "idea".', "score_chosen": i}
@@ -61,7 +61,7 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
     WRITERS[name](tmp_path / name)
     rows, report = load_rows(str(tmp_path / name))
     assert [row.prompt for row in rows] == [pair["prompt"] for pair in PAIRS]
-    assert rows[2].responses == ["So, é.", 'No "idea".'] and rows[2].scores == [2.0, -1.5]
+    assert rows[2].responses == ["So, é.", 'No "idea".'] and rows[2].rewards == [2.0, -1.5]
     assert all(type(text) is str for text in [rows[0].prompt, *rows[0].responses])
     assert report.read == report.kept == 3 and not report.unused
     assert all(row.where.startswith(str(tmp_path / name)) for row in rows)
@@ -103,7 +103,7 @@ def test_the_splits_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="no split 'nonsense', only test, train"):
         prompts(f"{tmp_path}:nonsense")
     (tmp_path / "more.jsonl").write_bytes(lines([{"prompt": "more"}]))
-    with pytest.raises(ValueError, match="more.jsonl tells no split"):
+    with pytest.raises(ValueError, match="more.jsonl names no split"):
         prompts(str(tmp_path))
 
 
@@ -130,7 +130,7 @@ def test_the_exact_name_of_a_split_comes_first(tmp_path):
 
 def test_a_folder_without_splits_has_none(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(PAIRS))
-    with pytest.raises(ValueError, match="no split 'test', its files tell none"):
+    with pytest.raises(ValueError, match="no split 'test', its file names mention none"):
         load_rows(f"{tmp_path}:test")
     (tmp_path / "a_dev.jsonl").write_bytes(lines(PAIRS))  # held-out rows, not to be trained on
     with pytest.raises(ValueError, match="no split 'train', only validation"):
@@ -155,7 +155,7 @@ def test_splits_of_saved_datasets(tmp_path):
         with pytest.raises(ValueError, match=f"{source}: {problem}"):
             load_rows(f"{tmp_path}/{source}")
     next((tmp_path / "plain").glob("*.arrow")).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="a saved dataset that cannot be loaded"):
+    with pytest.raises(ValueError, match="the saved dataset cannot be loaded"):
         load_rows(str(tmp_path / "plain"))
 
 
@@ -196,11 +196,11 @@ DAMAGED = {
     "empty.parquet": (b"", "damaged, or not Parquet"),
     "cut.json": (json.dumps(PAIRS).encode()[:-9], "[2]: not JSON from here on"),
     "comma.json": (b'[{"prompt": "a"},]', "[1]: not JSON from here on"),
-    "two.json": (b"[{}] [{}]", ":1: expected nothing behind the JSON array"),
+    "two.json": (b"[{}] [{}]", ":1: expected nothing after the JSON array"),
     "glued.json": (b"[{}\n{}]", ":2: expected a comma or the end"),
     "array.jsonl": (json.dumps(PAIRS, indent=1).encode(), "expected a JSON object on each line"),
     "quote.csv": (b'prompt,chosen,rejected\na,b,c\n"d,e,f\n', ":3: not CSV"),
-    "twice.csv": (b"a,a\n1,2\n", ":1: two columns have one name"),
+    "twice.csv": (b"a,a\n1,2\n", ":1: two columns have the same name"),
     "latin.csv": (b"prompt\ncaf\xe9\n", "not UTF-8 text"),
     "latin.json": (b'[{"prompt": "caf\xe9"}]', "not UTF-8 text (byte 16 of the file)"),
     "latin.jsonl": (b'\xef\xbb\xbf{"prompt": "caf\xe9"}', "not UTF-8 text (byte 18 of the file)"),
@@ -236,7 +236,7 @@ def test_empty_cells_are_fields_that_are_missing(tmp_path):
         ],
     )
     (row,), _ = load_rows(str(tmp_path / "rows.csv"))
-    assert (row.prompt, row.scores, row.tools, row.as_generated) == ("a", [1, 0], None, None)
+    assert (row.prompt, row.rewards, row.tools, row.as_generated) == ("a", [1, 0], None, None)
 
 
 def test_an_empty_array_is_no_row(tmp_path):
@@ -268,7 +268,7 @@ def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
     write_table(tmp_path / "rows.csv", [record])
     (row,), _ = load_rows(str(tmp_path / "rows.csv"))
     assert row.prompt == [{"role": "user", "content": "Why?"}]
-    assert (row.responses, row.scores) == (["a", "42"], [1.0, 0.5])
+    assert (row.responses, row.rewards) == (["a", "42"], [1.0, 0.5])
     table = [
         {"q": "[{a", "one": "42", "two": "7", "good": "0.5", "bad": "x"},
         {"q": "b", "one": "c", "two": "d", "good": "", "bad": "1"},
@@ -279,7 +279,7 @@ def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
         load_rows(str(tmp_path / "table.csv"), columns=columns)
     columns["scores"] = "[good, good]"
     rows, report = load_rows(str(tmp_path / "table.csv"), columns=columns, on_bad_rows="skip")
-    assert [(row.prompt, row.responses, row.scores) for row in rows] == [
+    assert [(row.prompt, row.responses, row.rewards) for row in rows] == [
         ("[{a", ["42", "7"], [0.5, 0.5])
     ]
     assert report.bad == {"missing score": 1}

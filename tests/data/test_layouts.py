@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.layouts import LAYOUTS, layout_of
-from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 BETTER, WORSE = "So it is.", "No idea."
 
@@ -32,7 +33,7 @@ def test_the_example_of_each_layout(layout, tmp_path):
     assert layout_of(layout.example) is layout
     rows, report = load_rows(write(tmp_path / "rows.jsonl", layout.example, layout.example))
     row = rows[1]
-    assert len(rows) == 2 and row.responses[row.scores.index(max(row.scores))].strip() == BETTER
+    assert len(rows) == 2 and row.responses[row.rewards.index(max(row.rewards))].strip() == BETTER
     assert {text.strip() for text in row.responses} == {BETTER, WORSE}
     prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
     assert "Why?" in prompt and BETTER not in prompt
@@ -64,7 +65,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ],
 )
 def test_scores_of_a_pair(fields, scores):
-    assert parse_row(PAIR | fields, "f:1").scores == scores
+    assert parse_row(PAIR | fields, "f:1").rewards == scores
 
 
 def test_a_pair_with_one_score_missing_or_bad_is_a_bad_row():
@@ -121,11 +122,11 @@ def test_ultrafeedback_takes_one_kind_of_score_for_all_of_a_row():
 
     first = {"overall_score": 7.5, "fine-grained_score": 4.0, "annotations": ratings("1", "2")}
     second = {"overall_score": 6.0, "fine-grained_score": 4.5, "annotations": ratings("5", "N/A")}
-    assert parse_row(row(first, second), "f:1").scores == [7.5, 6.0]
+    assert parse_row(row(first, second), "f:1").rewards == [7.5, 6.0]
     second["overall_score"] = None
-    assert parse_row(row(first, second), "f:1").scores == [4.0, 4.5]
+    assert parse_row(row(first, second), "f:1").rewards == [4.0, 4.5]
     del first["fine-grained_score"]
-    assert parse_row(row(first, second), "f:1").scores == [1.5, 5.0]
+    assert parse_row(row(first, second), "f:1").rewards == [1.5, 5.0]
     second["annotations"] = ratings("N/A")
     with pytest.raises(BadRow, match=r"completions\[1\].overall_score: expected a number"):
         parse_row(row(first, second | {"fine-grained_score": None}), "f:1")
@@ -133,9 +134,9 @@ def test_ultrafeedback_takes_one_kind_of_score_for_all_of_a_row():
 
 def test_shp_follows_the_label():
     record = {"history": "p", "human_ref_A": "a", "human_ref_B": "b"}
-    assert parse_row(record | {"labels": 0, "score_A": 1, "score_B": 2}, "f:1").scores == [1, 2]
-    assert parse_row(record | {"labels": 0, "score_A": 2, "score_B": 1}, "f:1").scores == [0, 1]
-    assert parse_row(record | {"labels": 1}, "f:1").scores == [1, 0]
+    assert parse_row(record | {"labels": 0, "score_A": 1, "score_B": 2}, "f:1").rewards == [1, 2]
+    assert parse_row(record | {"labels": 0, "score_A": 2, "score_B": 1}, "f:1").rewards == [0, 1]
+    assert parse_row(record | {"labels": 1}, "f:1").rewards == [1, 0]
     with pytest.raises(BadRow, match="labels: expected 0 or 1, found int 2"):
         parse_row(record | {"labels": 2}, "f:1")
 
@@ -146,18 +147,18 @@ def test_nectar_ranks_may_tie_or_be_missing(tmp_path):
     with pytest.raises(BadRow, match=r"answers\[3\].rank: expected a number, found NoneType"):
         load_rows(path)
     (row,), report = load_rows(path, on_bad_rows="skip")
-    assert (row.scores, row.sources) == ([-1.0, -1.0, -3.0], None)
+    assert (row.rewards, row.sources) == ([-1.0, -1.0, -3.0], None)
     assert report.bad_responses == {"missing score": 1} and report.unused == {"turns": 1}
 
 
 def test_numbers_may_be_given_as_text():
     answers = [{"answer": "a", "rank": "1"}, {"answer": "b", "rank": "2.0"}]
-    assert parse_row({"prompt": "p", "answers": answers}, "f:1").scores == [-1.0, -2.0]
+    assert parse_row({"prompt": "p", "answers": answers}, "f:1").rewards == [-1.0, -2.0]
     rated = [{"response": "a", "overall_score": "8"}, {"response": "b", "overall_score": " 3.5"}]
-    assert parse_row({"prompt": "p", "completions": rated}, "f:1").scores == [8.0, 3.5]
-    assert parse_row(PAIR | {"score_chosen": "8", "score_rejected": "3"}, "f:1").scores == [8, 3]
+    assert parse_row({"prompt": "p", "completions": rated}, "f:1").rewards == [8.0, 3.5]
+    assert parse_row(PAIR | {"score_chosen": "8", "score_rejected": "3"}, "f:1").rewards == [8, 3]
     votes = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
-    assert parse_row(votes | {"score_A": "12", "score_B": "3"}, "f:1").scores == [12.0, 3.0]
+    assert parse_row(votes | {"score_A": "12", "score_B": "3"}, "f:1").rewards == [12.0, 3.0]
     with pytest.raises(BadRow, match=r"answers\[0\].rank: expected a number, found str 'first'"):
         parse_row({"prompt": "p", "answers": [{"answer": "a", "rank": "first"}]}, "f:1")
 
@@ -193,14 +194,14 @@ STEERED = [
 def test_rows_of_one_prompt_are_joined_in_order_of_first_appearance(tmp_path):
     path = write(tmp_path / "rows.jsonl", *STEERED)
     rows, report = load_rows(path, group_by="prompt")
-    assert [(row.prompt, row.responses, row.scores) for row in rows] == [
+    assert [(row.prompt, row.responses, row.rewards) for row in rows] == [
         ("p", ["a", "c"], [4, 2]),
         ("q", ["b", "d"], [0, 3]),
     ]
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:2"]
     assert (report.read, report.kept, report.unused) == (4, 2, {"verbosity": 4})
     rows, report = load_rows(path, group_by="prompt", columns={"score": "verbosity"})
-    assert [row.scores for row in rows] == [[1, 3], [2, 4]]
+    assert [row.rewards for row in rows] == [[1, 3], [2, 4]]
     assert [draft.responses for draft in load_drafts(path, group_by="prompt")[0]] == [
         ["a", "c"],
         ["b", "d"],
@@ -229,7 +230,7 @@ def test_columns_of_rows_of_one_response(tmp_path):
     columns = {"prompt": "q", "response": "a.text", "score": "votes"}
     for group_by in ("prompt", "q"):
         (row,), report = load_rows(path, columns=columns, group_by=group_by)
-        assert (row.prompt, row.responses, row.scores) == ("p", ["0", "1"], [0, 1])
+        assert (row.prompt, row.responses, row.rewards) == ("p", ["0", "1"], [0, 1])
         assert report.unused == {"text": 2}
         (draft,), _ = load_drafts(path, columns=columns, group_by=group_by)
         assert draft.responses == ["0", "1"] and draft.others["text"] == "x"
@@ -296,7 +297,7 @@ def test_columns_find_any_layout(tmp_path):
     }
     path = write(tmp_path / "rows.jsonl", record)
     (row,), report = load_rows(path, columns=columns)
-    assert (row.prompt, row.responses, row.scores) == ("Why?", ["a", "b"], [3, 1])
+    assert (row.prompt, row.responses, row.rewards) == ("Why?", ["a", "b"], [3, 1])
     assert row.sources == ["x", "y"] and report.unused == {"id": 1}
     (draft,), _ = load_drafts(path, columns=columns)
     assert draft.responses == ["a", "b"] and draft.others == {"id": 7}
@@ -312,7 +313,7 @@ def test_columns_name_one_field_and_the_layout_the_others(tmp_path):
     }
     columns = {"prompt": "rewritten", "scores": "completions[].fine"}
     (row,), _ = load_rows(write(tmp_path / "rows.jsonl", ultra), columns=columns)
-    assert (row.prompt, row.responses, row.scores) == ("r", ["0", "1"], [0, -1])
+    assert (row.prompt, row.responses, row.rewards) == ("r", ["0", "1"], [0, -1])
 
 
 def test_a_null_does_not_move_scores_to_other_responses(tmp_path):
@@ -321,12 +322,12 @@ def test_a_null_does_not_move_scores_to_other_responses(tmp_path):
     columns = {"prompt": "p", "responses": "answers[].text", "scores": "answers[].score"}
     path = write(tmp_path / "rows.jsonl", {"p": "q", "answers": answers})
     (row,), report = load_rows(path, columns=columns, on_bad_rows="skip")
-    assert (row.responses, row.scores) == (["a", "c", "d"], [2, 4, 5])
+    assert (row.responses, row.rewards) == (["a", "c", "d"], [2, 4, 5])
     assert sum(report.bad_responses.values()) == 2
     for field in ("text", "score"):
         columns["responses" if field == "text" else "scores"] = f"answers[?!hidden].{field}"
     (row,), _ = load_rows(path, columns=columns, on_bad_rows="skip")
-    assert (row.responses, row.scores) == (["a", "c"], [2, 4])
+    assert (row.responses, row.rewards) == (["a", "c"], [2, 4])
 
 
 @pytest.mark.parametrize(
@@ -413,7 +414,7 @@ def test_a_row_reads_alike_in_each_layout(row):
     for title, record in written.items():
         assert layout_of(record).title == title
         found = parse_row(record, "f:1")
-        assert (found.prompt, found.responses, found.scores) == (prompt, [a, b], expected.scores)
+        assert (found.prompt, found.responses, found.rewards) == (prompt, [a, b], expected.rewards)
     found = parse_row({"chosen": f"{head} {a}", "rejected": f"{head} {b}"}, "f:1")
     assert (found.prompt, found.responses) == (head, [f" {a}", f" {b}"])
     messages = {"chosen": [user(prompt), assistant(a)], "rejected": [user(prompt), assistant(b)]}
@@ -445,6 +446,6 @@ def test_any_record_gives_a_sound_row_or_one_line(layout, changes):
                 continue
             assert isinstance(row.prompt, str) or row.prompt[-1]["role"]
             if parse is parse_row:
-                assert len(row.responses) == len(row.scores) >= 2
+                assert len(row.responses) == len(row.rewards) >= 2
                 assert all(text.strip() for text in row.responses)
-                assert all(math.isfinite(score) for score in row.scores)
+                assert all(math.isfinite(score) for score in row.rewards)

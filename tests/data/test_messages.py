@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["a", "b"], "scores": [1, 0]}
 ASK = {"role": "user", "content": "Why?"}

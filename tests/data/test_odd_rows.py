@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from rrhf_fast.data.rows import BadRow, RowReport, load_rows, parse_row
+from rrhf_fast.data.load import RowReport, load_rows
+from rrhf_fast.data.rows import BadRow, parse_row
 from rrhf_fast.data.split import prompt_key
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.score.reward_model import plain_text
@@ -76,8 +77,8 @@ def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
 
 def test_equal_votes_leave_the_choice_to_the_label():
     ref = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 5, "score_B": 5}
-    assert parse_row(ref | {"labels": 1}, "f:1").scores == [1.0, 0.0]
-    assert parse_row(ref | {"labels": 0}, "f:1").scores == [0.0, 1.0]
+    assert parse_row(ref | {"labels": 1}, "f:1").rewards == [1.0, 0.0]
+    assert parse_row(ref | {"labels": 0}, "f:1").rewards == [0.0, 1.0]
 
 
 def test_an_input_is_part_of_the_question(tmp_path):
@@ -149,7 +150,7 @@ def test_a_prompt_that_the_messages_go_on_from():
 def test_columns_that_nothing_uses_are_refused(columns, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "s": 3}) + "\n")
-    with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* of no use"):
+    with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* unused in a"):
         load_rows(str(path), columns=columns)
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -27,7 +28,7 @@ def write(path, *records):
 def test_plain_row():
     row = parse_row(GOOD | {"sources": ["human", "model"], "more": {"is": "ignored"}}, "f:1")
     assert (row.prompt, row.responses) == ("Why?", ["Because.", "No idea."])
-    assert (row.scores, row.sources, row.where) == ([1.0, 0.5], ["human", "model"], "f:1")
+    assert (row.rewards, row.sources, row.where) == ([1.0, 0.5], ["human", "model"], "f:1")
 
 
 def test_query_is_an_alias_and_prompt_wins():
@@ -53,7 +54,7 @@ def test_messages_as_prompt():
 )
 def test_pairs(record, prompt):
     row = parse_row(record, "f:1")
-    assert (row.prompt, row.responses, row.scores) == (prompt, ["Yes.", "No."], [1.0, 0.0])
+    assert (row.prompt, row.responses, row.rewards) == (prompt, ["Yes.", "No."], [1.0, 0.0])
     assert row.sources == ["chosen", "rejected"]
 
 
@@ -195,7 +196,7 @@ RELEASED = {"query": "q", "responses": ["s1", "s2", "p1", "p2"], "scores": [1, 2
 def test_only_provided_or_only_sampled(tmp_path, use, sources, kept):
     path = write(tmp_path / "rows.jsonl", RELEASED | ({"sources": sources} if sources else {}))
     (row,), _ = load_rows(path, use_responses=use)
-    assert row.scores == kept and row.sources == (sources and [sources[i - 1] for i in kept])
+    assert row.rewards == kept and row.sources == (sources and [sources[i - 1] for i in kept])
 
 
 def test_too_few_of_the_chosen_kind(tmp_path):
@@ -223,7 +224,7 @@ def test_a_bad_response_leaves_its_row(tmp_path):
     with pytest.raises(BadRow, match=r"responses\[1\]: empty.*--on_bad_rows skip leaves out bad"):
         load_rows(path)
     (row,), report = load_rows(path, on_bad_rows="skip")
-    assert (row.responses, row.scores, row.sources) == (["a", "c"], [1, 5], ["x", "provided"])
+    assert (row.responses, row.rewards, row.sources) == (["a", "c"], [1, 5], ["x", "provided"])
     assert report.bad_responses == {"empty response": 1, "wrong type": 1, "missing score": 1}
     assert not report.bad and report.kept == 1
     (draft,), report = load_drafts(path, on_bad_rows="skip")
@@ -287,9 +288,9 @@ def test_any_record_gives_a_sound_row_or_one_line(record):
     except BadRow as error:
         assert str(error).startswith("file:1: ") and "\n" not in str(error)
     else:
-        assert len(row.responses) == len(row.scores) >= 2
+        assert len(row.responses) == len(row.rewards) >= 2
         assert all(text.strip() for text in row.responses)
-        assert all(math.isfinite(score) for score in row.scores)
+        assert all(math.isfinite(score) for score in row.rewards)
 
 
 def test_pairs_are_provided(tmp_path):

@@ -7,13 +7,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import (
-    decode_response,
-    encode_responses,
-    end_token_ids,
-    tokenise_rows,
-)
+from rrhf_fast.data.encode import decode_response, encode_responses
+from rrhf_fast.data.load import RowReport
+from rrhf_fast.data.rows import BadRow, Row
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 
 BOS, EOS, PAD, TURN = "<s>", "</s>", "<pad>", "<|end|>"
 TEMPLATE = (

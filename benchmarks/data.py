@@ -102,7 +102,7 @@ def _case(
 
     plain = planner(queries)
     numbers = range(len(queries))
-    planned = plain.plan(numbers)
+    planned = plain.group(numbers)
     packs = [plain.build(ids) for ids in planned]
 
     def build(share_prefixes: bool) -> list:
@@ -113,8 +113,8 @@ def _case(
 
     work = {
         COUNT: lambda: planner(queries),
-        PLAN: lambda: plain.plan_ranks(numbers, 1),
-        PLAN_RANKS: lambda: plain.plan_ranks(numbers, 8),
+        PLAN: lambda: plain.deal(numbers, 1),
+        PLAN_RANKS: lambda: plain.deal(numbers, 8),
         BUILD: lambda: build(True),
         REPEATING: lambda: build(False),
         ATTENTION: lambda: [engine.plan(pack) for pack in packs],

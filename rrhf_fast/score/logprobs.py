@@ -65,7 +65,7 @@ class LogProbs:
             pad_to_multiple_of=self.model.pad_to_multiple_of,
             plan=self.model.plan,
         )
-        for ids in planner.plan(range(len(queries))):
+        for ids in planner.group(range(len(queries))):
             pack = planner.build(ids).to(self.model.device)
             logps = self.model.edge_logps(pack)[pack.path_edges].float().cpu().numpy()
             parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))

@@ -343,7 +343,7 @@ def test_a_null_does_not_move_scores_to_other_responses(tmp_path):
         ),
         ({"prompt": "q", "responses": "answers[].t"}, "finds nothing"),
         ({"prompt": "q", "system": "sytem"}, "columns: system: 'sytem' finds nothing"),
-        ({"prompt": "join('', id)"}, r"columns: prompt: .* fails here"),
+        ({"prompt": "join('', id)"}, r"columns: prompt: .* fails"),
         ({"prompt": "q", "responses": "q"}, "responses: expected a list, found str"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_response_may_be_a_message(answer):
 def test_what_an_answer_holds_beside_its_content_is_refused_by_name(key):
     answer = {"role": "assistant", "content": "a", key: CALLS if key == "tool_calls" else "hm"}
     error = problem_of(responses=[answer, "b"])
-    assert str(error).startswith(f"f:1: responses[0]: holds {key}, and only the content")
+    assert str(error).startswith(f"f:1: responses[0]: holds {key}, but only the content")
     pair = {"prompt": [ASK], "chosen": [ASK, answer], "rejected": "b"}
     with pytest.raises(BadRow, match=f"chosen: holds {key}"):
         parse_row(pair, "f:1")

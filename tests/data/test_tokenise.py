@@ -132,7 +132,7 @@ def test_a_template_that_rejects_an_answer():
     guard = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer = make_tokenizer(template=guard + TEMPLATE)
     messages = [{"role": "user", "content": "a"}]
-    problem = r"f:1: prompt: the chat template rejects an answer behind these messages \(no\)"
+    problem = r"f:1: prompt: the chat template rejects an answer after these messages \(no\)"
     with pytest.raises(BadRow, match=problem):
         tokenise(tokenizer, row(messages))
     with pytest.raises(BadRow, match=problem):

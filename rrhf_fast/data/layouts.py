@@ -22,7 +22,7 @@ class Layout:
     """A layout, and the function that converts its records."""
 
     title: str
-    tells: tuple[tuple[str, ...], ...]  # all names of any of these tell it
+    signatures: tuple[tuple[str, ...], ...]  # all fields of any of these identify the layout
     convert: Callable[[dict, str], Canonical]  # (record, where); raises BadRow
     example: dict
     note: str  # where the prompt and the scores are
@@ -79,7 +79,7 @@ def layout_of(record: dict) -> Layout | None:
         return LAYOUTS[0]  # the most frequent layout; this field decides
     for names in ({name for name, value in record.items() if value is not None}, set(record)):
         for layout in LAYOUTS:
-            if any(names.issuperset(tells) for tells in layout.tells):
+            if any(names.issuperset(signature) for signature in layout.signatures):
                 return layout
     return None
 
@@ -135,12 +135,12 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
     return Canonical(
         prompt,
         name,
-        [item.get("response") for item in items],
-        list(map(number, kinds[kind])),
-        _models(items),
-        used,
-        [f"completions[{i}].response" for i in range(len(items))],
-        [f"completions[{i}].{kind}" for i in range(len(items))],
+        responses=[item.get("response") for item in items],
+        scores=list(map(number, kinds[kind])),
+        sources=_models(items),
+        used=used,
+        names=[f"completions[{i}].response" for i in range(len(items))],
+        score_names=[f"completions[{i}].{kind}" for i in range(len(items))],
     )
 
 
@@ -162,12 +162,12 @@ def _nectar(record: dict, where: str) -> Canonical:
     return Canonical(
         prompt,
         name,
-        [item.get("answer") for item in items],
-        [-r if isinstance(r, int | float) and not isinstance(r, bool) else r for r in ranks],
-        _models(items),
-        {name, "answers"},
-        [f"answers[{i}].answer" for i in range(len(items))],
-        [f"answers[{i}].rank" for i in range(len(items))],
+        responses=[item.get("answer") for item in items],
+        scores=[-r if isinstance(r, int | float) and not isinstance(r, bool) else r for r in ranks],
+        sources=_models(items),
+        used={name, "answers"},
+        names=[f"answers[{i}].answer" for i in range(len(items))],
+        score_names=[f"answers[{i}].rank" for i in range(len(items))],
     )
 
 

@@ -1,4 +1,4 @@
-"""Sources of rows: every kind of file gives the same records, and damage is one clear line."""
+"""Sources of rows: every kind of file gives the same records, and damage gives one clear line."""
 
 import csv
 import gzip
@@ -67,7 +67,7 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
     assert all(row.where.startswith(str(tmp_path / name)) for row in rows)
 
 
-def test_places_in_files(tmp_path):
+def test_places_name_the_line_or_the_index(tmp_path):
     for name in ("rows.jsonl", "array.json", "rows.csv", "rows.parquet"):
         WRITERS[name](tmp_path / name)
     places = {
@@ -107,7 +107,7 @@ def test_the_splits_of_a_folder(tmp_path):
         prompts(str(tmp_path))
 
 
-def test_splits_have_several_names(tmp_path):
+def test_splits_have_synonyms(tmp_path):
     for name in ("train", "val", "test"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([{"prompt": name}]))
     (tmp_path / "dataset_info.json").write_text('{"features": {}}')
@@ -121,7 +121,7 @@ def test_splits_have_several_names(tmp_path):
     assert prompts(f"{tmp_path}:eval") == prompts(f"{tmp_path}:test") == ["test"]
 
 
-def test_the_exact_name_of_a_split_comes_first(tmp_path):
+def test_the_exact_name_of_a_split_takes_precedence(tmp_path):
     rows = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("validation", "val")}
     datasets.DatasetDict(rows).save_to_disk(tmp_path)
     for split, name in {"val": "val", "validation": "validation", "dev": "validation"}.items():
@@ -132,7 +132,9 @@ def test_a_folder_without_splits_has_none(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(PAIRS))
     with pytest.raises(ValueError, match="no split 'test', its file names mention none"):
         load_rows(f"{tmp_path}:test")
-    (tmp_path / "a_dev.jsonl").write_bytes(lines(PAIRS))  # held-out rows, not to be trained on
+    (tmp_path / "a_dev.jsonl").write_bytes(
+        lines(PAIRS)
+    )  # held-out rows, which training must not read
     with pytest.raises(ValueError, match="no split 'train', only validation"):
         load_rows(str(tmp_path))
 
@@ -159,7 +161,7 @@ def test_splits_of_saved_datasets(tmp_path):
         load_rows(str(tmp_path / "plain"))
 
 
-def test_configurations_and_splits_of_a_dataset_with_a_description(tmp_path):
+def test_configurations_and_splits_of_a_dataset_with_a_card(tmp_path):
     pytest.importorskip("datasets")
     files = "".join(
         f"  - config_name: {name}\n    data_files:\n"
@@ -171,13 +173,13 @@ def test_configurations_and_splits_of_a_dataset_with_a_description(tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([pair | {"id": name} for pair in PAIRS]))
     rows, report = load_rows(f"{tmp_path}:hard:test_prefs")
     assert len(rows) == 3 and rows[1].where == f"{tmp_path}[1]" and report.unused == {"id": 3}
-    with pytest.raises(ValueError, match="train_prefs"):  # the one that there is
+    with pytest.raises(ValueError, match="train_prefs"):  # the only split
         load_rows(f"{tmp_path}:easy:nonsense")
     with pytest.raises(ValueError, match="expected name, name:split or name:config:split"):
         load_rows(f"{tmp_path}:a:b:c")
 
 
-def test_a_path_may_hold_a_colon(tmp_path):
+def test_a_path_may_contain_a_colon(tmp_path):
     folder = tmp_path / "a:b"
     folder.mkdir()
     (folder / "c:train.jsonl").write_bytes(lines(PAIRS))
@@ -208,7 +210,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_one_line(name, tmp_path):
+def test_a_damaged_file_gives_one_line(name, tmp_path):
     data, problem = DAMAGED[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -218,14 +220,14 @@ def test_a_damaged_file_is_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", ":test"])
-def test_no_name_is_not_this_folder(source, tmp_path, monkeypatch):
+def test_an_empty_name_does_not_mean_the_current_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(lines(PAIRS))
     with pytest.raises(ValueError, match="expected the name of a file, a folder or a dataset"):
         load_rows(source)
 
 
-def test_empty_cells_are_fields_that_are_missing(tmp_path):
+def test_empty_cells_are_missing_fields(tmp_path):
     names = ("sources", "tools", "system", "as_generated", "finish_reasons", "score_chosen")
     write_table(
         tmp_path / "rows.csv",
@@ -239,7 +241,7 @@ def test_empty_cells_are_fields_that_are_missing(tmp_path):
     assert (row.prompt, row.rewards, row.tools, row.as_generated) == ("a", [1, 0], None, None)
 
 
-def test_an_empty_array_is_no_row(tmp_path):
+def test_an_empty_array_holds_no_row(tmp_path):
     (tmp_path / "rows.json").write_text(" [ ] ")
     with pytest.raises(ValueError, match="no usable row among the 0 read"):
         load_rows(str(tmp_path / "rows.json"))
@@ -253,7 +255,7 @@ def test_a_number_of_thousands_of_digits_is_a_bad_row(tmp_path):
     assert load_rows(str(path), on_bad_rows="skip")[1].bad == {"not JSON": 1}
 
 
-def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
+def test_a_csv_row_of_another_length_is_a_bad_row(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\nd,e\n\nf,g,h\n")
     with pytest.raises(BadRow, match=":3: expected 3 cells, found 2"):
@@ -262,7 +264,7 @@ def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
     assert [row.prompt for row in rows] == ["a", "f"] and report.bad == {"unequal lengths": 1}
 
 
-def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
+def test_cells_are_parsed_where_lists_and_numbers_are_expected(tmp_path):
     messages = json.dumps([{"role": "user", "content": "Why?"}])
     record = {"prompt": messages, "responses": '["a", "42"]', "scores": "[1, 0.5]"}
     write_table(tmp_path / "rows.csv", [record])
@@ -285,7 +287,7 @@ def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
     assert report.bad == {"missing score": 1}
 
 
-def test_what_parquet_fills_in_is_left_out_again(tmp_path):
+def test_fields_that_parquet_fills_in_are_dropped(tmp_path):
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Ulm"}}}]
     other = [{"type": "function", "function": {"name": "g", "arguments": {"day": "Monday"}}}]
     records = [
@@ -309,7 +311,7 @@ def test_what_parquet_fills_in_is_left_out_again(tmp_path):
     assert rows[1].tools == records[1]["tools"]
 
 
-def test_values_that_json_does_not_know_are_passed_on_as_text(tmp_path):
+def test_values_without_a_json_type_are_passed_on_as_text(tmp_path):
     import datetime
     from decimal import Decimal
 

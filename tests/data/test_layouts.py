@@ -1,4 +1,4 @@
-"""Layouts that people have: each gives the row that it stands for, and nothing is lost unsaid."""
+"""Layouts of published datasets: each gives the expected row, and nothing is silently lost."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_the_example_of_each_layout(layout, tmp_path):
     assert (drafts[1].prompt, drafts[1].responses) == (row.prompt, row.responses)
 
 
-def test_fields_that_only_parquet_fills_in_tell_no_layout():
+def test_fields_that_parquet_fills_in_do_not_identify_a_layout():
     every = {name: None for layout in LAYOUTS for name in layout.example}
     for layout in LAYOUTS:
         assert parse_row(every | layout.example, "f:1") == parse_row(layout.example, "f:1")
@@ -79,7 +79,7 @@ def test_a_pair_with_one_score_missing_or_bad_is_a_bad_row():
         assert caught.value.kind == kind
 
 
-def test_a_string_prompt_beside_a_conversation(tmp_path):
+def test_a_string_prompt_next_to_a_conversation(tmp_path):
     turns = [user("a"), assistant("b"), user("c")]
     pair = {"chosen": [*turns, assistant("d")], "rejected": [*turns, assistant("e")]}
     for prompt, unused in (("a", {}), ("c", {}), ("z", {"prompt": 1})):
@@ -112,7 +112,7 @@ def test_texts_that_share_nothing_have_no_prompt():
             parse_row({"chosen": chosen, "rejected": rejected}, "f:1")
 
 
-def test_ultrafeedback_takes_one_kind_of_score_for_all_of_a_row():
+def test_ultrafeedback_takes_one_kind_of_score_per_row():
     def row(*completions):
         items = [{"response": f"r{i}", "model": "m"} | c for i, c in enumerate(completions)]
         return {"instruction": "p", "models": ["m"], "completions": items}
@@ -224,7 +224,7 @@ def test_lists_of_one_are_joined_with_the_responses(tmp_path):
         load_rows(path, group_by="prompt")
 
 
-def test_columns_of_rows_of_one_response(tmp_path):
+def test_columns_apply_to_rows_of_one_response(tmp_path):
     records = [{"q": "p", "a": {"text": str(i)}, "text": "x", "votes": i} for i in range(2)]
     path = write(tmp_path / "rows.jsonl", *records)
     columns = {"prompt": "q", "response": "a.text", "score": "votes"}
@@ -236,20 +236,20 @@ def test_columns_of_rows_of_one_response(tmp_path):
         assert draft.responses == ["0", "1"] and draft.others["text"] == "x"
 
 
-def test_fields_that_a_path_begins_with():
+def test_the_fields_that_a_path_begins_with():
     path = "a.b | [c[?d > `1`].e, join(',', f[].g), {h: i || j}, sort_by(k, &l)[0], @.m]"
     assert Columns({"prompt": path}).fields == {"a"}
     path = path.removeprefix("a.b | ").replace("@.m", "m.n")
     assert Columns({"prompt": path}).fields == {*"cfijkm"}
 
 
-def test_without_group_by_the_message_names_it(tmp_path):
+def test_the_error_without_group_by_suggests_it(tmp_path):
     path = write(tmp_path / "rows.jsonl", *STEERED)
     with pytest.raises(BadRow, match="responses: missing.*--group_by prompt"):
         load_rows(path)
 
 
-def test_bad_rows_of_a_group(tmp_path):
+def test_bad_rows_in_a_group(tmp_path):
     records = [
         *STEERED,
         {"prompt": "p", "response": " ", "helpfulness": 4},
@@ -270,7 +270,7 @@ def test_bad_rows_of_a_group(tmp_path):
     assert sum(report.bad_responses.values()) == 5
 
 
-def test_other_systems_are_other_prompts(tmp_path):
+def test_different_system_messages_are_different_prompts(tmp_path):
     records = [{"q": "p", "answer": str(i), "score": i, "system": str(i % 2)} for i in range(4)]
     rows, _ = load_rows(write(tmp_path / "rows.jsonl", *records), group_by="q")
     assert [(row.prompt[0]["content"], row.responses) for row in rows] == [
@@ -279,7 +279,7 @@ def test_other_systems_are_other_prompts(tmp_path):
     ]
 
 
-# --- Everything else by a mapping
+# --- Columns
 
 
 def test_columns_find_any_layout(tmp_path):
@@ -303,7 +303,7 @@ def test_columns_find_any_layout(tmp_path):
     assert draft.responses == ["a", "b"] and draft.others == {"id": 7}
 
 
-def test_columns_name_one_field_and_the_layout_the_others(tmp_path):
+def test_columns_map_some_fields_and_the_layout_the_others(tmp_path):
     record = {"task": "p", "system": None, "chosen": "a", "rejected": "b", "responses": ["x"]}
     columns = {"prompt": "task", "chosen": "chosen", "rejected": "rejected"}
     (row,), _ = load_rows(write(tmp_path / "rows.jsonl", record), columns=columns)
@@ -316,7 +316,7 @@ def test_columns_name_one_field_and_the_layout_the_others(tmp_path):
     assert (row.prompt, row.responses, row.rewards) == ("r", ["0", "1"], [0, -1])
 
 
-def test_a_null_does_not_move_scores_to_other_responses(tmp_path):
+def test_a_null_does_not_shift_scores_to_other_responses(tmp_path):
     answers = [{"text": None, "score": 1}, {"text": "a", "score": 2}, {"text": "b", "score": None}]
     answers += [{"text": "c", "score": 4}, {"text": "d", "score": 5, "hidden": True}]
     columns = {"prompt": "p", "responses": "answers[].text", "scores": "answers[].score"}
@@ -353,7 +353,7 @@ def test_a_path_that_finds_nothing_is_a_bad_row(columns, problem, tmp_path):
         load_rows(path, columns=columns)
 
 
-def test_an_unknown_layout_is_told_what_serves(tmp_path):
+def test_the_error_for_an_unknown_layout_says_what_to_do(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"text": "a", "lab\nel": 1})
     with pytest.raises(BadRow) as caught:
         load_rows(path)
@@ -371,9 +371,9 @@ rows = st.tuples(texts, st.lists(st.tuples(texts, numbers), min_size=2, max_size
 
 
 @given(rows)
-def test_a_row_reads_alike_in_each_layout(row):
+def test_a_row_is_the_same_in_every_layout(row):
     prompt, ((a, x), (b, y)) = row
-    assume(not (a.startswith(prompt) and b.startswith(prompt)))  # then a pair repeats the prompt
+    assume(not (a.startswith(prompt) and b.startswith(prompt)))  # the pair would repeat the prompt
     own = {"prompt": prompt, "responses": [a, b], "scores": [x, y]}
     head = f"\n\nHuman: {prompt}\n\nAssistant:"
     written = {
@@ -413,13 +413,17 @@ def test_a_row_reads_alike_in_each_layout(row):
     expected = parse_row(own, "f:1")
     for title, record in written.items():
         assert layout_of(record).title == title
-        found = parse_row(record, "f:1")
-        assert (found.prompt, found.responses, found.rewards) == (prompt, [a, b], expected.rewards)
-    found = parse_row({"chosen": f"{head} {a}", "rejected": f"{head} {b}"}, "f:1")
-    assert (found.prompt, found.responses) == (head, [f" {a}", f" {b}"])
+        parsed = parse_row(record, "f:1")
+        assert (parsed.prompt, parsed.responses, parsed.rewards) == (
+            prompt,
+            [a, b],
+            expected.rewards,
+        )
+    parsed = parse_row({"chosen": f"{head} {a}", "rejected": f"{head} {b}"}, "f:1")
+    assert (parsed.prompt, parsed.responses) == (head, [f" {a}", f" {b}"])
     messages = {"chosen": [user(prompt), assistant(a)], "rejected": [user(prompt), assistant(b)]}
-    found = parse_row(messages, "f:1")
-    assert (found.prompt, found.responses) == ([user(prompt)], [a, b])
+    parsed = parse_row(messages, "f:1")
+    assert (parsed.prompt, parsed.responses) == ([user(prompt)], [a, b])
 
 
 names = sorted({name for layout in LAYOUTS for name in layout.example} | {"system", "tools"})
@@ -436,7 +440,7 @@ parts = values | st.sampled_from([part for layout in LAYOUTS for part in layout.
 
 
 @given(st.sampled_from(LAYOUTS), st.dictionaries(st.sampled_from(names), parts, max_size=4))
-def test_any_record_gives_a_sound_row_or_one_line(layout, changes):
+def test_any_record_gives_a_valid_row_or_one_line(layout, changes):
     for record in (changes, layout.example | changes):
         for parse in (parse_row, parse_draft):
             try:

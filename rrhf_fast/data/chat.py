@@ -42,7 +42,7 @@ class Opening:
     """The text that a model answers."""
 
     text: str
-    behind: str  # the text that the template renders after an answer
+    suffix: str  # the text that the template renders after an answer
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Conversation:
 
     text: str
     start: int
-    behind: str  # the end of `text`, rendered after the answer
+    suffix: str  # the end of `text`, rendered after the answer
 
     def without_last_space(self) -> "Conversation":
         """Return the conversation without white space at its end."""
-        behind = self.behind.rstrip()
-        text = self.text[: len(self.text) - len(self.behind) + len(behind)]
-        return Conversation(text, self.start, behind)
+        suffix = self.suffix.rstrip()
+        text = self.text[: len(self.text) - len(self.suffix) + len(suffix)]
+        return Conversation(text, self.start, suffix)
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class ChatTemplate:
         if answered.count(_PROBE) != 1:
             raise _changed(row, f"renders {_PROBE!r} as {_tail(answered)}")
         self._check_dropped(row, answered)
-        before, _, behind = answered.partition(_PROBE)
+        before, _, suffix = answered.partition(_PROBE)
         if row.prompt[-1]["role"] == "assistant":
             earlier = [self._render(row, row.prompt[:-1], add_generation_prompt=b) for b in (0, 1)]
             if not before.startswith(tuple(earlier)):
                 raise _changed(row, f"renders other messages after it, {_tail(answered)}")
-            return Opening(before, behind)
+            return Opening(before, suffix)
         text = self._render(row, row.prompt, add_generation_prompt=True)
         is_longer = before.startswith(text) and before != text
         if is_longer and text == self._render(row, row.prompt):
             # A template without a generation prompt: take all that it puts in front of an answer,
             # except spaces, which tokenizers join with the next word.
             text = before.rstrip(" ")
-        return Opening(text, behind)
+        return Opening(text, suffix)
 
     def answer(self, row: Row, opening: Opening, answer: str, name: str) -> Conversation:
         """Render the row's messages with this answer, called `name` in errors. Text that the
@@ -108,19 +108,19 @@ class ChatTemplate:
             raise BadRow("empty response", row.where, f"{name}: nothing but the end token")
         text = self._answered(row, answer)
         forms = (answer, answer.rstrip(), answer.lstrip(), answer.strip())
-        kept = next((form for form in forms if text.endswith(form + opening.behind)), None)
+        kept = next((form for form in forms if text.endswith(form + opening.suffix)), None)
         if kept is None:
             raise _changed(row, f"renders {name} as {_tail(text)}")
-        before = text[: len(text) - len(kept) - len(opening.behind)]
+        before = text[: len(text) - len(kept) - len(opening.suffix)]
         # An answer may begin within the generation prompt: both may contain the start of a thought.
         if not text.startswith(opening.text):
             problem = f"the chat template's generation prompt ends with {_tail(opening.text)}, but "
             problem += f"it renders this answer after {_tail(before)} ({self._remedy(row, answer)})"
             raise BadRow("not after the generation prompt", row.where, f"{name}: {problem}")
         start = max(len(opening.text), len(before.rstrip(" ")))
-        if not text[start : len(text) - len(opening.behind)].strip():
+        if not text[start : len(text) - len(opening.suffix)].strip():
             raise _changed(row, f"leaves nothing of {name} after {_tail(opening.text)}")
-        return Conversation(text, start, opening.behind)
+        return Conversation(text, start, opening.suffix)
 
     def _remedy(self, row: Row, answer: str) -> str:
         """Suggest arguments with which generation prompt and conversation agree."""

@@ -109,27 +109,27 @@ class Endings:
         self._tokenizer = tokenizer
         self._cache: dict[str, tuple[int, int]] = {}
 
-    def has_any(self, behind: str) -> bool:
-        """Return whether `behind`, the text rendered after an answer, contains an end token."""
-        return self._find(behind)[1] > 0
+    def has_any(self, suffix: str) -> bool:
+        """Return whether `suffix`, the text rendered after an answer, contains an end token."""
+        return self._find(suffix)[1] > 0
 
-    def token(self, behind: str) -> int:
-        """Return the end token of an answer after which `behind` is rendered."""
-        return self._find(behind)[0]
+    def token(self, suffix: str) -> int:
+        """Return the end token of an answer after which `suffix` is rendered."""
+        return self._find(suffix)[0]
 
-    def cut(self, ids: list[int], behind: str) -> list[int]:
-        """Return the tokens of a text that ends with `behind`, up to but without the end token."""
-        specials = self._find(behind)[1]
+    def cut(self, ids: list[int], suffix: str) -> list[int]:
+        """Return the tokens of a text that ends with `suffix`, up to but without the end token."""
+        specials = self._find(suffix)[1]
         at = (i for i in reversed(range(len(ids))) if ids[i] in self._special)
         return ids[: next(islice(at, specials - 1, None))] if specials else ids
 
-    def _find(self, behind: str) -> tuple[int, int]:
+    def _find(self, suffix: str) -> tuple[int, int]:
         """Return the end token, and the number of special tokens from it to the end of the text."""
-        if behind not in self._cache:
-            ids, eos = encode(self._tokenizer, [behind])[0], self._tokenizer.eos_token_id
+        if suffix not in self._cache:
+            ids, eos = encode(self._tokenizer, [suffix])[0], self._tokenizer.eos_token_id
             places = [i for i, token in enumerate(ids) if token in self._special]
             run = [i for number, i in enumerate(places) if i == places[0] + number]
             end = next((i for i in run if ids[i] == eos), run[-1] if run else None)
             rest = [] if end is None else [i for i in places if i >= end]
-            self._cache[behind] = (eos if end is None else ids[end], len(rest))
-        return self._cache[behind]
+            self._cache[suffix] = (eos if end is None else ids[end], len(rest))
+        return self._cache[suffix]

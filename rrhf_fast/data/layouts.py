@@ -92,15 +92,11 @@ def _filled(record: dict, name: str) -> object:
 
 def _own(record: dict, where: str) -> Canonical:
     prompt, name = prompt_of(record, ("prompt", "query"))
-    return Canonical(
-        prompt,
-        name,
-        responses=record.get("responses"),
-        scores=record.get("scores"),
-        sources=_filled(record, "sources"),
-        used={name, "responses", "scores", "sources"}
-        | ({"query"} if record.get("query") == record.get(name) else set()),
-    )
+    used = {name, "responses", "scores", "sources"}
+    if record.get("query") == record.get(name):
+        used.add("query")
+    responses, scores = record.get("responses"), record.get("scores")
+    return Canonical(prompt, name, responses, scores, _filled(record, "sources"), used)
 
 
 def _items(record: dict, name: str, where: str) -> list[dict]:
@@ -184,14 +180,9 @@ def _safe_rlhf(record: dict, where: str) -> Canonical:
     prompt, name = prompt_of(record, ("prompt",))
     names = ["response_0", "response_1"]
     better = _choice(record, "better_response_id", where)
-    return Canonical(
-        prompt,
-        name,
-        [record[name] for name in names],
-        [1.0 - better, float(better)],
-        used={"prompt", "better_response_id", *names},
-        names=names,
-    )
+    responses, scores = [record[name] for name in names], [1.0 - better, float(better)]
+    used = {"prompt", "better_response_id", *names}
+    return Canonical(prompt, name, responses, scores, used=used, names=names)
 
 
 def _shp(record: dict, where: str) -> Canonical:
@@ -204,15 +195,8 @@ def _shp(record: dict, where: str) -> Canonical:
         # If votes and label disagree, the label states the preference.
         if not numbers or scores[0] == scores[1] or (scores[0] > scores[1]) != (first == 1.0):
             scores, score_names = [first, 1.0 - first], ["labels", "labels"]
-    return Canonical(
-        record["history"],
-        "history",
-        [record[name] for name in names],
-        scores,
-        used=used,
-        names=names,
-        score_names=score_names,
-    )
+    prompt, responses = record["history"], [record[name] for name in names]
+    return Canonical(prompt, "history", responses, scores, None, used, names, score_names)
 
 
 LAYOUTS = (
@@ -307,7 +291,7 @@ LAYOUTS = (
         (("instruction", "chosen", "rejected"), ("instruction", "output")),
         alpaca,
         {"instruction": "Explain.", "input": "Why?", "output": ["So it is.", "No idea."]},
-        "prompt: `instruction`, a line end and `input`, behind `history`; `output` is [better, "
+        "prompt: `instruction`, a line end and `input`, after `history`; `output` is [better, "
         "worse], or `chosen` and `rejected`",
     ),
     Layout(
@@ -320,7 +304,7 @@ LAYOUTS = (
             "chosen": "So it is.",
             "rejected": "No idea.",
         },
-        "prompt: `question` (or `input`), behind `system`",
+        "prompt: `question` (or `input`), after `system`",
     ),
     Layout(
         "transcripts (HH)",
@@ -330,7 +314,7 @@ LAYOUTS = (
             "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
             "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",
         },
-        "prompt: what both begin with, up to the last `Assistant:`, or messages before the last; "
+        "prompt: the common start up to the last `Assistant:`, or the messages before the last; "
         "other texts need a prompt",
     ),
 )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from rrhf_fast.data.canonical import Canonical
@@ -84,29 +85,10 @@ def load_rows(
             and what was expected.
     """
     report = RowReport()
-
-    def parse(canon: Canonical, record: dict, where: str) -> tuple[Row, list[BadRow]]:
-        report.unused.update(unused_fields(canon, record))
-        return row_of(
-            canon,
-            record,
-            where,
-            drop=on_bad_rows == "skip",
-            use_responses=use_responses,
-            stop_strings=stop_strings or [],
-        )
-
-    rows = _load(
-        sources,
-        report,
-        parse,
-        on_bad_rows=on_bad_rows,
-        columns=columns,
-        group_by=group_by,
-        apply_chat_template=apply_chat_template,
-        unused=report.unused,
-    )
-    return rows, report
+    drop = on_bad_rows == "skip"
+    parse = partial(row_of, drop=drop, use_responses=use_responses, stop_strings=stop_strings or [])
+    reading = on_bad_rows, columns, group_by, apply_chat_template
+    return _load(sources, report, parse, *reading, unused=report.unused), report
 
 
 def load_drafts(
@@ -120,34 +102,22 @@ def load_drafts(
     """Read prompts, with or without responses, from the same sources as `load_rows`; raises the
     same errors."""
     report = RowReport()
-
-    def parse(canon: Canonical, record: dict, where: str) -> tuple[Draft, list[BadRow]]:
-        return draft_of(canon, record, where, drop=on_bad_rows == "skip")
-
-    drafts = _load(
-        sources,
-        report,
-        parse,
-        on_bad_rows=on_bad_rows,
-        columns=columns,
-        group_by=group_by,
-        apply_chat_template=apply_chat_template,
-    )
-    return drafts, report
+    parse = partial(draft_of, drop=on_bad_rows == "skip")
+    reading = on_bad_rows, columns, group_by, apply_chat_template
+    return _load(sources, report, parse, *reading, unused=None), report
 
 
 def _load(
     sources: str | list[str],
     report: RowReport,
     parse: Callable[[Canonical, dict, str], tuple[T, list[BadRow]]],
-    *,
     on_bad_rows: str,
     columns: dict[str, str] | None,
     group_by: str | None,
     apply_chat_template: bool,
-    unused: Counter | None = None,
+    unused: Counter | None,
 ) -> list[T]:
-    """Parse all records with `parse`; `unused` as in `grouped`."""
+    """Read, complete and parse all records. `unused` counts unused fields, as in `grouped`."""
     paths = Columns(columns) if columns else None
     sources = [sources] if isinstance(sources, str) else sources
     records = _counted((item for source in sources for item in read_records(source)), report)
@@ -163,7 +133,10 @@ def _load(
     rows = []
     for where, record in records:
         try:
-            row, bad = parse(complete(record, where, paths, apply_chat_template), record, where)
+            canon = complete(record, where, paths, apply_chat_template)
+            if unused is not None:
+                unused.update(unused_fields(canon, record))
+            row, bad = parse(canon, record, where)
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue

@@ -137,7 +137,7 @@ def end_token_ids(
     with_messages = next((row for row in rows if isinstance(row.prompt, list)), None)
     if with_messages is not None:
         opening = ChatTemplate(tokenizer, chat_template_kwargs or {}).open(with_messages)
-        ends.add(Endings(tokenizer).token(opening.behind))
+        ends.add(Endings(tokenizer).token(opening.suffix))
     return sorted(ends)
 
 
@@ -188,7 +188,7 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
     if isinstance(row.prompt, str):
         return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id), []
     opening = template.open(row)
-    end = endings.token(opening.behind)
+    end = endings.token(opening.suffix)
     end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted({end, tokenizer.eos_token_id})))
     good, bad = {}, []
     for i, response in enumerate(row.responses):
@@ -201,7 +201,7 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
         except BadRow as error:
             bad.append(error)
             continue
-        if not endings.has_any(opening.behind):  # EOS follows the answer, not a line end
+        if not endings.has_any(opening.suffix):  # EOS follows the answer, not a line end
             good[i] = good[i].without_last_space()
     row = row.pick(list(good)) if bad else row
     return _Texts(row, opening.text, list(good.values()), end), bad
@@ -239,7 +239,7 @@ def _encode_rows(
         sequences, starts = [], []  # each answer with its prompt, and where the answer starts
         for part in row.responses:
             if isinstance(part, Conversation):
-                sequences.append(endings.cut(ids_of[part.text], part.behind))
+                sequences.append(endings.cut(ids_of[part.text], part.suffix))
                 starts.append(_num_common(ids_of[part.text[: part.start]], sequences[-1]))
             else:
                 sequences.append(opening + next(alone))

@@ -282,7 +282,7 @@ def test_an_answer_that_begins_within_the_generation_prompt():
 
 
 @pytest.mark.parametrize(
-    ("behind", "eos", "end"),
+    ("suffix", "eos", "end"),
     [
         ("<|end|><|return|>\n", "<|return|>", "<|end|><|return|>"),
         ("<|end|><|return|>\n", EOS, "<|end|><|return|>"),
@@ -291,8 +291,8 @@ def test_an_answer_that_begins_within_the_generation_prompt():
         ("\n<|end|>\n", EOS, "\n<|end|>"),
     ],
 )
-def test_the_end_of_an_answer(behind, eos, end):
-    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", behind), eos=eos)
+def test_the_end_of_an_answer(suffix, eos, end):
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", suffix), eos=eos)
     (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"))
     assert tokenizer.decode(ids[start:]) == "cat" + end
     assert ids[-1] in end_token_ids(tokenizer, [row(user(), "cat", "dog")])

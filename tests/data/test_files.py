@@ -229,14 +229,9 @@ def test_an_empty_name_does_not_mean_the_current_folder(source, tmp_path, monkey
 
 def test_empty_cells_are_missing_fields(tmp_path):
     names = ("sources", "tools", "system", "as_generated", "finish_reasons", "score_chosen")
-    write_table(
-        tmp_path / "rows.csv",
-        [
-            {"prompt": "a", "chosen": "b", "rejected": "c"}
-            | dict.fromkeys(names, "")
-            | {"score_rejected": ""}
-        ],
-    )
+    record = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    record |= dict.fromkeys((*names, "score_rejected"), "")
+    write_table(tmp_path / "rows.csv", [record])
     (row,), _ = load_rows(str(tmp_path / "rows.csv"))
     assert (row.prompt, row.rewards, row.tools, row.as_generated) == ("a", [1, 0], None, None)
 

@@ -12,6 +12,7 @@ from rrhf_fast.data.load import load_drafts, load_rows
 from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 
 
@@ -93,18 +94,14 @@ BAD = {
         "responses: ranking needs at least 2, found 1",
     ),
     "pair without prompt": ({"chosen": "a", "rejected": "b"}, "missing field", "prompt: missing"),
-    "pair with a number": (
-        {"prompt": "a", "chosen": "b", "rejected": 3},
-        "wrong type",
-        "rejected: expected a string",
-    ),
+    "pair of 3": (PAIR | {"rejected": 3}, "wrong type", "rejected: expected a string, found int 3"),
     "pair of unlike prompts": (
         {"chosen": answered("a"), "rejected": [*MESSAGES[:1], *answered("b")[1:], *answered("b")]},
         "unequal prompts",
         "rejected: its first messages differ",
     ),
     "pair that ends with the user": (
-        {"prompt": "a", "chosen": MESSAGES, "rejected": "b"},
+        PAIR | {"chosen": MESSAGES},
         "wrong type",
         "chosen: the last message must be the assistant's",
     ),
@@ -295,7 +292,7 @@ def test_any_record_gives_a_valid_row_or_one_line(record):
 
 def test_pairs_are_provided(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    path.write_text(json.dumps(PAIR) + "\n")
     assert load_rows(str(path), use_responses="provided")[0][0].responses == ["b", "c"]
 
 

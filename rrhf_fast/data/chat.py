@@ -205,7 +205,7 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
 
 
 def _changed(row: Row, how: str) -> BadRow:
-    problem = f"responses: the chat template changes the answer, {how} ({_BY_HAND})"
+    problem = f"responses: the chat template changes the answer and {how} ({_BY_HAND})"
     return BadRow("changed by the chat template", row.where, problem)
 
 

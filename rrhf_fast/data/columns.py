@@ -14,8 +14,8 @@ NAMES += ("response", "score")
 # Fields that may be null, provided that the record has the field that the path begins with.
 OPTIONAL = ("sources", "system", "tools", "chat_template_kwargs", "finish_reasons")
 # Nodes whose first child applies to the record; the other children apply to its result.
-_FIRST_IS_OF_RECORD = ("subexpression", "index_expression", "pipe")
-_FIRST_IS_OF_RECORD += ("projection", "filter_projection", "value_projection")
+_FIRST_CHILD_ONLY = ("subexpression", "index_expression", "pipe")
+_FIRST_CHILD_ONLY += ("projection", "filter_projection", "value_projection")
 
 
 class _KeepNulls(TreeInterpreter):
@@ -139,6 +139,6 @@ def _fields(parsed: dict) -> set[str]:
     if kind == "field":
         return {parsed["value"]}
     children = [child for child in parsed.get("children", []) if isinstance(child, dict)]
-    if kind in _FIRST_IS_OF_RECORD:
+    if kind in _FIRST_CHILD_ONLY:
         children = children[:1]
     return set() if kind == "expref" else set().union(*map(_fields, children))

@@ -79,8 +79,8 @@ def _decoded(encoded: bytes, where: str, start: int) -> str:
     try:
         return encoded.decode()
     except UnicodeDecodeError as error:
-        place = f"byte {start + error.start} of the file"
-        raise ValueError(f"{where}: not UTF-8 text ({place})") from error
+        at = start + error.start
+        raise ValueError(f"{where}: not UTF-8 text (byte {at} of the file)") from error
 
 
 def _json_lines(path: Path) -> Records:
@@ -88,8 +88,8 @@ def _json_lines(path: Path) -> Records:
         start = 0  # of this line, in bytes
         for number, encoded in enumerate(file, 1):
             where = f"{path}:{number}"
-            mark = len(BOM_UTF8) if number == 1 and encoded.startswith(BOM_UTF8) else 0
-            line = _decoded(encoded[mark:] if mark else encoded, where, start + mark)
+            bom = len(BOM_UTF8) if number == 1 and encoded.startswith(BOM_UTF8) else 0
+            line = _decoded(encoded[bom:] if bom else encoded, where, start + bom)
             start += len(encoded)
             if line.isspace() or not line:
                 continue
@@ -98,8 +98,7 @@ def _json_lines(path: Path) -> Records:
             except (ValueError, RecursionError) as error:  # ValueError: also a number too long
                 if number == 1 and line.lstrip().startswith("["):
                     raise ValueError(f"{path}: {NO_ARRAY} (name it .json)") from error
-                reason = _json_problem(error)
-                problem = f"expected a JSON object on one line ({reason})"
+                problem = f"expected a JSON object on one line ({_json_problem(error)})"
                 record = BadRow("not JSON", where, problem)
             yield where, record
 
@@ -108,12 +107,12 @@ def _json_array(path: Path) -> Records:
     """Read the whole text, then decode one object of the array at a time."""
     with _open(path) as file:
         encoded = file.read()
-    mark = len(BOM_UTF8) if encoded.startswith(BOM_UTF8) else 0
-    text = _decoded(encoded[mark:], str(path), mark)
+    bom = len(BOM_UTF8) if encoded.startswith(BOM_UTF8) else 0
+    text = _decoded(encoded[bom:], str(path), bom)
     del encoded
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
     at, index = space.match(text, text.index("[") + 1).end(), 0
-    while text[at : at + 1] != "]" or index:
+    while text[at : at + 1] != "]" or index:  # only an empty array may end here
         where = f"{path}[{index}]"
         try:
             record, at = decoder.raw_decode(text, at)
@@ -152,8 +151,7 @@ def _parquet(path: Path) -> Records:
                     yield f"{path}[{index}]", plain_record(record)
                     index += 1
     except pyarrow.ArrowException as error:
-        reason = first_line(error)
-        raise ValueError(f"{path}: damaged, or not Parquet ({reason})") from error
+        raise ValueError(f"{path}: damaged, or not Parquet ({first_line(error)})") from error
 
 
 def _csv(path: Path, delimiter: str) -> Records:

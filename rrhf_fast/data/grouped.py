@@ -85,9 +85,9 @@ def _add(
             problem = f"score: missing (expected a number){fields_hint(record)}"
             raise BadRow("missing score", where, problem)
         score = check_score(record[score_name], score_name, where)
-    source = _only(record, "sources", where)
+    source = _single(record, "sources", where)
     source = record.get("model") if source is None else source
-    flag, reason = (_only(record, name, where) for name in ("as_generated", "finish_reasons"))
+    flag, reason = (_single(record, name, where) for name in ("as_generated", "finish_reasons"))
     # The other fields describe the prompt.
     used = {name, score_name, "model", "sources", "as_generated", "finish_reasons"}
     rest = {k: value for k, value in record.items() if k not in used}
@@ -103,8 +103,7 @@ def _add(
     # Join the group of all rows with the same prompt.
     parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
     id_ = json.dumps(parts, sort_keys=True, default=str)
-    if id_ in groups:
-        group = groups[id_]
+    if group := groups.get(id_):
         group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
     else:
         group = groups[id_] = _Group(where, record=rest)
@@ -115,7 +114,7 @@ def _add(
     group.reasons.append(reason)
 
 
-def _only(record: dict, name: str, where: str) -> object:
+def _single(record: dict, name: str, where: str) -> object:
     """Return a field's value for the row's one response, given alone or in a list of one."""
     value = record.get(name)
     if isinstance(value, Cell):

@@ -14,7 +14,7 @@ from rrhf_fast.data.messages import from_cell
 from rrhf_fast.data.pairs import ASSISTANT, HUMAN, alpaca, pair, sharegpt
 
 # Fields with one item per response.
-OF_RESPONSES = ("responses", "sources", "as_generated", "finish_reasons")
+PER_RESPONSE = ("responses", "sources", "as_generated", "finish_reasons")
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical
     if mapped:
         if "responses" in mapped or "chosen" in mapped:
             # Lists in the record describe other responses.
-            record = {name: value for name, value in record.items() if name not in OF_RESPONSES}
+            record = {name: value for name, value in record.items() if name not in PER_RESPONSE}
         record = record | mapped
     layout = layout_of(record)
     canon = _own(record, where) if layout is None else layout.convert(record, where)
     if mapped:
-        _prefer(canon, mapped, where)
+        _apply_columns(canon, mapped, where)
     canon.common = {name: _filled(record, name) for name in COMMON}
     canon.used.update(COMMON)
     return canon
 
 
-def _prefer(canon: Canonical, mapped: dict, where: str) -> None:
+def _apply_columns(canon: Canonical, mapped: dict, where: str) -> None:
     """Let the values from `--columns` take precedence over the layout."""
     known = {"prompt", "responses", "scores", "sources", *COMMON}
-    if idle := sorted(mapped.keys() - known - canon.used):
-        problem = f"columns: {listed(idle)}: unused in a record of this layout (response and score "
-        problem += "need --group_by, a pair needs both score_chosen and score_rejected)"
+    if unused := sorted(mapped.keys() - known - canon.used):
+        problem = f"columns: {listed(unused)}: unused in a record of this layout (response and "
+        problem += "score need --group_by, a pair needs both score_chosen and score_rejected)"
         raise BadRow("unused columns", where, problem)
     for name in {"responses", "scores", "sources"} & mapped.keys():
         setattr(canon, name, mapped[name])

@@ -23,14 +23,14 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 def pair(record: dict, where: str) -> Canonical:
     """Convert a pair whose prompt, if it has one, is in a separate field. Raises BadRow."""
     prompt, name = prompt_of(record, ("prompt", "query", "question", "input"))
-    return _pair_after(record, where, prompt, name, {"prompt", name})
+    return _pair_with(record, where, prompt, name, {"prompt", name})
 
 
 def sharegpt(record: dict, where: str) -> Canonical:
     """Convert a pair with its prompt in `conversations`. Raises BadRow."""
     name = "conversations"
     prompt = check_messages(from_cell(record[name]), name, where)
-    return _pair_after(record, where, prompt, name, {name})
+    return _pair_with(record, where, prompt, name, {name})
 
 
 def alpaca(record: dict, where: str) -> Canonical:
@@ -46,7 +46,7 @@ def alpaca(record: dict, where: str) -> Canonical:
     output = record.get("output")
     has_pair = None not in [record.get(side) for side in SIDES]
     if has_pair or (output is None and set(SIDES) <= set(record)):
-        return _pair_after(record, where, prompt, "instruction", used)
+        return _pair_with(record, where, prompt, "instruction", used)
     canon = Canonical(prompt, "instruction", used=used | {"output"})
     if isinstance(output, Cell) and output.startswith("["):
         output = check_list(output, "output", where)
@@ -74,7 +74,7 @@ def _turns(history: object, where: str) -> list[dict]:
     return messages
 
 
-def _pair_after(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
+def _pair_with(record: dict, where: str, prompt: object, name: str, used: set[str]) -> Canonical:
     """Convert `chosen` and `rejected`, which may repeat the prompt. `name` is the field of the
     prompt; without a prompt, the turns that both sides begin with are the prompt."""
     answers = [from_cell(record[side]) for side in SIDES]
@@ -106,12 +106,12 @@ def _pair_after(record: dict, where: str, prompt: object, name: str, used: set[s
             problem = "rejected: its first messages differ from those of chosen"
             raise BadRow("unequal prompts", where, problem)
         prompt, name = histories[0], "chosen"
-    scores, score_names = _scores(record)
+    scores, score_names = _pair_scores(record)
     used = used | {*SIDES, *(score_names or ())}
     return Canonical(prompt, name, answers, scores, list(SIDES), used, list(SIDES), score_names)
 
 
-def _scores(record: dict) -> tuple[list, list[str] | None]:
+def _pair_scores(record: dict) -> tuple[list, list[str] | None]:
     """Return the scores of a pair and their fields; 1 and 0, and None, if it has no scores."""
     for fields in PAIR_SCORES:
         values = [record.get(field) for field in fields]

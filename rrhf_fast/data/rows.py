@@ -41,7 +41,7 @@ NUM_PROVIDED = 2
 # Prefixes of the sources of a dataset's own responses; the last two are those of a pair.
 PROVIDED = ("provided", "chosen", "rejected")
 # Fields in which an earlier `sample` or `score` described the responses.
-OF_STAGES = ("rewards", "log_ratios", "criteria", "unscored", "failures")
+STAGE_FIELDS = ("rewards", "log_ratios", "criteria", "unscored", "failures")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def draft_of(
         keep.append(i)
     # Everything that was not read into the draft is passed on, and so are these two, whatever a
     # stage does to the responses.
-    used = canon.used | {*OF_STAGES} - {"failures"}
+    used = canon.used | {*STAGE_FIELDS} - {"failures"}
     others = {name: value for name, value in record.items() if name not in used}
     named = {name: canon.common[name] for name in ("tools", "chat_template_kwargs")}
     others |= {name: value for name, value in named.items() if value is not None}
@@ -285,7 +285,7 @@ def _name_of(names: list[str] | None, field_name: str, i: int) -> str:
 
 def unused_fields(canon: Canonical, record: dict) -> list[str]:
     """Return the fields of a record that have a value which nothing uses."""
-    used = canon.used.union(OF_STAGES)
+    used = canon.used.union(STAGE_FIELDS)
     return [name for name, value in record.items() if name not in used and value is not None]
 
 

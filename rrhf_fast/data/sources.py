@@ -22,7 +22,7 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= {"eval": "test", "evaluation": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 # Files that `datasets` writes next to the rows.
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json")
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
 
 
 def read_records(source: str) -> Records:
@@ -82,7 +82,7 @@ def _folder(path: Path, parts: list[str], source: str) -> Records:
         yield from _saved(path, parts, source)
         return
     readme = path / "README.md"
-    files = sorted(file for file in path.rglob("*") if _is_rows(file.relative_to(path)))
+    files = sorted(file for file in path.rglob("*") if _holds_rows(file.relative_to(path)))
     files = [file for file in files if file.is_file()]
     # A dataset card may assign files to splits.
     is_described = readme.exists() and re.search(
@@ -91,16 +91,16 @@ def _folder(path: Path, parts: list[str], source: str) -> Records:
     if is_described or not files or len(parts) > 1:
         yield from _hub(str(path), parts, source)
         return
-    for file in _of_split(path, files, parts, source):
+    for file in _files_of_split(path, files, parts, source):
         yield from read_file(file)
 
 
-def _is_rows(path: Path) -> bool:
+def _holds_rows(path: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not hidden and path.name not in _NO_ROWS and kind_of(path) in KINDS
+    return not hidden and path.name not in _NOT_ROWS and kind_of(path) in KINDS
 
 
-def _of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
+def _files_of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
     """Return the files of the requested split. Without a request, return all files, or those of
     "train" if file names mention several splits or held-out ones."""
     by_split: dict[str | None, list[Path]] = {}
@@ -137,8 +137,8 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` and pyarrow raise a dozen types
-        reason = first_line(error)
-        raise ValueError(f"{source}: the saved dataset cannot be loaded ({reason})") from error
+        problem = f"the saved dataset cannot be loaded ({first_line(error)})"
+        raise ValueError(f"{source}: {problem}") from error
     if len(parts) > 1:
         raise ValueError(f"{source}: a saved dataset has no configurations (expected name:split)")
     if isinstance(saved, datasets.DatasetDict):
@@ -149,7 +149,7 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     elif parts and parts[0] != str(saved.split):
         known = f"only {saved.split}" if saved.split else "the dataset was saved without splits"
         raise ValueError(f"{source}: no split {parts[0]!r}, {known}")
-    yield from _of_dataset(saved, str(path))
+    yield from _dataset_records(saved, str(path))
 
 
 def _hub(name: str, parts: list[str], source: str) -> Records:
@@ -163,18 +163,16 @@ def _hub(name: str, parts: list[str], source: str) -> Records:
     try:
         dataset = datasets.load_dataset(name, *config, split=split)
     except Exception as error:  # `datasets` raises a dozen types for a missing dataset
-        reason = first_line(error)
-        problem = f"neither a file nor a dataset that could be loaded ({reason})"
+        problem = f"neither a file nor a dataset that could be loaded ({first_line(error)})"
         raise ValueError(f"{source}: {problem}") from error
-    yield from _of_dataset(dataset, name)
+    yield from _dataset_records(dataset, name)
 
 
-def _of_dataset(dataset, name: str) -> Records:
+def _dataset_records(dataset, name: str) -> Records:
     index = 0
     try:
         for record in dataset:
             yield f"{name}[{index}]", plain_record(record)
             index += 1
     except Exception as error:  # damaged files, images that cannot be decoded, ...
-        reason = first_line(error)
-        raise ValueError(f"{name}[{index}]: cannot be read ({reason})") from error
+        raise ValueError(f"{name}[{index}]: cannot be read ({first_line(error)})") from error

@@ -246,7 +246,7 @@ def test_text_in_front_of_an_answer_belongs_to_the_prompt(kind):
 @pytest.mark.parametrize(
     ("template", "answer", "problem"),
     [
-        (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer, renders"),
+        (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer and renders"),
         (CHATML.replace("m.content", "m.content[:20]"), "cat " * 9, r"renders responses\[0\] as"),
         (CHATML.replace("{{ m.content }}", ""), "cat", "changes the answer"),
         (

@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import re
+from datetime import datetime
+from decimal import Decimal
 
 import datasets
 import pyarrow
@@ -140,7 +142,6 @@ def test_a_folder_without_splits_has_none(tmp_path):
 
 
 def test_splits_of_saved_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(PAIRS)
     table.save_to_disk(tmp_path / "plain")
     datasets.Dataset.from_list(PAIRS, split="test").save_to_disk(tmp_path / "one")
@@ -162,7 +163,6 @@ def test_splits_of_saved_datasets(tmp_path):
 
 
 def test_configurations_and_splits_of_a_dataset_with_a_card(tmp_path):
-    pytest.importorskip("datasets")
     files = "".join(
         f"  - config_name: {name}\n    data_files:\n"
         f"    - split: {split}\n      path: {name}.jsonl\n"
@@ -307,10 +307,7 @@ def test_fields_that_parquet_fills_in_are_dropped(tmp_path):
 
 
 def test_values_without_a_json_type_are_passed_on_as_text(tmp_path):
-    import datetime
-    from decimal import Decimal
-
-    day = datetime.datetime(2026, 1, 2)
+    day = datetime(2026, 1, 2)
     records = [{"prompt": "a", "day": day, "cost": Decimal("1.5"), "raw": b"x", "more": [day]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "rows.parquet")
     (draft,), _ = load_drafts(str(tmp_path / "rows.parquet"))

@@ -61,9 +61,8 @@ def test_empty_tools_and_arguments_are_none_and_bad_ones_are_refused():
         row = parse_row(GOOD | {"tools": nothing}, "f:1")
         assert row.tools is None and row.prompt == "Why?"
     for nothing in (None, {}, "", "{}"):
-        assert (
-            parse_row(GOOD | {"chat_template_kwargs": nothing}, "f:1").chat_template_kwargs is None
-        )
+        row = parse_row(GOOD | {"chat_template_kwargs": nothing}, "f:1")
+        assert row.chat_template_kwargs is None
     for bad in ("x", 3, ["w"], '["w"]', {}, "{"):
         assert str(problem_of(tools=bad)).startswith("f:1: tools: expected ")
     for bad in ("x", 3, [1], "[1]"):

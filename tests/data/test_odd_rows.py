@@ -163,9 +163,8 @@ def test_roles_unknown_to_templates_are_refused(role):
 
 def test_a_tools_result_may_be_an_object():
     result = {"role": "tool", "content": {"degrees": 20}}
-    row = parse_row(
-        {"prompt": [*MESSAGES, result], "responses": ["a", "b"], "scores": [1, 0]}, "f:1"
-    )
+    record = {"prompt": [*MESSAGES, result], "responses": ["a", "b"], "scores": [1, 0]}
+    row = parse_row(record, "f:1")
     assert prompt_key(row) != prompt_key(replace(row, prompt=MESSAGES))
     assert plain_text(row.prompt) == 'Why?\n\n{"degrees": 20}'
     shows = CHATML.replace(

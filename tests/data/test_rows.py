@@ -291,9 +291,8 @@ def test_any_record_gives_a_valid_row_or_one_line(record):
 
 
 def test_pairs_are_provided(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(PAIR) + "\n")
-    assert load_rows(str(path), use_responses="provided")[0][0].responses == ["b", "c"]
+    path = write(tmp_path / "pairs.jsonl", PAIR)
+    assert load_rows(path, use_responses="provided")[0][0].responses == ["b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,13 @@ class PackPlanner:
         the same number for all; an empty pack stands for a filler.
 
         Packs that run at the same time have similar sizes, because all ranks wait for the largest:
-        the budget is lowered while the number of rounds stays the same (MULTIFIT, Coffman et al.
-        1978).
+        the budget is lowered as long as no rank needs another pack (MULTIFIT, Coffman et al. 1978).
         """
         packs = self.group(query_ids)
         if num_ranks == 1:
             return [packs]
         rounds = -(-len(packs) // num_ranks)
+        # Find the smallest budget that needs no further round, within 1 %.
         low, high = 0, self.max_tokens
         while high - low > 1 + high // 100:
             middle = (low + high) // 2

@@ -170,7 +170,7 @@ def test_other_parts_of_an_answer_are_refused_by_name(key):
 @pytest.mark.parametrize(
     "answer", [[], [ASK], ASK, [{"role": "assistant", "content": "a"}] * 2, {"content": "a"}]
 )
-def test_other_values_are_no_answer(answer):
+def test_other_values_are_refused_as_answers(answer):
     assert re.match(r"f:1: responses\[0\]: ", str(problem_of(responses=[answer, "b"])))
 
 

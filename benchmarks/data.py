@@ -15,8 +15,8 @@ from benchmarks.results import Save, no_save, recorded
 from benchmarks.workloads import PAPER, build_model, draw, draw_tries, real, unpacked_tokens
 from rrhf_fast import TrainConfig, demo
 from rrhf_fast.data.forest import build_forest
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.rrhf import RRHFModel
@@ -102,7 +102,7 @@ def _case(
 
     plain = planner(queries)
     numbers = range(len(queries))
-    planned = plain.plan(numbers)
+    planned = plain.group(numbers)
     packs = [plain.build(ids) for ids in planned]
 
     def build(share_prefixes: bool) -> list:
@@ -113,8 +113,8 @@ def _case(
 
     work = {
         COUNT: lambda: planner(queries),
-        PLAN: lambda: plain.plan_ranks(numbers, 1),
-        PLAN_RANKS: lambda: plain.plan_ranks(numbers, 8),
+        PLAN: lambda: plain.deal(numbers, 1),
+        PLAN_RANKS: lambda: plain.deal(numbers, 8),
         BUILD: lambda: build(True),
         REPEATING: lambda: build(False),
         ATTENTION: lambda: [engine.plan(pack) for pack in packs],

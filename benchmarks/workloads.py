@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.model.rrhf import RRHFModel

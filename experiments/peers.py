@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.stages.options import check_types, expect
 from rrhf_fast.stages.reward_fn import load_reward_fn
@@ -55,8 +55,8 @@ def dpo(config: PeerConfig, output_dir: Path) -> None:
     rows, _ = load_rows(config.train_data, on_bad_rows="skip")
     pairs = []
     for row in rows:
-        best, worst = row.scores.index(max(row.scores)), row.scores.index(min(row.scores))
-        if row.scores[best] > row.scores[worst]:
+        best, worst = row.rewards.index(max(row.rewards)), row.rewards.index(min(row.rewards))
+        if row.rewards[best] > row.rewards[worst]:
             chosen, rejected = row.responses[best], row.responses[worst]
             pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected})
     options = _shared(config, output_dir) | {

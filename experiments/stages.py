@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo
-from rrhf_fast.data.rows import Draft, load_rows, provided_mask
+from rrhf_fast.data.load import load_rows
+from rrhf_fast.data.rows import Draft, provided_mask
 from rrhf_fast.demo.make import make
 from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
@@ -231,7 +232,7 @@ def _rank(config: RankConfig, folder: Path) -> Measures:
     prompts = [_name(row.prompt) for row in rows]
     counts: dict[str, list[tuple[int, int]]] = {}
     for row, logps in zip(rows, found, strict=True):
-        p, scores = np.array([values.mean() for values in logps]), np.array(row.scores)
+        p, scores = np.array([values.mean() for values in logps]), np.array(row.rewards)
         counts.setdefault("ranking_accuracy", []).append(pairs_in_order(p, scores))
         if config.by_source:
             own = np.array(provided_mask(row))

@@ -46,7 +46,7 @@ def test_the_rows_shown_are_rows():
 
 def test_the_layouts_shown_are_those_that_are_read():
     for layout in LAYOUTS:
-        fields = ", ".join(f"`{name}`" for name in layout.tells[0])
+        fields = ", ".join(f"`{name}`" for name in layout.signatures[0])
         example = f"`{json.dumps(layout.example)}`"
         assert f"| {layout.title} | {fields} | {layout.note} | {example} |" in DATA
 

@@ -1,4 +1,4 @@
-"""The terms of the own format, which records of every layout are brought to."""
+"""The canonical record: the fields of the own format, to which every layout is converted."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,30 +6,30 @@ from dataclasses import dataclass, field
 from rrhf_fast.data.checks import listed
 from rrhf_fast.data.messages import from_cell
 
-# Fields that any layout may have in addition to its own.
+# Fields that a record of any layout may have too.
 COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
-# Names for the response and its score in rows of one response, which `--group_by` joins.
+# Fields of the response and its score in rows of one response, which `--group_by` joins.
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
 SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 
 
 @dataclass
 class Canonical:
-    """A record in terms of the own format, its values not checked yet."""
+    """A record in the fields of the own format; values are not checked yet."""
 
     prompt: object = None  # text, messages or None
     prompt_name: str = "prompt"
     responses: object = None  # a list of texts or messages, or None
     scores: object = None  # a list of numbers, or None
     sources: object = None
-    used: set[str] = field(default_factory=set)  # fields that this was made from
-    names: list[str] | None = None  # per response, for errors; default responses[i]
-    score_names: list[str] | None = None  # per score, likewise; default scores[i]
+    used: set[str] = field(default_factory=set)  # fields of the record that were read
+    names: list[str] | None = None  # per response, for errors; by default responses[i]
+    score_names: list[str] | None = None  # per score; by default scores[i]
     common: dict = field(default_factory=dict)  # the fields in COMMON
 
 
-def what_serves(record: dict) -> str:
-    """End an error about a missing field: which fields there are, and what to do."""
+def fields_hint(record: dict) -> str:
+    """Return the end of an error about a missing field: the record's fields, and what to do."""
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
@@ -39,14 +39,14 @@ def what_serves(record: dict) -> str:
 
 
 def prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:
-    """Return the first of these fields that is present, and its name."""
+    """Return the first of these fields that has a value, and its name."""
     name = next((name for name in names if record.get(name) is not None), "prompt")
     prompt = from_cell(record.get(name))
     return [prompt] if isinstance(prompt, dict) else prompt, name
 
 
 def number(value: object) -> object:
-    """Read a number that is given as text; anything else is left to be refused by name."""
+    """Convert a number given as text; other values are checked later, where their name is known."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

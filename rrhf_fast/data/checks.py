@@ -1,14 +1,16 @@
-"""The error for a bad row, and the checks of single values that all readers share."""
+"""The error for a bad row, and the checks of single values."""
 
 import json
 import math
 
+NO_ARRAY = "expected a JSON object on each line, found what looks like a JSON array"
+
 
 class BadRow(ValueError):
-    """A row that cannot be used. `kind` is a short name that the summary counts by."""
+    """A row that cannot be used. The summary counts these errors by `kind`, a short name."""
 
     def __init__(self, kind: str, where: str, problem: str):
-        super().__init__(kind, where, problem)  # all of them, so that other ranks can be sent it
+        super().__init__(kind, where, problem)  # all arguments, so that it can be pickled
         self.kind = kind
 
     def __str__(self) -> str:
@@ -17,17 +19,17 @@ class BadRow(ValueError):
 
 
 class Cell(str):
-    """A cell of a CSV file: text of unknown type. Where a number or a list is expected, the checks
-    below parse it as one."""
+    """A CSV cell: text of unknown type. The checks below parse it where a number or a list is
+    expected."""
 
 
-# How messages begin that Python printed.
+# How messages begin when Python prints them.
 PRINTED = tuple(f"{{'{key}':" for key in ("role", "content", "from", "value"))
 
 
 def check_text(text: object, name: str, where: str) -> str:
-    """Return the text as a plain string. Raises BadRow unless it is a string of valid Unicode, and
-    where it is messages as Python prints them, which a table of pandas holds."""
+    """Return the text as a plain string. Raises BadRow unless it is a string of valid Unicode. A
+    printed list of messages, as pandas writes it to CSV, is refused too."""
     if not isinstance(text, str):
         raise BadRow("wrong type", where, f"{name}: expected a string, found {show(text)}")
     if text.lstrip(" [").startswith(PRINTED):
@@ -38,8 +40,7 @@ def check_text(text: object, name: str, where: str) -> str:
 
 
 def check_unicode(value: object, name: str, where: str) -> None:
-    """Raise BadRow where a string, or any string in a JSON value, holds half of a surrogate
-    pair."""
+    """Raise BadRow if any string in a JSON value holds half of a surrogate pair."""
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             problem = f"{name}: holds half of a surrogate pair, expected valid Unicode"
@@ -58,7 +59,7 @@ def check_list(value: object, name: str, where: str) -> list:
     if isinstance(value, Cell):
         value = from_json(value, name, where)
     if value is None:
-        raise BadRow("missing field", where, f"{name}: missing (a list was expected)")
+        raise BadRow("missing field", where, f"{name}: missing (expected a list)")
     if not isinstance(value, list):
         raise BadRow("wrong type", where, f"{name}: expected a list, found {show(value)}")
     return list(value)
@@ -116,23 +117,34 @@ def from_json(text: str, name: str, where: str) -> object:
         return None
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: also a number too long
         problem = f"{name}: expected JSON, found {show(str(text))}"
         raise BadRow("not JSON", where, problem) from error
 
 
+def check_object(record: object, where: str) -> dict:
+    """Return the record. Raises BadRow unless it is an object."""
+    if isinstance(record, BadRow):  # a line that is not JSON
+        raise record
+    if isinstance(record, list):
+        raise BadRow("not an object", where, NO_ARRAY)
+    if not isinstance(record, dict):
+        raise BadRow("not an object", where, f"expected a JSON object, found {show(record)}")
+    return record
+
+
 def show(value: object) -> str:
-    """Describe a value for a message: type and value, on one line."""
+    """Describe a value on one line for a message: its type and the value, shortened."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in ...
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
         text = "..."
     kind = "str" if isinstance(value, str) else type(value).__name__
     return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 def listed(names: list[str]) -> str:
-    """List field names for a message: odd names quoted, at most 20 of them."""
+    """List at most 20 field names for a message, odd ones quoted."""
     shown = [name if name.isprintable() and len(name) <= 40 else show(name)[4:] for name in names]
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
     return ", ".join(shown[:20]) + more

@@ -1,4 +1,4 @@
-"""`--columns`: paths to the fields of a row in records of any layout."""
+"""`--columns`: JMESPath expressions that find the fields of a row in records of any layout."""
 
 import jmespath
 from jmespath.exceptions import JMESPathError
@@ -6,23 +6,21 @@ from jmespath.visitor import TreeInterpreter
 
 from rrhf_fast.data.checks import BadRow, Cell, listed, show
 
-# Fields that may be mapped: those of a row, of a pair, and of a row of one response.
+# Fields that may be mapped: those of a row, of a pair and of a row of one response.
 NAMES = ("prompt", "responses", "scores", "sources")
 NAMES += ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 NAMES += ("chosen", "rejected", "score_chosen", "score_rejected")
 NAMES += ("response", "score")
-# Fields that may be null, as long as the record has what the path begins with.
+# Fields that may be null, provided that the record has the field that the path begins with.
 OPTIONAL = ("sources", "system", "tools", "chat_template_kwargs", "finish_reasons")
-
-
-# Nodes of which only the first child applies to the record; the others apply to its result.
-_FIRST_IS_OF_RECORD = ("subexpression", "index_expression", "pipe")
-_FIRST_IS_OF_RECORD += ("projection", "filter_projection", "value_projection")
+# Nodes whose first child applies to the record; the other children apply to its result.
+_FIRST_CHILD_ONLY = ("subexpression", "index_expression", "pipe")
+_FIRST_CHILD_ONLY += ("projection", "filter_projection", "value_projection")
 
 
 class _KeepNulls(TreeInterpreter):
-    """JMESPath, but projections keep nulls: dropping one from `answers[].score` would shift all
-    later scores to the wrong responses."""
+    """JMESPath, but projections keep nulls: dropping one from `answers[].score` would shift later
+    scores to the wrong responses."""
 
     def visit_projection(self, node: dict, value: object) -> list | None:
         base = self.visit(node["children"][0], value)
@@ -49,46 +47,46 @@ class Columns:
     """JMESPath expressions by field name."""
 
     def __init__(self, paths: dict[str, str]):
-        """Raises ValueError, naming the option, for an unknown field or a bad path."""
+        """Raises ValueError for an unknown field or a path that is not JMESPath."""
         self.paths = paths
         self._parsed = {}
         for name, path in paths.items():
             if name not in NAMES:
                 expected = f"expected one of {', '.join(NAMES)}"
-                raise ValueError(f"columns: {name}: no such field of a row ({expected})")
+                raise ValueError(f"columns: {name}: not a field of a row ({expected})")
             try:
                 self._parsed[name] = jmespath.compile(path).parsed
             except JMESPathError as error:
                 reason = " ".join(str(error).partition(" for expression")[0].split()).rstrip(" ^,")
-                raise ValueError(f"columns: {name}: {path!r} is no JMESPath ({reason})") from error
+                raise ValueError(f"columns: {name}: {path!r} is not JMESPath ({reason})") from error
         self._interpreter = _KeepNulls()
         self.fields = set().union(*map(_fields, self._parsed.values()))
 
     def find(self, record: dict, where: str) -> dict:
-        """Evaluate the paths; returns values by field name. Raises BadRow if one finds nothing."""
+        """Evaluate the paths. Returns values by field; raises BadRow if a path finds nothing."""
         is_csv = any(isinstance(value, Cell) for value in record.values())
-        # JMESPath functions accept only plain strings.
+        # Functions of JMESPath accept only plain strings.
         plain = {k: str(v) if isinstance(v, Cell) else v for k, v in record.items()}
-        found = {}
+        values = {}
         for name, parsed in self._parsed.items():
             try:
                 value = self._interpreter.visit(parsed, plain)
             except (JMESPathError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 reason = " ".join(str(error).split())
-                problem = f"columns: {name}: {self.paths[name]!r} fails here ({reason})"
+                problem = f"columns: {name}: {self.paths[name]!r} fails ({reason})"
                 raise BadRow("path fails", where, problem) from error
-            is_there = name in OPTIONAL and not _fields(parsed).isdisjoint(record)
-            if _is_nothing(value) and not is_there:
+            may_be_null = name in OPTIONAL and not _fields(parsed).isdisjoint(record)
+            if _is_nothing(value) and not may_be_null:
                 problem = f"columns: {name}: {self.paths[name]!r} finds nothing"
                 problem += f"; found the fields {listed(list(record))}"
                 raise BadRow("path finds nothing", where, problem)
-            found[name] = _as_cells(value) if is_csv else value
-        return found
+            values[name] = _as_cells(value) if is_csv else value
+        return values
 
 
 def parse_paths(option: dict[str, str] | str | None) -> dict[str, str]:
-    """Parse the option `columns`. It is a dict, or a string where brackets in a path keep YAML from
-    parsing it: `{prompt: question, responses: answers[].text}`. Raises ValueError."""
+    """Parse the option `columns`: a dict, or a string that YAML cannot parse because of brackets in
+    a path, such as `{prompt: question, responses: answers[].text}`. Raises ValueError."""
     if not isinstance(option, str):
         return option or {}
     text = option.strip()
@@ -136,11 +134,11 @@ def _as_cells(value: object) -> object:
 
 
 def _fields(parsed: dict) -> set[str]:
-    """Return the fields of the record itself that a path begins with."""
+    """Return the fields of the record that a path begins with."""
     kind = parsed["type"]
     if kind == "field":
         return {parsed["value"]}
     children = [child for child in parsed.get("children", []) if isinstance(child, dict)]
-    if kind in _FIRST_IS_OF_RECORD:
+    if kind in _FIRST_CHILD_ONLY:
         children = children[:1]
     return set() if kind == "expref" else set().union(*map(_fields, children))

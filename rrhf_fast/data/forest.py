@@ -1,14 +1,14 @@
 """The packed forest: many queries in one flat token stream, each a tree of prompt and responses.
 
-The prompt is the trunk and stands once; responses that begin alike share those tokens too. Tokens
-stand in depth-first order, so one integer a token describes attention:
+The prompt is the trunk and occurs once; responses that begin alike share those tokens too. Tokens
+are in depth-first order, so one integer per token describes attention:
 
     key j is visible to query i   <=>   j <= i < subtree_end[j]
 
-The last token of a leaf is only ever predicted, never an input, so it is not in the pack.
+The last token of a leaf is only predicted, never an input, so it is not in the pack.
 
-Legend: N tokens in the pack, E edges (distinct predictions), R response tokens counted once for
-each response, S responses, G queries (groups).
+Legend: N tokens in the pack, E edges (distinct predictions), R response tokens counted once per
+response, S responses, G queries (groups).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 
 
 class Movable:
-    """A dataclass whose tensors, also those of Movables within it or in its tuples, move as one."""
+    """A dataclass whose tensors move together, including those of Movables and tuples in it."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on `device`; copies from pinned memory do not wait."""
+        """Return a copy on `device`. Copying from pinned memory does not wait."""
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory."""
+        """Return a copy in page-locked memory."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, function: Callable) -> Self:
@@ -47,19 +47,19 @@ class Movable:
 
 @dataclass(frozen=True)
 class Pack(Movable):
-    """What the loss needs of a micro-batch of whole queries, however the tokens are laid out."""
+    """A micro-batch of whole queries as the loss needs it, whatever the layout of the tokens."""
 
     input_ids: torch.Tensor  # int64, the tokens that the decoder reads
     edge_rows: torch.Tensor  # [E] int64, the row (flat index of a token) that predicts ...
     edge_targets: torch.Tensor  # [E] int64, ... this token
-    path_edges: torch.Tensor  # [R] int64, the edges along each response, in the order of its tokens
+    path_edges: torch.Tensor  # [R] int64, the edges along each response, in token order
     # Response s owns path_edges[path_offsets[s]:path_offsets[s+1]],
     # query g the responses group_offsets[g]:group_offsets[g+1].
     path_offsets: torch.Tensor  # [S+1] int64
     group_offsets: torch.Tensor  # [G+1] int64
     rewards: torch.Tensor  # [S] float32
     prompt_lengths: torch.Tensor  # [G] int64, tokens of each prompt
-    query_ids: torch.Tensor  # [G] int64, the caller's number of each query; [0] in a filler
+    query_ids: torch.Tensor  # [G] int64, the caller's number of each query; empty in a filler
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +68,7 @@ class Pack(Movable):
 
     @property
     def num_queries(self) -> int:
-        """G; 0 for a filler, which runs beside other ranks' packs and counts for nothing."""
+        """G; 0 for a filler, which runs alongside other ranks' packs and adds nothing."""
         return len(self.query_ids)
 
 
@@ -78,17 +78,17 @@ class PackedForest(Pack):
 
     position_ids: torch.Tensor  # [N] int64, depth in the tree = the position unpacked
     subtree_end: torch.Tensor  # [N] int32, one past the last token below token j
-    # (edges, responses, path tokens) before each query, and in all: G+1 triples on the host, so
-    # that the loss need not wait for a device to know them.
+    # Cumulative (edges, responses, path tokens) before each query and in total: G+1 triples on the
+    # host, so that the loss need not wait for a device.
     bounds: tuple[tuple[int, int, int], ...] | None = None
-    # How an attention backend computes this pack, made on the host while packs are built, because
-    # there it costs the device no wait.
+    # The attention backend's plan for this pack, made on the host while packs are built, where the
+    # device need not wait for it.
     plan: Movable | None = None
 
 
 @dataclass(frozen=True)
 class _Trie:
-    """The responses of one query as a trie in depth-first order: n nodes, one an edge."""
+    """The responses of one query as a trie in depth-first order: n nodes, one per edge."""
 
     tokens: np.ndarray  # [n] the token of each node
     depths: np.ndarray  # [n] 0 for a response's first token
@@ -99,7 +99,7 @@ class _Trie:
 
 
 def forest_tokens(query: TokenisedQuery, *, share_prefixes: bool = True) -> int:
-    """How many tokens the query takes in a pack, counted without building it."""
+    """Return the tokens that the query takes in a pack, without building it."""
     if not share_prefixes:
         return len(query.prompt_ids) + sum(len(ids) - 1 for ids in query.response_ids)
     order, common = _sorted_with_common_prefix(query.response_ids)
@@ -121,17 +121,16 @@ def build_forest(
     """Lay queries out as one packed forest.
 
     Args:
-        queries: the queries, each with a prompt of at least one token and responses of at least one
-            token.
+        queries: prompts and responses of at least one token each.
         query_ids: a number for each query, kept in the pack for messages; default 0, 1, ...
-        share_prefixes: False repeats what responses have in common below the prompt (for tests and
+        share_prefixes: False repeats the prefixes that responses have in common (for tests and
             benchmarks).
-        pad_to_multiple_of: N becomes a multiple of this. The padding rows stand at the end, see
-            only themselves and predict nothing.
-        plan: makes the pack's `plan`.
+        pad_to_multiple_of: N becomes a multiple of this. The padding rows are at the end, see only
+            themselves and predict nothing.
+        plan: makes the pack's `plan` of attention.
 
     Returns:
-        The pack, on the CPU. Costs about a microsecond a token on one core.
+        The pack, on the CPU. Costs about a microsecond per token on one core.
     """
     inputs, positions, ends, edge_rows, edge_targets = [], [], [], [], []
     path_edges, path_lengths, group_sizes = [], [], []
@@ -140,19 +139,21 @@ def build_forest(
     for query in queries:
         prompt_length = len(query.prompt_ids)
         trie = _build_trie(query.response_ids, share_prefixes)
-        # Row of node v once leaves are left out, counted in the pack; leaves get a number that
-        # nobody reads.
-        rows_before = np.concatenate([[0], np.cumsum(~trie.is_leaf)])
-        first_row = num_rows + prompt_length
+        # Leaves have no row, so the row of inner node v is first_row + rows_before[v].
         inner = ~trie.is_leaf
+        rows_before = np.concatenate([[0], np.cumsum(inner)])
+        first_row = num_rows + prompt_length
         tree_end = first_row + rows_before[-1]
+        # Rows: the prompt, then the inner nodes.
         inputs += [query.prompt_ids, trie.tokens[inner]]
         positions += [np.arange(prompt_length), prompt_length + trie.depths[inner]]
         ends += [np.full(prompt_length, tree_end), first_row + rows_before[trie.ends[inner]]]
+        # Edges: every node is predicted by its parent, or by the last token of the prompt.
         edge_rows.append(
             np.where(trie.parents < 0, first_row - 1, first_row + rows_before[trie.parents])
         )
         edge_targets.append(trie.tokens)
+        # Responses: the edges along each of them.
         path_edges += [num_edges + path for path in trie.paths]
         path_lengths += [len(path) for path in trie.paths]
         group_sizes.append(len(trie.paths))
@@ -185,22 +186,20 @@ def build_forest(
 
 
 def _build_trie(responses: Sequence[np.ndarray], share_prefixes: bool) -> _Trie:
-    """Sorted responses, each adding the nodes below what it shares with the one before it:
-    depth-first order."""
+    """Build the trie by adding responses in sorted order. Each adds the nodes after its common
+    prefix with the one before it, so nodes come out in depth-first order."""
     if share_prefixes:
         order, common = _sorted_with_common_prefix(responses)
     else:
         order, common = range(len(responses)), [0] * len(responses)
     longest = max(len(ids) for ids in responses)
-    on_path = np.full(longest, -1)  # on_path[d] = the node at depth d of the response at hand
+    on_path = np.full(longest, -1)  # on_path[d] = the node at depth d of the current response
     tokens, depths, parents, paths = [], [], [], [None] * len(responses)
     ends = np.empty(sum(len(ids) for ids in responses), dtype=np.int64)
     num_nodes = open_depth = 0
     for i, shared in zip(order, common, strict=True):
         length = len(responses[i])
-        ends[on_path[shared:open_depth]] = (
-            num_nodes  # the subtrees that the previous response leaves behind
-        )
+        ends[on_path[shared:open_depth]] = num_nodes  # these subtrees are complete
         new = np.arange(num_nodes, num_nodes + length - shared)
         on_path[shared:length] = new
         tokens.append(responses[i][shared:])
@@ -223,11 +222,10 @@ def _build_trie(responses: Sequence[np.ndarray], share_prefixes: bool) -> _Trie:
 
 
 def _sorted_with_common_prefix(responses: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """The lexicographic order of the responses, and how many tokens each shares with the one before
-    it in that order."""
-    keys = [
-        ids.astype(">u4").tobytes() for ids in responses
-    ]  # big-endian bytes compare as the tokens do
+    """Return the lexicographic order of the responses, and the length of the prefix that each
+    shares with the one before it in that order."""
+    # Big-endian bytes compare as the tokens do.
+    keys = [ids.astype(">u4").tobytes() for ids in responses]
     order = sorted(range(len(responses)), key=keys.__getitem__)
     common = [0]
     for before, here in pairwise(order):
@@ -239,5 +237,5 @@ def _sorted_with_common_prefix(responses: Sequence[np.ndarray]) -> tuple[list[in
 
 
 def offsets(lengths: Sequence[int]) -> torch.Tensor:
-    """Where each of the spans of these lengths starts, and where the last ends: [len + 1] int64."""
+    """Return the start of each span of these lengths, and the end of the last: [len + 1] int64."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))

@@ -3,13 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, what_serves
+from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, fields_hint
 from rrhf_fast.data.checks import BadRow, Cell, check_length, check_score, check_text, from_json
 from rrhf_fast.data.messages import answer_text, from_cell
 
-# Rows that differ in one of these have different prompts.
+# Rows that differ in one of these fields have different prompts.
 _PARTS_OF_PROMPT = ("system", "tools", "chat_template_kwargs", "input", "history", "context")
 _PARTS_OF_PROMPT += ("question", "query", "instruction", "passage", "document")
 
@@ -18,11 +18,11 @@ _PARTS_OF_PROMPT += ("question", "query", "instruction", "passage", "document")
 class _Group:
     where: str  # of the first row
     record: dict  # fields that are equal in all rows
-    responses: list
-    scores: list
-    sources: list
-    flags: list  # as_generated
-    reasons: list  # finish_reasons
+    responses: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+    sources: list = field(default_factory=list)
+    flags: list = field(default_factory=list)  # as_generated
+    reasons: list = field(default_factory=list)  # finish_reasons
 
 
 def grouped(
@@ -32,15 +32,15 @@ def grouped(
     *,
     unused: Counter | None,
 ) -> Iterator[tuple[str, dict]]:
-    """Join rows with equal values of the field `group_by` into records of the own format, in order
-    of first appearance. Keeps all rows in memory.
+    """Join rows that are equal in the field `group_by` into records of the own format, in order of
+    first appearance. Keeps all rows in memory.
 
     Args:
-        records: (where, record), each with one response, and its score.
-        group_by: the field, which becomes the prompt unless there is one.
-        on_bad: called with the error of each bad row; the row is left out.
+        records: (where, record), each with one response and its score.
+        group_by: the field, which becomes the prompt of rows without one.
+        on_bad: called with the error of each bad row, which is left out.
         unused: counts unused fields; every row then needs a score and a response that is not blank.
-            With None neither is needed, and fields that are equal in all rows are kept.
+            If it is None, rows need neither, and fields that are equal in all rows are kept.
     """
     groups: dict[str, _Group] = {}
     for where, record in records:
@@ -49,29 +49,31 @@ def grouped(
         except BadRow as error:
             on_bad(error)
     for group in groups.values():
-        out = group.record | {"responses": group.responses}
+        joined = group.record | {"responses": group.responses}
         if any(score is not None for score in group.scores):
-            out["scores"] = group.scores
+            joined["scores"] = group.scores
         if all(isinstance(source, str) for source in group.sources):
-            out["sources"] = group.sources
-        if any(flag is not None for flag in group.flags):  # a row that does not say is none
-            out["as_generated"] = [False if flag is None else flag for flag in group.flags]
+            joined["sources"] = group.sources
+        if any(flag is not None for flag in group.flags):  # without a flag: not as generated
+            joined["as_generated"] = [False if flag is None else flag for flag in group.flags]
         if all(reason is not None for reason in group.reasons):
-            out["finish_reasons"] = group.reasons
-        yield group.where, out
+            joined["finish_reasons"] = group.reasons
+        yield group.where, joined
 
 
 def _add(
     groups: dict[str, _Group], record: dict, where: str, group_by: str, unused: Counter | None
 ) -> None:
+    """Add a row to its group. Raises BadRow."""
     key = record.get(group_by)
     if key is None:
-        problem = f"{group_by}: missing (the field of --group_by){what_serves(record)}"
+        problem = f"{group_by}: missing (the field of --group_by){fields_hint(record)}"
         raise BadRow("missing field", where, problem)
+    # Read the response, its score and what describes it.
     name = next((name for name in RESPONSE_NAMES if record.get(name) is not None), None)
     if name is None or name == group_by:
         problem = "response: missing (--group_by joins rows of one response each)"
-        raise BadRow("missing field", where, problem + what_serves(record))
+        raise BadRow("missing field", where, problem + fields_hint(record))
     response = check_text(answer_text(from_cell(record[name]), name, where), name, where)
     score_name = next((name for name in SCORE_NAMES if record.get(name) is not None), None)
     score = None
@@ -80,29 +82,31 @@ def _add(
             problem = f"{name}: empty, expected at least one visible character"
             raise BadRow("empty response", where, problem)
         if score_name is None:
-            problem = f"score: missing (a number was expected){what_serves(record)}"
+            problem = f"score: missing (expected a number){fields_hint(record)}"
             raise BadRow("missing score", where, problem)
         score = check_score(record[score_name], score_name, where)
-    source = _only(record, "sources", where)
+    source = _single(record, "sources", where)
     source = record.get("model") if source is None else source
-    flag, reason = (_only(record, field, where) for field in ("as_generated", "finish_reasons"))
+    flag, reason = (_single(record, name, where) for name in ("as_generated", "finish_reasons"))
+    # The other fields describe the prompt.
     used = {name, score_name, "model", "sources", "as_generated", "finish_reasons"}
-    rest = {field: value for field, value in record.items() if field not in used}
+    rest = {k: value for k, value in record.items() if k not in used}
     if rest.get("prompt") is None:
         rest["prompt"] = rest.pop(group_by)
         if group_by == "instruction" and isinstance(rest["prompt"], str) and rest.get("input"):
             # As in the Alpaca layout.
             rest["prompt"] += "\n" + check_text(rest.pop("input"), "input", where)
     if unused is not None:
-        spare = [field for field in rest if field not in ("prompt", *COMMON)]
-        found = [field for field in spare if rest.pop(field) not in (None, "")]
-        unused.update(field for field in found if field != group_by)
+        spare = [name for name in rest if name not in ("prompt", *COMMON)]
+        with_value = [name for name in spare if rest.pop(name) not in (None, "")]
+        unused.update(name for name in with_value if name != group_by)
+    # Join the group of all rows with the same prompt.
     parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
-    group = groups.get(id_ := json.dumps(parts, sort_keys=True, default=str))
-    if group is None:
-        groups[id_] = _Group(where, rest, [response], [score], [source], [flag], [reason])
-        return
-    group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
+    id_ = json.dumps(parts, sort_keys=True, default=str)
+    if group := groups.get(id_):
+        group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
+    else:
+        group = groups[id_] = _Group(where, record=rest)
     group.responses.append(response)
     group.scores.append(score)
     group.sources.append(source)
@@ -110,8 +114,8 @@ def _add(
     group.reasons.append(reason)
 
 
-def _only(record: dict, name: str, where: str) -> object:
-    """Return what a field says about the row's one response, alone or in a list of one."""
+def _single(record: dict, name: str, where: str) -> object:
+    """Return a field's value for the row's one response, given alone or in a list of one."""
     value = record.get(name)
     if isinstance(value, Cell):
         value = from_json(value, name, where) if value.lstrip().startswith("[") else value or None

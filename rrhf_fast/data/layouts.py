@@ -1,7 +1,7 @@
-"""Records in the layouts of published datasets -> one canonical record.
+"""A record of any layout -> the canonical record.
 
-A layout is recognised by its fields. `LAYOUTS` lists them all, each with an example record;
-docs/data.md shows the same table. `--columns` maps everything else.
+A layout is recognised by the names of its fields. `LAYOUTS` lists all layouts, each with an example
+record; docs/data.md shows the same table. `--columns` maps everything else.
 """
 
 from collections.abc import Callable
@@ -10,59 +10,59 @@ from statistics import mean
 
 from rrhf_fast.data.canonical import COMMON, Canonical, number, prompt_of
 from rrhf_fast.data.checks import BadRow, Cell, check_list, check_text, listed, show
-from rrhf_fast.data.messages import check_messages, from_cell
-from rrhf_fast.data.pairs import ASSISTANT, HUMAN, pair, pair_behind
+from rrhf_fast.data.messages import from_cell
+from rrhf_fast.data.pairs import ASSISTANT, HUMAN, alpaca, pair, sharegpt
 
-# Fields that hold one item per response.
-OF_RESPONSES = ("responses", "sources", "as_generated", "finish_reasons")
+# Fields with one item per response.
+PER_RESPONSE = ("responses", "sources", "as_generated", "finish_reasons")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout, and how to convert a record in it."""
+    """A layout, and the function that converts its records."""
 
     title: str
-    tells: tuple[tuple[str, ...], ...]  # a record with all fields of any of these has this layout
+    signatures: tuple[tuple[str, ...], ...]  # all fields of any of these identify the layout
     convert: Callable[[dict, str], Canonical]  # (record, where); raises BadRow
     example: dict
-    note: str  # where prompt and scores come from
+    note: str  # where the prompt and the scores are
 
 
 def canonical(record: dict, where: str, mapped: dict | None = None) -> Canonical:
-    """Convert a record to the terms of the own format.
+    """Convert a record to canonical form.
 
     Args:
         record: of any layout.
-        where: for messages.
-        mapped: what `--columns` found, by name; it takes precedence over the layout.
+        where: the place of the record, for messages.
+        mapped: values by field from `--columns`; they take precedence over the layout.
 
     Raises:
         BadRow: a field of the layout is malformed.
     """
     if mapped:
         if "responses" in mapped or "chosen" in mapped:
-            # Lists that describe other responses do not apply to these.
-            record = {name: value for name, value in record.items() if name not in OF_RESPONSES}
+            # Lists in the record describe other responses.
+            record = {name: value for name, value in record.items() if name not in PER_RESPONSE}
         record = record | mapped
     layout = layout_of(record)
     canon = _own(record, where) if layout is None else layout.convert(record, where)
     if mapped:
-        _prefer(canon, mapped, where)
+        _apply_columns(canon, mapped, where)
     canon.common = {name: _filled(record, name) for name in COMMON}
     canon.used.update(COMMON)
     return canon
 
 
-def _prefer(canon: Canonical, mapped: dict, where: str) -> None:
-    """Let what `--columns` found take precedence over the layout."""
+def _apply_columns(canon: Canonical, mapped: dict, where: str) -> None:
+    """Let the values from `--columns` take precedence over the layout."""
     known = {"prompt", "responses", "scores", "sources", *COMMON}
-    if idle := sorted(mapped.keys() - known - canon.used):
-        problem = f"columns: {listed(idle)}: of no use in a record of this layout (response and "
-        problem += "score need --group_by, a pair needs score_chosen and score_rejected)"
-        raise BadRow("columns without use", where, problem)
+    if unused := sorted(mapped.keys() - known - canon.used):
+        problem = f"columns: {listed(unused)}: unused in a record of this layout (response and "
+        problem += "score need --group_by, a pair needs both score_chosen and score_rejected)"
+        raise BadRow("unused columns", where, problem)
     for name in {"responses", "scores", "sources"} & mapped.keys():
         setattr(canon, name, mapped[name])
-    # A conversation in the pair is the whole prompt; a string beside it repeats one message.
+    # A conversation in the pair is the whole prompt; a separate string repeats one message.
     if "prompt" in mapped and canon.prompt_name not in ("chosen", "rejected"):
         canon.prompt, canon.prompt_name = from_cell(mapped["prompt"]), "prompt"
     if "responses" in mapped:
@@ -74,80 +74,29 @@ def _prefer(canon: Canonical, mapped: dict, where: str) -> None:
 
 def layout_of(record: dict) -> Layout | None:
     """Recognise the layout by the record's fields; None if none fits. Fields that are None count
-    only if no layout fits without them, because Parquet fills missing fields in."""
+    only if no layout fits without them, because Parquet fills in missing fields."""
     if record.get("responses") is not None:
-        return LAYOUTS[0]  # this field is enough, and this layout is the most frequent
+        return LAYOUTS[0]  # the most frequent layout; this field decides
     for names in ({name for name, value in record.items() if value is not None}, set(record)):
         for layout in LAYOUTS:
-            if any(names.issuperset(tells) for tells in layout.tells):
+            if any(names.issuperset(signature) for signature in layout.signatures):
                 return layout
     return None
 
 
 def _filled(record: dict, name: str) -> object:
-    """Get an optional field; an empty CSV cell counts as missing."""
+    """Return an optional field; an empty CSV cell counts as missing."""
     value = record.get(name)
     return None if isinstance(value, Cell) and not value.strip() else value
 
 
 def _own(record: dict, where: str) -> Canonical:
     prompt, name = prompt_of(record, ("prompt", "query"))
-    return Canonical(
-        prompt,
-        name,
-        responses=record.get("responses"),
-        scores=record.get("scores"),
-        sources=_filled(record, "sources"),
-        used={name, "responses", "scores", "sources"}
-        | ({"query"} if record.get("query") == record.get(name) else set()),
-    )
-
-
-def _sharegpt(record: dict, where: str) -> Canonical:
-    name = "conversations"
-    prompt = check_messages(from_cell(record[name]), name, where)
-    return pair_behind(record, where, prompt, name, {name})
-
-
-def _alpaca(record: dict, where: str) -> Canonical:
-    prompt = check_text(record["instruction"], "instruction", where)
-    if record.get("input") not in (None, ""):
-        prompt += "\n" + check_text(record["input"], "input", where)
-    used = {"instruction", "input"}
-    if record.get("history"):
-        used.add("history")
-        prompt = [*_turns(record["history"], where), {"role": "user", "content": prompt}]
-    sides = [record.get("chosen"), record.get("rejected")]
-    if None not in sides or (
-        record.get("output") is None and {"chosen", "rejected"} <= set(record)
-    ):
-        return pair_behind(record, where, prompt, "instruction", used)
-    canon = Canonical(prompt, "instruction", used=used | {"output"})
-    output = record.get("output")
-    if isinstance(output, Cell) and output.startswith("["):
-        output = check_list(output, "output", where)
-    if isinstance(output, list):
-        if len(output) != 2:
-            problem = f"output: expected [better, worse], found {len(output)} responses"
-            raise BadRow("wrong type", where, problem)
-        canon.responses, canon.scores = output, [1.0, 0.0]
-        canon.names = ["output[0]", "output[1]"]
-    elif output is not None:
-        canon.responses, canon.names = [output], ["output"]
-    return canon
-
-
-def _turns(history: object, where: str) -> list[dict]:
-    """Turn [[question, answer], ...] into messages."""
-    messages = []
-    for i, turn in enumerate(check_list(history, "history", where)):
-        name = f"history[{i}]"
-        if len(texts := check_list(turn, name, where)) != 2:
-            problem = f"{name}: expected [question, answer], found {show(turn)}"
-            raise BadRow("wrong type", where, problem)
-        for role, text in zip(("user", "assistant"), texts, strict=True):
-            messages.append({"role": role, "content": check_text(text, name, where)})
-    return messages
+    used = {name, "responses", "scores", "sources"}
+    if record.get("query") == record.get(name):
+        used.add("query")
+    responses, scores = record.get("responses"), record.get("scores")
+    return Canonical(prompt, name, responses, scores, _filled(record, "sources"), used)
 
 
 def _items(record: dict, name: str, where: str) -> list[dict]:
@@ -182,17 +131,17 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
     return Canonical(
         prompt,
         name,
-        [item.get("response") for item in items],
-        list(map(number, kinds[kind])),
-        _models(items),
-        used,
-        [f"completions[{i}].response" for i in range(len(items))],
-        [f"completions[{i}].{kind}" for i in range(len(items))],
+        responses=[item.get("response") for item in items],
+        scores=list(map(number, kinds[kind])),
+        sources=_models(items),
+        used=used,
+        names=[f"completions[{i}].response" for i in range(len(items))],
+        score_names=[f"completions[{i}].{kind}" for i in range(len(items))],
     )
 
 
 def _mean_rating(annotations: object) -> float | None:
-    """Average the ratings of the aspects, which are strings; ignores those that are no numbers."""
+    """Return the mean rating of the aspects, ignoring ratings that are not numbers."""
     ratings = []
     for aspect in annotations.values() if isinstance(annotations, dict) else ():
         try:
@@ -209,12 +158,12 @@ def _nectar(record: dict, where: str) -> Canonical:
     return Canonical(
         prompt,
         name,
-        [item.get("answer") for item in items],
-        [-r if isinstance(r, int | float) and not isinstance(r, bool) else r for r in ranks],
-        _models(items),
-        {name, "answers"},
-        [f"answers[{i}].answer" for i in range(len(items))],
-        [f"answers[{i}].rank" for i in range(len(items))],
+        responses=[item.get("answer") for item in items],
+        scores=[-r if isinstance(r, int | float) and not isinstance(r, bool) else r for r in ranks],
+        sources=_models(items),
+        used={name, "answers"},
+        names=[f"answers[{i}].answer" for i in range(len(items))],
+        score_names=[f"answers[{i}].rank" for i in range(len(items))],
     )
 
 
@@ -231,14 +180,9 @@ def _safe_rlhf(record: dict, where: str) -> Canonical:
     prompt, name = prompt_of(record, ("prompt",))
     names = ["response_0", "response_1"]
     better = _choice(record, "better_response_id", where)
-    return Canonical(
-        prompt,
-        name,
-        [record[name] for name in names],
-        [1.0 - better, float(better)],
-        used={"prompt", "better_response_id", *names},
-        names=names,
-    )
+    responses, scores = [record[name] for name in names], [1.0 - better, float(better)]
+    used = {"prompt", "better_response_id", *names}
+    return Canonical(prompt, name, responses, scores, used=used, names=names)
 
 
 def _shp(record: dict, where: str) -> Canonical:
@@ -248,18 +192,11 @@ def _shp(record: dict, where: str) -> Canonical:
     if record.get("labels") not in (None, ""):
         first = float(_choice(record, "labels", where))  # 1: A is preferred
         numbers = all(isinstance(v, int | float) for v in scores)
-        # Where votes and label disagree, the label states the preference.
+        # If votes and label disagree, the label states the preference.
         if not numbers or scores[0] == scores[1] or (scores[0] > scores[1]) != (first == 1.0):
             scores, score_names = [first, 1.0 - first], ["labels", "labels"]
-    return Canonical(
-        record["history"],
-        "history",
-        [record[name] for name in names],
-        scores,
-        used=used,
-        names=names,
-        score_names=score_names,
-    )
+    prompt, responses = record["history"], [record[name] for name in names]
+    return Canonical(prompt, "history", responses, scores, None, used, names, score_names)
 
 
 LAYOUTS = (
@@ -327,7 +264,7 @@ LAYOUTS = (
     Layout(
         "ShareGPT pairs",
         (("conversations", "chosen", "rejected"),),
-        _sharegpt,
+        sharegpt,
         {
             "conversations": [{"from": "human", "value": "Why?"}],
             "chosen": {"from": "gpt", "value": "So it is."},
@@ -352,9 +289,9 @@ LAYOUTS = (
     Layout(
         "Alpaca pairs",
         (("instruction", "chosen", "rejected"), ("instruction", "output")),
-        _alpaca,
+        alpaca,
         {"instruction": "Explain.", "input": "Why?", "output": ["So it is.", "No idea."]},
-        "prompt: `instruction`, a line end and `input`, behind `history`; `output` is [better, "
+        "prompt: `instruction`, a line end and `input`, after `history`; `output` is [better, "
         "worse], or `chosen` and `rejected`",
     ),
     Layout(
@@ -367,7 +304,7 @@ LAYOUTS = (
             "chosen": "So it is.",
             "rejected": "No idea.",
         },
-        "prompt: `question` (or `input`), behind `system`",
+        "prompt: `question` (or `input`), after `system`",
     ),
     Layout(
         "transcripts (HH)",
@@ -377,7 +314,7 @@ LAYOUTS = (
             "chosen": f"{HUMAN} Why?{ASSISTANT} So it is.",
             "rejected": f"{HUMAN} Why?{ASSISTANT} No idea.",
         },
-        "prompt: what both begin with, up to the last `Assistant:`, or messages before the last; "
+        "prompt: the common start up to the last `Assistant:`, or the messages before the last; "
         "other texts need a prompt",
     ),
 )

@@ -15,30 +15,30 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# Parts of an answer that are not trained; they are refused so that they are not lost silently.
+# Parts of an answer that cannot be trained; they are refused rather than silently lost.
 UNTRAINED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 def check_messages(messages: object, name: str, where: str) -> list[dict]:
-    """Return messages with a role and content each, however they were stored.
+    """Convert messages, in any of their stored forms, to messages with a role and content.
 
     {"from", "value"} becomes {"role", "content"}, content in text parts becomes one string, and
-    keys that are None (as Parquet fills them in) are dropped. Content may be missing where an
-    assistant calls tools, and may be anything in a tool's message.
+    keys that are None (Parquet fills them in) are dropped. Content may be missing if an assistant
+    calls tools, and may be of any type in a tool's message.
 
     Raises:
-        BadRow: what is wrong with which message.
+        BadRow: names the bad message and what was expected.
     """
     if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else f"found {show(messages)}"
-        raise BadRow("wrong type", where, f"{name}: {found}, expected messages")
+        actual = "an empty list" if messages == [] else f"found {show(messages)}"
+        raise BadRow("wrong type", where, f"{name}: {actual}, expected messages")
     return [check_message(message, f"{name}[{i}]", where) for i, message in enumerate(messages)]
 
 
 def check_message(message: object, name: str, where: str) -> dict:
-    """Return one message, as in `check_messages`."""
+    """Convert one message as in `check_messages`."""
     if not isinstance(message, dict):
-        raise _no_message(message, name, where)
+        raise _not_a_message(message, name, where)
     if "from" in message and "value" in message and message.get("role") is None:
         message = _from_sharegpt(message, name, where)
     message = {k: value for k, value in message.items() if value is not None or k == "content"}
@@ -48,10 +48,10 @@ def check_message(message: object, name: str, where: str) -> dict:
     if isinstance(content, list) and (role != "tool" or _is_parts(content)):
         content = message["content"] = _joined(content, f"{name}.content", where)
     calls_tools = role == "assistant" and isinstance(calls, list) and calls
-    free = role == "tool" or (calls_tools and content is None)
-    if not isinstance(role, str) or not (isinstance(content, str) or free):
-        raise _no_message(message, name, where)
-    if role != role.lower() or role in ("human", "gpt"):  # templates know neither
+    needs_no_text = role == "tool" or (calls_tools and content is None)
+    if not isinstance(role, str) or not (isinstance(content, str) or needs_no_text):
+        raise _not_a_message(message, name, where)
+    if role != role.lower() or role in ("human", "gpt"):  # which templates do not know
         problem = f"{name}.role: expected user, assistant, system or tool, found {show(role)}"
         raise BadRow("wrong role", where, problem)
     for key, value in message.items():
@@ -60,14 +60,14 @@ def check_message(message: object, name: str, where: str) -> dict:
 
 
 def plain_content(message: dict) -> str:
-    """The content of a message as text: JSON of a tool's result, "" of none."""
+    """Return a message's content as text: a tool's result as JSON, missing content as ""."""
     content = message.get("content")
     return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 def answer_text(answer: object, name: str, where: str) -> object:
-    """Return a text answer as it is, and the content of an assistant's message (or of a list of one
-    message). Raises BadRow where the message holds more than content."""
+    """Return a text answer unchanged, or the content of an assistant message, alone or in a list.
+    Raises BadRow if the message holds more than content."""
     if isinstance(answer, list):
         if len(answer) != 1 or not isinstance(answer[0], dict):
             problem = f"{name}: expected a string or one message, found {show(answer)}"
@@ -80,13 +80,13 @@ def answer_text(answer: object, name: str, where: str) -> object:
         raise BadRow("wrong type", where, f"{name}: the last message must be the assistant's")
     for key in UNTRAINED:
         if message.get(key):
-            problem = f"{name}: holds {key}, and only the content of an answer is trained"
+            problem = f"{name}: holds {key}, but only the content of an answer is trained"
             raise BadRow("untrained content", where, problem)
     return message["content"]
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """Turn a string prompt into a user's message; messages stay as they are."""
+    """Convert a string prompt to a user message; return messages unchanged."""
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
@@ -101,13 +101,13 @@ def with_system(prompt: str | list[dict], system: object, where: str) -> str | l
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
-        problem = "system: differs from the system message that the prompt begins with"
+        problem = "system: differs from the system message at the start of the prompt"
         raise BadRow("two system messages", where, problem)
     return messages
 
 
 def check_tools(tools: object, where: str) -> list[dict] | None:
-    """Return tools as a list of objects, from a list or its JSON; None if there are none."""
+    """Return tools, given as a list or its JSON, as a list of objects; None if there are none."""
     if isinstance(tools, str):
         tools = from_json(tools, "tools", where)
     if tools is None or tools == []:
@@ -136,18 +136,18 @@ _OBJECTS = re.compile(r'\s*(\[\s*)?\{\s*"')
 
 
 def from_cell(value: object) -> object:
-    """Parse messages that are written as JSON, in a CSV cell or in a text of any file; other values
-    stay as they are."""
+    """Parse messages written as JSON in a CSV cell or in any other text; return other values
+    unchanged."""
     if not isinstance(value, str) or not _OBJECTS.match(value):
         return value
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    items = found if isinstance(found, list) else [found]
-    if isinstance(value, Cell) and isinstance(found, list):
-        return found if all(isinstance(item, dict) for item in items) else value
-    return found if all(map(_is_message, items)) else value
+    items = parsed if isinstance(parsed, list) else [parsed]
+    if isinstance(value, Cell) and isinstance(parsed, list):
+        return parsed if all(isinstance(item, dict) for item in items) else value
+    return parsed if all(map(_is_message, items)) else value
 
 
 def _is_message(item: object) -> bool:
@@ -170,7 +170,7 @@ def _is_parts(content: list) -> bool:
 
 
 def _joined(parts: list, name: str, where: str) -> str:
-    """Join text parts into one string. Raises BadRow, naming its type, for any other part."""
+    """Join text parts into one string. Raises BadRow for a part of another type."""
     texts = []
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -184,6 +184,6 @@ def _joined(parts: list, name: str, where: str) -> str:
     return "".join(texts)
 
 
-def _no_message(message: object, name: str, where: str) -> BadRow:
+def _not_a_message(message: object, name: str, where: str) -> BadRow:
     expected = 'expected {"role": str, "content": str}'
     return BadRow("wrong type", where, f"{name}: {expected}, found {show(message)}")

@@ -1,14 +1,12 @@
-"""Which queries go into which optimizer step, and into which pack of it; packs are built
-in a background thread.
+"""Queries -> optimizer steps and their packs, which a background thread builds.
 
-A step is `train_batch_size` queries of a seeded shuffle. Its queries are dealt into as few packs as
-the token budget allows; a query is never split, so one that is larger than the budget gets a pack
-of its own.
+A step is `train_batch_size` queries of a seeded shuffle, grouped into as few packs as the token
+budget allows. A query is never split, so one that exceeds the budget gets a pack of its own.
 
-With several ranks (processes) every rank makes the same plan of the whole step and builds its own
-part of it, so ranks need not talk about it. All have the same number of packs, because each pack
-gathers weights from every rank; where packs run out, a *filler* stands in, which counts for
-nothing.
+With several ranks (processes), every rank deals the packs of the whole step to all ranks in the
+same way and builds only its own, which needs no communication. All ranks get the same number of
+packs, because each pack gathers weights from every rank; *fillers*, which add nothing to the loss,
+make up the number.
 """
 
 from collections import deque
@@ -31,13 +29,13 @@ STEPS_AHEAD = 4
 class Batch:
     """One rank's part of an optimizer step."""
 
-    packs: list[Pack]  # as many on every rank
+    packs: list[Pack]  # the same number on every rank
     num_queries: int  # of the whole step, over all ranks
 
 
 class PackPlanner:
-    """Deals queries into packs of one layout: `packing` is "forest" or "none" (the padded
-    layout)."""
+    """Groups queries into packs of one layout, deals packs to ranks, and builds them. `packing` is
+    "forest" or "none" (the padded layout)."""
 
     def __init__(
         self,
@@ -49,7 +47,7 @@ class PackPlanner:
         pad_to_multiple_of: int = 1,
         plan: Callable[[PackedForest], Movable] | None = None,
     ):
-        """`pad_to_multiple_of` and `plan` are those of `build_forest`."""
+        """For `pad_to_multiple_of` and `plan`, see `build_forest`."""
         self.queries = queries
         self.max_tokens = max_tokens_per_pack
         self.packing = packing
@@ -62,29 +60,30 @@ class PackPlanner:
             else partial(build_padded, pad_token_id=pad_token_id)
         )
 
-    def plan(self, query_ids: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
-        """Deal these queries into packs (lists of query numbers) of at most `max_tokens` (default:
-        the planner's), in an order that depends on nothing but them."""
-        plan = self._plan_forest if self.packing == "forest" else self._plan_padded
-        return plan(query_ids, max_tokens or self.max_tokens)
+    def group(self, query_ids: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+        """Group these queries into packs (lists of query numbers) of at most `max_tokens` (default:
+        the planner's). The result depends only on the queries and their order."""
+        group = self._group_forest if self.packing == "forest" else self._group_padded
+        return group(query_ids, max_tokens or self.max_tokens)
 
-    def plan_ranks(self, query_ids: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
-        """Deal these queries to ranks: for each rank its packs, as many for every rank; an empty
-        one stands for a filler.
+    def deal(self, query_ids: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
+        """Group these queries into packs and deal these to ranks. Returns the packs of each rank,
+        the same number for all; an empty pack stands for a filler.
 
-        Packs that ranks run side by side are of like size, since the slowest decides: the budget
-        is lowered as long as the number of packs does not rise (MULTIFIT, Coffman et al. 1978).
+        Packs that run at the same time have similar sizes, because all ranks wait for the largest:
+        the budget is lowered as long as no rank needs another pack (MULTIFIT, Coffman et al. 1978).
         """
-        packs = self.plan(query_ids)
+        packs = self.group(query_ids)
         if num_ranks == 1:
             return [packs]
         rounds = -(-len(packs) // num_ranks)
+        # Find the smallest budget that needs no further round, within 1 %.
         low, high = 0, self.max_tokens
         while high - low > 1 + high // 100:
             middle = (low + high) // 2
-            tighter = self.plan(query_ids, middle)
-            if len(tighter) <= rounds * num_ranks:
-                packs, high = tighter, middle
+            smaller = self.group(query_ids, middle)
+            if len(smaller) <= rounds * num_ranks:
+                packs, high = smaller, middle
             else:
                 low = middle
         packs = sorted(packs, key=self.num_tokens, reverse=True)
@@ -92,7 +91,7 @@ class PackPlanner:
         ranks = [[] for _ in range(num_ranks)]
         totals = [0] * num_ranks
         for start in range(0, len(packs), num_ranks):
-            # The rank with the least so far takes the largest of the round.
+            # The rank with the fewest tokens so far gets the largest pack of the round.
             order = sorted(range(num_ranks), key=totals.__getitem__)
             for rank, pack in zip(order, packs[start : start + num_ranks], strict=True):
                 ranks[rank].append(pack)
@@ -100,7 +99,7 @@ class PackPlanner:
         return ranks
 
     def num_tokens(self, query_ids: Sequence[int]) -> int:
-        """Tokens of the pack of these queries."""
+        """Return the tokens of the pack of these queries."""
         if self.packing == "forest" or not query_ids:
             return sum(self.sizes[i] for i in query_ids)
         queries = [self.queries[i] for i in query_ids]
@@ -108,23 +107,23 @@ class PackPlanner:
         return width * sum(len(query.response_ids) for query in queries)
 
     def build(self, query_ids: Sequence[int]) -> Pack:
-        """The pack of these queries; of none, a filler."""
+        """Build the pack of these queries; a filler if there are none."""
         if not query_ids:
             smallest = min(range(len(self.queries)), key=self.sizes.__getitem__)
             return replace(self.build([smallest]), query_ids=torch.empty(0, dtype=torch.int64))
         return self._build([self.queries[i] for i in query_ids], query_ids)
 
     def packs(self, query_ids: Sequence[int]) -> list[Pack]:
-        """Plan and build, for one rank."""
+        """Group these queries and build all packs, for one rank."""
         return self.batch(query_ids).packs
 
     def batch(self, query_ids: Sequence[int], rank: int = 0, num_ranks: int = 1) -> Batch:
-        """Plan for all ranks, build for one."""
-        packs = [self.build(ids) for ids in self.plan_ranks(query_ids, num_ranks)[rank]]
+        """Deal these queries to all ranks and build the packs of one."""
+        packs = [self.build(ids) for ids in self.deal(query_ids, num_ranks)[rank]]
         return Batch(packs, len(query_ids))
 
-    def _plan_forest(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
-        """First fit, largest first: within 11/9 of the fewest packs possible."""
+    def _group_forest(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """First fit, largest first: at most 11/9 of the fewest packs possible."""
         packs, room = [], []
         for i in sorted(query_ids, key=lambda i: -self.sizes[i]):
             chosen = next((p for p, left in enumerate(room) if self.sizes[i] <= left), None)
@@ -136,17 +135,14 @@ class PackPlanner:
             room[chosen] -= self.sizes[i]
         return packs
 
-    def _plan_padded(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
-        """Queries of like width together, so that little is padding."""
+    def _group_padded(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Group queries of similar width, so that there is little padding."""
         packs, rows = [], 0
         for i in sorted(query_ids, key=lambda i: -self.queries[i].padded_width):
             query = self.queries[i]
-            # Widths fall, so the pack's first query sets its width.
-            if (
-                packs
-                and (rows + len(query.response_ids)) * (self.queries[packs[-1][0]].padded_width - 1)
-                <= max_tokens
-            ):
+            # The pack's first query is its widest.
+            width = self.queries[packs[-1][0] if packs else i].padded_width - 1
+            if packs and (rows + len(query.response_ids)) * width <= max_tokens:
                 packs[-1].append(i)
                 rows += len(query.response_ids)
             else:
@@ -165,8 +161,8 @@ def batches(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Yields one rank's part of one optimizer step after another, epoch after epoch, each epoch in
-    its own seeded order. `first_step` steps are left out, as if they had been done."""
+    """Yield one rank's part of each optimizer step, from `first_step` to `num_steps`. Each epoch
+    has its own seeded order, so a resumed run sees the same steps."""
     per_epoch = steps_per_epoch(len(planner.queries), train_batch_size)
     order = []
     for step in range(first_step, num_steps):
@@ -178,10 +174,10 @@ def batches(
 
 
 def ahead(steps: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:
-    """The same steps, built ahead by a background thread, so that the device never waits.
+    """Yield the same steps, built ahead in a background thread, so that the device need not wait.
 
-    A thread will do: a pack takes milliseconds to build, and a process would bring fork, pickling
-    and a limit on shared memory with it.
+    A pack takes only milliseconds to build, and a process would need fork, pickling and shared
+    memory.
     """
 
     def build() -> Batch | None:
@@ -198,5 +194,5 @@ def ahead(steps: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:
 
 
 def steps_per_epoch(num_queries: int, train_batch_size: int) -> int:
-    """Optimizer steps of one epoch; the last one may hold fewer queries."""
+    """Return the optimizer steps per epoch; the last one may have fewer queries."""
     return -(-num_queries // train_batch_size)

@@ -1,8 +1,8 @@
-"""The plain layout: every response a row of its own behind its own copy of the prompt, padded on
-the right.
+"""The padded layout: one row per response, each after its own copy of the prompt, padded on the
+right.
 
-It costs k prompts and the padding, and is correct for every causal model: a token never sees what
-stands to its right.
+It costs k copies of the prompt and the padding, and is correct for every causal model, because a
+token never sees the padding to its right.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 
 @dataclass(frozen=True)
 class PaddedBatch(Pack):
-    """A pack whose `input_ids` are [S, T]; an edge's row is s * T + t."""
+    """A pack whose `input_ids` are [S, T]; the row of an edge is s * T + t."""
 
-    # Made from lengths, so a pad token may equal EOS.
+    # Made from lengths, so the pad token may equal EOS.
     attention_mask: torch.Tensor  # [S, T] int64, 1 on tokens
 
 
 def padded_tokens(query: TokenisedQuery) -> int:
-    """k * (P + max R - 1): tokens this query takes alone. The last token is only predicted, so it
-    is not encoded."""
+    """Return k * (P + max R - 1), the tokens of a pack of this query alone. Last tokens are only
+    predicted, not encoded."""
     return len(query.response_ids) * (query.padded_width - 1)
 
 

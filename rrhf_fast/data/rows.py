@@ -1,33 +1,29 @@
-"""Rows of scored responses: read them, check every field, say exactly what is wrong with a bad one.
+"""A record -> a checked row, or an error that says exactly what is wrong with it.
 
-A row is a record of a file or a dataset (see files.py) in the format
+The own format is
 
     {"prompt": str | [messages], "responses": [str], "scores": [float], "sources": [str]}
 
-or in one of the layouts of published datasets (see layouts.py), or in any other with the help of
-`columns` and `group_by`.
+Records of other layouts are first converted to it (layouts.py).
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from rrhf_fast.data.canonical import Canonical, what_serves
+from rrhf_fast.data.canonical import Canonical, fields_hint
 from rrhf_fast.data.checks import (
     BadRow,
     check_flags,
     check_length,
     check_list,
+    check_object,
     check_score,
     check_text,
     check_texts,
     show,
 )
 from rrhf_fast.data.columns import Columns
-from rrhf_fast.data.files import NO_ARRAY, InMemory, Records, read_records
-from rrhf_fast.data.grouped import grouped
 from rrhf_fast.data.layouts import canonical
 from rrhf_fast.data.messages import (
     answer_text,
@@ -40,46 +36,45 @@ from rrhf_fast.data.messages import (
 
 T = TypeVar("T")
 
-# The released format stores the dataset's own two responses last; the ones before are sampled.
+# The released format stores the dataset's own two responses last, after the sampled ones.
 NUM_PROVIDED = 2
-# How the sources of a dataset's own responses begin; the last two name those of a pair.
+# Prefixes of the sources of a dataset's own responses; the last two are those of a pair.
 PROVIDED = ("provided", "chosen", "rejected")
-# What an earlier `sample` or `score` said about responses.
-OF_STAGES = ("rewards", "log_ratios", "criteria", "unscored", "failures")
-HINT = "--on_bad_rows skip leaves out bad responses, and rows with fewer than 2 good ones"
+# Fields in which an earlier `sample` or `score` described the responses.
+STAGE_FIELDS = ("rewards", "log_ratios", "criteria", "unscored", "failures")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One query with its k >= 2 scored responses. `where` is "file:line" or "dataset[index]"."""
+    """A query with its k >= 2 rated responses. `where` is "file:line" or "dataset[index]"."""
 
     prompt: str | list[dict]
     responses: list[str]
-    scores: list[float]
+    rewards: list[float]  # `scores` in files
     sources: list[str] | None
     where: str
     tools: list[dict] | None = None  # for the chat template
-    chat_template_kwargs: dict | None = None  # of this row, over those of the options
-    # Per response, whether it is what a model wrote behind the generation prompt, special tokens
-    # included; else it is the content of an assistant's message.
+    chat_template_kwargs: dict | None = None  # override those of the options
+    # Per response, True if a model wrote it directly after the generation prompt, special tokens
+    # included, and False if it is the content of an assistant message.
     as_generated: list[bool] | None = None
 
     def pick(self, keep: Sequence[int]) -> "Row":
-        """The same prompt with these of its responses."""
-        return _pick(self, keep, ("responses", "scores", "sources", "as_generated"))
+        """Return the row with only the responses at these indices."""
+        return _pick(self, keep, ("responses", "rewards", "sources", "as_generated"))
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A row on its way to the trainer: what `sample` and `score` read. Responses may be missing,
-    too few or empty, and scores do not matter yet."""
+    """An unfinished row, the input of `sample` and `score`. Responses may be missing, empty or
+    fewer than two; scores are ignored."""
 
     prompt: str | list[dict]
     responses: list[str] | None
     sources: list[str] | None
-    # Per response "stop" or "length" (cut off by a limit) as a sampler reported it, else None.
+    # Per response "stop" or "length" (cut off by a limit) as the sampler reported it, else None.
     finish_reasons: list[str | None] | None
-    others: dict  # fields that the stages pass on as they are
+    others: dict  # fields that the stages pass on unchanged
     where: str
     # As in `Row`.
     tools: list[dict] | None = None
@@ -87,16 +82,16 @@ class Draft:
     as_generated: list[bool] | None = None
 
     def pick(self, keep: Sequence[int]) -> "Draft":
-        """The same prompt with these of its responses."""
+        """Return the draft with only the responses at these indices."""
         return _pick(self, keep, ("responses", "sources", "finish_reasons", "as_generated"))
 
     def as_row(self) -> Row:
-        """A row of the same tokens, without scores."""
+        """Return a row with the same tokens and rewards of 0."""
         responses = self.responses or []
         return Row(
             prompt=self.prompt,
             responses=responses,
-            scores=[0.0] * len(responses),
+            rewards=[0.0] * len(responses),
             sources=self.sources,
             where=self.where,
             tools=self.tools,
@@ -107,205 +102,36 @@ class Draft:
 
 def _pick(row: T, keep: Sequence[int], per_response: tuple[str, ...]) -> T:
     lists = {name: getattr(row, name) for name in per_response}
-    kept = {name: values and [values[i] for i in keep] for name, values in lists.items()}
-    return replace(row, **kept)
+    return replace(row, **{name: _at(keep, values) for name, values in lists.items()})
 
 
-def _with_hint(error: BadRow) -> BadRow:
-    """Append what to do about it to an error."""
-    kind, where, problem = error.args
-    return BadRow(kind, where, f"{problem} ({HINT})")
-
-
-@dataclass
-class RowReport:
-    """What became of the rows."""
-
-    read: int = 0
-    kept: int = 0
-    bad: Counter = field(default_factory=Counter)  # skipped rows, by kind
-    bad_responses: Counter = field(default_factory=Counter)  # left out of kept rows, by kind
-    unused: Counter = field(default_factory=Counter)  # rows with an unused field, by its name
-
-    def skip(self, error: BadRow, on_bad_rows: str) -> None:
-        """Count a bad row, or stop at it: raises `error`, with what to do, when `on_bad_rows` is
-        "error"."""
-        if on_bad_rows == "error":
-            raise _with_hint(error)
-        self.bad[error.kind] += 1
-
-    def left_out(self) -> dict[str, int]:
-        """Return non-zero counts of skipped rows and bad responses, for the counts of a stage."""
-        counts = {"skipped": self.bad.total(), "bad_responses": self.bad_responses.total()}
-        return {name: count for name, count in counts.items() if count}
-
-    def add(self, other: "RowReport") -> None:
-        """Add the counts of another report, except `kept`."""
-        self.read += other.read
-        for name in ("bad", "bad_responses", "unused"):
-            getattr(self, name).update(getattr(other, name))
-
-
-def load_rows(
-    sources: str | InMemory | list[str],
-    *,
-    on_bad_rows: str = "error",
-    use_responses: str = "all",
-    stop_strings: list[str] | None = None,
-    columns: dict[str, str] | None = None,
-    group_by: str | None = None,
-    apply_chat_template: bool = False,
-) -> tuple[list[Row], RowReport]:
-    """Read and validate rows from files, folders and Hugging Face datasets, in order.
-
-    Args:
-        sources: see files.py for what can be named, or rows in memory.
-        on_bad_rows: "error" stops at the first bad row; "skip" leaves out bad responses, and rows
-            with fewer than two good ones, and counts both by kind.
-        use_responses: "all"; "provided" keeps the responses whose source starts with "provided",
-            "chosen" or "rejected" (rows without `sources`: the last two, as in the released
-            format); "sampled" keeps the others.
-        stop_strings: each response is cut at the first of these strings that it contains.
-        columns: JMESPath expressions by the field that they lead to.
-        group_by: join rows of one response each that are equal in this field.
-        apply_chat_template: turn string prompts into a user's message.
-
-    Returns:
-        The rows, and a report of how many were read, kept and skipped.
-
-    Raises:
-        ValueError: a source cannot be read or holds no usable row, or a path is no JMESPath.
-        BadRow: (a ValueError) a row is bad and `on_bad_rows` is "error"; names file, line, field
-            and what was expected.
-    """
-    report = RowReport()
-    rows = _load(
-        sources,
-        report,
-        partial(
-            _row,
-            report=report,
-            drop=on_bad_rows == "skip",
-            use_responses=use_responses,
-            stop_strings=stop_strings or [],
-        ),
-        on_bad_rows=on_bad_rows,
-        columns=columns,
-        group_by=group_by,
-        apply_chat_template=apply_chat_template,
-        unused=report.unused,
-    )
-    return rows, report
-
-
-def load_drafts(
-    sources: str | InMemory | list[str],
-    *,
-    on_bad_rows: str = "error",
-    columns: dict[str, str] | None = None,
-    group_by: str | None = None,
-    apply_chat_template: bool = False,
-) -> tuple[list[Draft], RowReport]:
-    """Read prompts, with or without responses, from what `load_rows` reads; it raises the same."""
-    report = RowReport()
-    drafts = _load(
-        sources,
-        report,
-        partial(_draft, report=report, drop=on_bad_rows == "skip"),
-        on_bad_rows=on_bad_rows,
-        columns=columns,
-        group_by=group_by,
-        apply_chat_template=apply_chat_template,
-    )
-    return drafts, report
-
-
-def _load(
-    sources: str | InMemory | list[str],
-    report: RowReport,
-    parse: Callable[[Canonical, dict, str], T],
-    *,
-    on_bad_rows: str,
-    columns: dict[str, str] | None,
-    group_by: str | None,
-    apply_chat_template: bool,
-    unused: Counter | None = None,
-) -> list[T]:
-    """Parse all records with `parse`; `unused` as in `grouped`."""
-    paths = Columns(columns) if columns else None
-    sources = sources if isinstance(sources, list) else [sources]
-    records = _counted((item for source in sources for item in read_records(source)), report)
-    if group_by is not None:
-
-        def on_bad(error: BadRow) -> None:
-            if on_bad_rows == "error":
-                raise _with_hint(error)
-            report.bad_responses[error.kind] += 1
-
-        mapped = _mapped(records, paths, group_by, on_bad)
-        records, paths = grouped(mapped, group_by, on_bad, unused=unused), None
-    rows = []
-    for where, record in records:
-        try:
-            canon = _complete(record, where, paths, apply_chat_template)
-            rows.append(parse(canon, record, where))
-        except BadRow as error:
-            report.skip(error, on_bad_rows)
-    if not rows:
-        names = ", ".join(map(str, sources))
-        raise ValueError(
-            f"{names}: no usable row among the {report.read} read {_kinds(report.bad)}".rstrip()
-        )
-    report.kept = len(rows)
-    return rows
-
-
-def _counted(records: Iterable[tuple[str, object]], report: RowReport) -> Records:
-    for item in records:
-        report.read += 1
-        yield item
-
-
-def _mapped(
-    records: Records, paths: Columns | None, group_by: str, on_bad: Callable[[BadRow], None]
-) -> Records:
-    """Replace the fields that `--columns` names by what it finds, in records of one response."""
-    moved = paths.fields - {group_by} if paths else set()
-    for where, record in records:
-        try:
-            record = _check_object(record, where)
-            if paths:
-                rest = {name: value for name, value in record.items() if name not in moved}
-                record = rest | paths.find(record, where)
-        except BadRow as error:
-            on_bad(error)
-        else:
-            yield where, record
+def _at(keep: Sequence[int], values: list | None) -> list | None:
+    return values and [values[i] for i in keep]
 
 
 def parse_row(record: object, where: str) -> Row:
-    """Check one record and turn it into a `Row`; raises `BadRow` that names the field and what was
-    expected."""
-    return _row(_complete(record, where), record, where)
+    """Convert one record of any layout to a `Row`. Raises `BadRow`, which names the field and what
+    was expected."""
+    return row_of(complete(record, where), record, where)[0]
 
 
 def parse_draft(record: object, where: str) -> Draft:
-    """Check one record and turn it into a `Draft`; raises `BadRow` like `parse_row`."""
-    return _draft(_complete(record, where), record, where)
+    """Convert one record of any layout to a `Draft`; raises `BadRow` like `parse_row`."""
+    return draft_of(complete(record, where), record, where)[0]
 
 
-def _complete(
+def complete(
     record: object, where: str, paths: Columns | None = None, apply_chat_template: bool = False
 ) -> Canonical:
-    """Convert a record to canonical form and complete its prompt: check it, add the system
-    message."""
-    record = _check_object(record, where)
+    """Convert a record to canonical form with a checked prompt, the system message included; its
+    responses and scores are not checked yet. Raises BadRow."""
+    record = check_object(record, where)
     canon = canonical(record, where, paths.find(record, where) if paths else None)
     if paths:
         canon.used |= paths.fields
     if canon.prompt is None:
-        problem = "prompt: missing (a string or a list of messages was expected)"
-        raise BadRow("missing field", where, problem + what_serves(record))
+        problem = "prompt: missing (expected a string or a list of messages)"
+        raise BadRow("missing field", where, problem + fields_hint(record))
     if isinstance(canon.prompt, str):
         prompt = check_text(canon.prompt, canon.prompt_name, where)
     elif isinstance(canon.prompt, list):
@@ -317,42 +143,45 @@ def _complete(
     common["tools"] = check_tools(common["tools"], where)
     common["chat_template_kwargs"] = check_kwargs(common["chat_template_kwargs"], where)
     prompt = with_system(prompt, common["system"], where)
-    # Tools have their place in a chat template, and nowhere in a text.
+    # Only a chat template can render tools, so a string prompt becomes a message.
     canon.prompt = as_messages(prompt) if apply_chat_template or common["tools"] else prompt
     return canon
 
 
-def _row(
+def row_of(
     canon: Canonical,
     record: dict,
     where: str,
     *,
-    report: RowReport | None = None,
     drop: bool = False,
     use_responses: str = "all",
     stop_strings: Sequence[str] = (),
-) -> Row:
-    """The row of a complete record. Bad responses raise BadRow, or if `drop` are left out and
-    counted, as long as two good ones remain."""
-    if report is not None:
-        report.unused.update(_unused(canon, record))
-    responses, scores = (
-        _needed(value, name, record, where)
-        for name, value in (("responses", canon.responses), ("scores", canon.scores))
-    )
+) -> tuple[Row, list[BadRow]]:
+    """Check the responses and scores of a complete record.
+
+    Returns:
+        The row, and the errors of its bad responses, which are left out if `drop` is True.
+
+    Raises:
+        BadRow: the first bad response, unless `drop` is True and two good ones remain.
+    """
+    # Check the lists that describe the responses; all have one item per response.
+    responses = _needed(canon.responses, "responses", record, where)
+    scores = _needed(canon.scores, "scores", record, where)
     sources = check_texts(canon.sources, "sources", where)
     as_generated = check_flags(canon.common["as_generated"], "as_generated", where)
     for name, values in (("scores", scores), ("sources", sources), ("as_generated", as_generated)):
         check_length(name, values, len(responses), where)
     chosen = range(len(responses))
     if use_responses != "all":
-        own = _provided(sources, len(responses))
-        chosen = [i for i in chosen if own[i] == (use_responses == "provided")]
-    keep, texts, numbers, bad = [], [], [], []
+        is_own = _provided(sources, len(responses))
+        chosen = [i for i in chosen if is_own[i] == (use_responses == "provided")]
+    # Check each chosen response and its score.
+    keep, texts, rewards, bad = [], [], [], []
     for i in chosen:
         try:
             text = _response(canon, responses[i], i, where, stop_strings)
-            number = check_score(scores[i], _name_of(canon.score_names, "scores", i), where)
+            reward = check_score(scores[i], _name_of(canon.score_names, "scores", i), where)
         except BadRow as error:
             if not drop:
                 raise
@@ -360,46 +189,48 @@ def _row(
             continue
         keep.append(i)
         texts.append(text)
-        numbers.append(number)
+        rewards.append(reward)
     if len(keep) < 2 and bad:
         raise bad[0]
     if len(keep) < 2:
         which = "" if use_responses == "all" else f" that are {use_responses}"
         problem = f"responses: ranking needs at least 2, found {len(keep)}{which}"
         raise BadRow("fewer than 2 responses", where, problem)
-    if bad:
-        report.bad_responses.update(error.kind for error in bad)
-    return Row(
-        canon.prompt,
-        texts,
-        numbers,
-        sources and [sources[i] for i in keep],
-        where,
-        canon.common["tools"],
-        canon.common["chat_template_kwargs"],
-        as_generated and [as_generated[i] for i in keep],
+    row = Row(
+        prompt=canon.prompt,
+        responses=texts,
+        rewards=rewards,
+        sources=_at(keep, sources),
+        where=where,
+        tools=canon.common["tools"],
+        chat_template_kwargs=canon.common["chat_template_kwargs"],
+        as_generated=_at(keep, as_generated),
     )
+    return row, bad
 
 
-def _draft(
-    canon: Canonical,
-    record: dict,
-    where: str,
-    *,
-    report: RowReport | None = None,
-    drop: bool = False,
-) -> Draft:
-    """The draft of a complete record. Bad responses raise BadRow, or if `drop` are left out and
-    counted."""
+def draft_of(
+    canon: Canonical, record: dict, where: str, *, drop: bool = False
+) -> tuple[Draft, list[BadRow]]:
+    """Check the responses of a complete record, if it has any.
+
+    Returns:
+        The draft, and the errors of its bad responses, which are left out if `drop` is True.
+
+    Raises:
+        BadRow: the first bad response, unless `drop` is True.
+    """
+    # Check the lists that describe the responses; all have one item per response.
     raw = None if canon.responses is None else check_list(canon.responses, "responses", where)
     sources = check_texts(canon.sources, "sources", where)
     as_generated = check_flags(canon.common["as_generated"], "as_generated", where)
     reasons = canon.common["finish_reasons"]
     reasons = None if reasons is None else check_list(reasons, "finish_reasons", where)
-    parts = {"sources": sources, "finish_reasons": reasons, "as_generated": as_generated}
-    for name, values in parts.items():
+    lists = {"sources": sources, "finish_reasons": reasons, "as_generated": as_generated}
+    for name, values in lists.items():
         check_length(name, values, len(raw or []), where)
-    keep, texts = [], []
+    # Check each response.
+    keep, texts, bad = [], [], []
     for i, answer in enumerate(raw or []):
         name = _name_of(canon.names, "responses", i)
         try:
@@ -407,43 +238,43 @@ def _draft(
         except BadRow as error:
             if not drop:
                 raise
-            report.bad_responses[error.kind] += 1
+            bad.append(error)
             continue
         keep.append(i)
-    parts = {name: values and [values[i] for i in keep] for name, values in parts.items()}
-    used = canon.used | {*OF_STAGES} - {"failures"}
+    # Everything that was not read into the draft is passed on, and so are these two, whatever a
+    # stage does to the responses.
+    used = canon.used | {*STAGE_FIELDS} - {"failures"}
     others = {name: value for name, value in record.items() if name not in used}
-    # These two go on as they are, whatever a stage makes of the responses.
     named = {name: canon.common[name] for name in ("tools", "chat_template_kwargs")}
     others |= {name: value for name, value in named.items() if value is not None}
-    return Draft(
-        canon.prompt,
-        None if raw is None else texts,
-        parts["sources"],
-        parts["finish_reasons"],
-        others,
-        where,
+    draft = Draft(
+        prompt=canon.prompt,
+        responses=None if raw is None else texts,
+        others=others,
+        where=where,
         **named,
-        as_generated=parts["as_generated"],
+        **{name: _at(keep, values) for name, values in lists.items()},
     )
+    return draft, bad
 
 
-def _response(canon: Canonical, answer: object, i: int, where: str, stop_strings: list[str]) -> str:
+def _response(
+    canon: Canonical, answer: object, i: int, where: str, stop_strings: Sequence[str]
+) -> str:
     name = _name_of(canon.names, "responses", i)
     text = check_text(answer_text(answer, name, where), name, where)
     if not text.strip():
         problem = f"{name}: empty, expected at least one visible character"
         raise BadRow("empty response", where, problem)
-    if stop_strings:
-        text = cut_at(stop_strings, text)
-        if not text.strip():
-            raise BadRow("empty response", where, f"{name}: empty once cut at a stop string")
+    text = cut_at(stop_strings, text)
+    if not text.strip():
+        raise BadRow("empty response", where, f"{name}: empty once cut at a stop string")
     return text
 
 
 def _needed(value: object, name: str, record: dict, where: str) -> list:
     if value is None:
-        problem = f"{name}: missing (a list was expected){what_serves(record)}"
+        problem = f"{name}: missing (expected a list){fields_hint(record)}"
         raise BadRow("missing field", where, problem)
     return check_list(value, name, where)
 
@@ -452,24 +283,14 @@ def _name_of(names: list[str] | None, field_name: str, i: int) -> str:
     return f"{field_name}[{i}]" if names is None else names[i]
 
 
-def _unused(canon: Canonical, record: dict) -> list[str]:
-    """List the fields of a record that nothing uses."""
-    used = canon.used.union(OF_STAGES)
+def unused_fields(canon: Canonical, record: dict) -> list[str]:
+    """Return the fields of a record that have a value which nothing uses."""
+    used = canon.used.union(STAGE_FIELDS)
     return [name for name, value in record.items() if name not in used and value is not None]
 
 
-def _check_object(record: object, where: str) -> dict:
-    if isinstance(record, BadRow):  # a line that is no JSON
-        raise record
-    if isinstance(record, list):
-        raise BadRow("not an object", where, NO_ARRAY)
-    if not isinstance(record, dict):
-        raise BadRow("not an object", where, f"expected a JSON object, found {show(record)}")
-    return record
-
-
 def provided_mask(row: Row | Draft) -> list[bool]:
-    """For each response, whether it is the dataset's own: its source says so, or, in rows without
+    """Return per response whether it is the dataset's own: its source says so or, in rows without
     sources, it is one of the last two."""
     return _provided(row.sources, len(row.responses))
 
@@ -481,10 +302,6 @@ def _provided(sources: list[str] | None, count: int) -> list[bool]:
 
 
 def cut_at(stop_strings: Sequence[str], response: str) -> str:
-    """The response up to the first of the stop strings that it holds."""
+    """Cut a response at the first stop string that it contains."""
     places = (at for stop in stop_strings if (at := response.find(stop)) >= 0)
     return response[: min(places, default=None)]
-
-
-def _kinds(bad: Counter) -> str:
-    return f"({', '.join(f'{count} {kind}' for kind, count in bad.most_common())})" if bad else ""

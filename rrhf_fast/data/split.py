@@ -1,4 +1,4 @@
-"""Training and held-out rows that share no prompt: shared ones would measure memory."""
+"""Training and held-out rows that share no prompt, so that evaluation does not measure memory."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 def hold_out(
     queries: Sequence[TokenisedQuery], fraction: float, seed: int
 ) -> tuple[list[TokenisedQuery], list[TokenisedQuery]]:
-    """Split queries into (training, held out) without a shared prompt, each in the given order.
+    """Split queries into (training, held out) without a shared prompt, both in the given order.
 
-    Prompts are visited in an order given by the seed; each is held out with all of its rows if that
-    brings the held-out share of the rows nearer to `fraction`. Each side gets at least one prompt.
-    If every prompt has one row, exactly the rounded share is held out.
+    Prompts are visited in an order drawn with the seed; each is held out with all of its rows if
+    that brings the held-out share of the rows closer to `fraction`. Both sides get at least one
+    prompt. If every prompt has one row, exactly the rounded share is held out.
 
     Raises:
         ValueError: all rows have the same prompt, or the share of the rows rounds to none or all.
@@ -33,8 +33,8 @@ def hold_out(
     order = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
     chosen: set[int] = set()
     for rows in order:
-        nearer = len(rows) < 2 * (target - len(chosen))
-        if nearer and len(chosen) + len(rows) < len(queries):
+        is_closer = len(rows) < 2 * (target - len(chosen))
+        if is_closer and len(chosen) + len(rows) < len(queries):
             chosen.update(rows)
     chosen = chosen or set(min(order, key=len))
     return (
@@ -44,13 +44,13 @@ def hold_out(
 
 
 def count_shared(rows: Iterable[Row | Draft], others: Iterable[Row | Draft]) -> int:
-    """Count the `rows` whose prompt one of `others` has too."""
+    """Count the `rows` whose prompt is also the prompt of one of `others`."""
     known = {prompt_key(row) for row in others}
     return sum(prompt_key(row) in known for row in rows)
 
 
 def prompt_key(row: Row | Draft) -> str:
-    """Equal for rows that ask the same, whatever system message, tools and arguments of the chat
-    template they ask it under. A string asks the same as a user's message."""
+    """Return a key that is equal for rows with the same question, regardless of system messages,
+    tools and arguments of the chat template. A string equals a user message of the same text."""
     asked = [message for message in as_messages(row.prompt) if message["role"] != "system"]
     return json.dumps([[message["role"], plain_content(message).strip()] for message in asked])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.data.encode import encode_responses
+from rrhf_fast.data.load import RowReport, load_drafts, load_rows
 from rrhf_fast.data.options import OWN_FORMAT
-from rrhf_fast.data.rows import Draft, RowReport, load_drafts, load_rows
-from rrhf_fast.data.tokenise import encode_responses
+from rrhf_fast.data.rows import Draft
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import (
     Bootstrap,
@@ -322,7 +323,7 @@ def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     pairs = []
     for row, found in zip(rows, model(rows), strict=True):
         keep = [i for i, logps in enumerate(found) if not isinstance(logps, str)]
-        p, scores = [found[i].mean() for i in keep], [row.scores[i] for i in keep]
+        p, scores = [found[i].mean() for i in keep], [row.rewards[i] for i in keep]
         pairs.append(pairs_in_order(np.array(p), np.array(scores)))
     return ByPrompt(*zip(*pairs, strict=True))
 

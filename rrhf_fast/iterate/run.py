@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rrhf_fast.data.load import load_drafts
 from rrhf_fast.data.options import OWN_FORMAT
-from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.data.rows import Draft
 from rrhf_fast.data.split import count_shared
 from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig

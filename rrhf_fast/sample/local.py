@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig
 
-from rrhf_fast.data.rows import Draft, RowReport, cut_at
-from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+from rrhf_fast.data.encode import decode_response
+from rrhf_fast.data.load import RowReport
+from rrhf_fast.data.rows import Draft, cut_at
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.generate import batches_by_length, generate_batch
 from rrhf_fast.sample.config import Policy, SampleConfig

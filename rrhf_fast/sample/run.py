@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rrhf_fast.data.rows import Draft, cut_at, load_drafts, provided_mask
+from rrhf_fast.data.load import load_drafts
+from rrhf_fast.data.rows import Draft, cut_at, provided_mask
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import LocalModel, seed_of

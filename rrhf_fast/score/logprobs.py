@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import BadRow, Draft, Row, RowReport
+from rrhf_fast.data.rows import BadRow, Draft, Row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
@@ -64,7 +65,7 @@ class LogProbs:
             pad_to_multiple_of=self.model.pad_to_multiple_of,
             plan=self.model.plan,
         )
-        for ids in planner.plan(range(len(queries))):
+        for ids in planner.group(range(len(queries))):
             pack = planner.build(ids).to(self.model.device)
             logps = self.model.edge_logps(pack)[pack.path_edges].float().cpu().numpy()
             parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))

@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from rrhf_fast.data.rows import Draft, load_drafts
+from rrhf_fast.data.load import load_drafts
+from rrhf_fast.data.rows import Draft
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.model.generate import batches_by_length
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig

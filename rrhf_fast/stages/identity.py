@@ -5,7 +5,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from rrhf_fast.data.files import local_files
+from rrhf_fast.data.sources import local_files
 
 # Options that change where a result goes or when it is there, not what it is.
 _NO_MATTER = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")

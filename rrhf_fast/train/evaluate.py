@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_fast.data.active import kept_rows
+from rrhf_fast.data.encode import decode_response
 from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.tokenise import TokenisedQuery, decode_response, learned_end_ids
+from rrhf_fast.data.tokenise import TokenisedQuery, learned_end_ids
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.flops import Flops

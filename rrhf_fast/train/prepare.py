@@ -11,11 +11,11 @@ import transformers
 from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
-from rrhf_fast.data.files import InMemory
 from rrhf_fast.data.forest import Pack, forest_tokens
+from rrhf_fast.data.load import RowReport, load_rows
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.rows import RowReport, load_rows
+from rrhf_fast.data.sources import InMemory
 from rrhf_fast.data.split import hold_out
 from rrhf_fast.data.tokenise import TokenisedQuery, learned_end_ids, tokenise_rows
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions

@@ -1,6 +1,6 @@
 """Show what the model will see: `--show_tokens` prints rows token by token."""
 
-from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer, max_positions
 from rrhf_fast.model.sharded import empty_model
@@ -38,7 +38,7 @@ def shown_rows(config: TrainConfig) -> str:
 def _shown(query: TokenisedQuery, tokenizer) -> str:
     lines = [f"{query.row.where}: prompt, {len(query.prompt_ids)} tokens, not learned"]
     lines += _indented(tokenizer.decode(query.prompt_ids))
-    for i, (ids, score) in enumerate(zip(query.response_ids, query.row.scores, strict=True)):
+    for i, (ids, score) in enumerate(zip(query.response_ids, query.row.rewards, strict=True)):
         lines.append(f"responses[{i}], score {score:g}, {len(ids)} tokens, learned")
         # Each token is decoded alone; a letter whose bytes span several tokens appears broken.
         lines += _indented("".join(f"[{tokenizer.decode([token])}]" for token in ids))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rrhf_fast.data.checks import listed
+from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.rows import RowReport
 from rrhf_fast.data.split import count_shared
 from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel

@@ -1,4 +1,4 @@
-"""The part of a forest that has a gradient: against paths that are followed one token at a time."""
+"""The part of a forest that has a gradient, against paths followed one token at a time."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def forest(cases, **options):
 
 
 def contexts(pack):
-    """For each edge: the tokens that its row sees, itself included, and what it predicts."""
+    """For each edge, the tokens that its row sees, itself included, and the token it predicts."""
     ends, ids = pack.subtree_end.tolist(), pack.input_ids.tolist()
     seen = [[ids[j] for j in range(i + 1) if i < ends[j]] for i in range(len(ids))]
     edges = zip(pack.edge_rows.tolist(), pack.edge_targets.tolist(), strict=True)
@@ -37,7 +37,7 @@ def contexts(pack):
 
 
 @given(cases=queries, data=st.data(), padding=st.sampled_from([1, 8]))
-def test_what_is_kept_predicts_the_same_from_the_same(cases, data, padding):
+def test_the_active_part_keeps_each_prediction_and_its_context(cases, data, padding):
     pack = forest(cases, pad_to_multiple_of=padding)
     chosen = data.draw(
         st.lists(st.booleans(), min_size=len(pack.edge_rows), max_size=len(pack.edge_rows))
@@ -48,7 +48,7 @@ def test_what_is_kept_predicts_the_same_from_the_same(cases, data, padding):
     assert contexts(part) == expected
     assert part.edge_weights.tolist() == weights[weights != 0].tolist()
     assert part.num_tokens == kept_rows(pack, weights != 0).sum()
-    # No more than the paths: every row is seen by one that predicts.
+    # Only the paths are kept: every row is seen by one that predicts.
     ends = part.subtree_end.tolist()
     for j in range(part.num_tokens):
         assert any(j <= row < ends[j] for row in part.edge_rows.tolist())
@@ -58,7 +58,7 @@ def test_what_is_kept_predicts_the_same_from_the_same(cases, data, padding):
 
 
 @given(cases=st.lists(queries, min_size=1, max_size=4), max_tokens=st.integers(1, 40))
-def test_joined_parts_say_what_they_said_apart(cases, max_tokens):
+def test_joining_keeps_each_prediction_and_its_context(cases, max_tokens):
     packs = [forest(case) for case in cases]
     parts = [active_part(pack, torch.ones(len(pack.edge_rows))) for pack in packs]
     plans = []
@@ -74,7 +74,7 @@ def test_joined_parts_say_what_they_said_apart(cases, max_tokens):
         assert len(joined) == 1
 
 
-def test_parts_without_tokens_vanish_and_one_token_stands_in():
+def test_parts_without_tokens_are_left_out_and_one_token_is_a_filler():
     pack = forest([([1, 2], [[3], [0, 1]])])
     assert join([active_part(pack, torch.zeros(3))], max_tokens=10) == []
     (filler,) = join([without_weight(pack)], max_tokens=1, pad_to_multiple_of=4)

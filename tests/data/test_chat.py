@@ -1,4 +1,4 @@
-"""What a chat template renders is what is trained, whatever the template does, or is refused."""
+"""Training uses exactly the tokens that a chat template renders, or refuses the row."""
 
 import pytest
 from hypothesis import given
@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import decode_response, end_token_ids, tokenise_rows
+from rrhf_fast.data.encode import decode_response
+from rrhf_fast.data.load import RowReport
+from rrhf_fast.data.rows import BadRow, Row
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 
 EOS = "<eos>"
 JOINS = (("Ċ", "cat"), ("]", "Ġ"), (":", "Ġ"), ("t", "Ċ"), ("Ċ", "Ċ"))
@@ -17,7 +19,7 @@ ADDED = ("<think>", "</think>", "\n\n")  # added, but not special
 
 
 def make_tokenizer(template=None, *, eos=EOS, prefix=(), joins=()):
-    """Letters and a cat, with a space in front or without. `joins` are further pairs of tokens that
+    """Letters and a cat, with or without a leading space. `joins` are further pairs of tokens that
     join, such as those on both sides of a prompt's end."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), *joins]
@@ -42,8 +44,8 @@ def user(text="Say cat"):
 
 
 def row(prompt, *responses, **more):
-    scores = [1.0 / (i + 1) for i in range(len(responses))]
-    return Row(prompt, list(responses), scores, None, "f:1", **more)
+    rewards = [1.0 / (i + 1) for i in range(len(responses))]
+    return Row(prompt, list(responses), rewards, None, "f:1", **more)
 
 
 def trained(tokenizer, row, **options):
@@ -88,7 +90,7 @@ HEADERS = (
     "<|start|>assistant<|channel|>final<|message|>",
     "",
 )
-# What a template may put in front of an answer, and of that, what its generation prompt holds.
+# Text that a template puts in front of an answer, and the part in its generation prompt.
 FRONTS = (
     ("", ""),
     (" ", ""),
@@ -156,9 +158,9 @@ prompts = st.sampled_from(
 
 
 @given(templates(), prompts, st.lists(words, min_size=2, max_size=4))
-def test_what_is_rendered_is_trained_or_refused(template, prompt, responses):
+def test_the_rendered_tokens_are_trained_or_the_row_is_refused(template, prompt, responses):
     tokenizer = make_tokenizer(template, joins=JOINS)
-    # The end token that an answer brings is the template's.
+    # An end token in the answer counts as the template's.
     responses = [text.removesuffix("<|im_end|>") or "cat" for text in responses]
     try:
         assert_trained_is_rendered(tokenizer, row(prompt, *responses))
@@ -166,7 +168,7 @@ def test_what_is_rendered_is_trained_or_refused(template, prompt, responses):
         assert str(error).startswith("f:1: ") and "template" in str(error)
 
 
-# --- Where the answer begins, kind by kind
+# --- Where the answer begins, by kind of template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -216,7 +218,7 @@ KINDS = {
         "<|start|>user<|message|>Say cat<|end|><|start|>assistant<|channel|>final<|message|>",
         "cat<|return|>",
     ),
-    # The tokenizer joins a space with the word behind it, so the model has to write both.
+    # The tokenizer joins a space with the next word, so the model must write both.
     "space": (SPACED, "[INST] Say cat [/INST]", " cat<eos>"),
     "no generation prompt": (
         CHATML.partition("{% if add_generation_prompt %}")[0],
@@ -232,7 +234,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_in_front_of_an_answer_is_the_prompt(kind):
+def test_text_in_front_of_an_answer_belongs_to_the_prompt(kind):
     template, prompt, answer = KINDS[kind]
     tokenizer = make_tokenizer(template)
     this = row(user(), "cat", "dog")
@@ -244,7 +246,7 @@ def test_what_stands_in_front_of_an_answer_is_the_prompt(kind):
 @pytest.mark.parametrize(
     ("template", "answer", "problem"),
     [
-        (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer, renders"),
+        (CHATML.replace("m.content", "m.content | upper"), "cat", "changes the answer and renders"),
         (CHATML.replace("m.content", "m.content[:20]"), "cat " * 9, r"renders responses\[0\] as"),
         (CHATML.replace("{{ m.content }}", ""), "cat", "changes the answer"),
         (
@@ -255,13 +257,13 @@ def test_what_stands_in_front_of_an_answer_is_the_prompt(kind):
         (chatml("{{ m.content.split('</think>')[-1] }}", ""), "a</think>b", "changes the answer"),
     ],
 )
-def test_what_a_template_changes_is_refused(template, answer, problem):
+def test_a_changed_answer_is_refused(template, answer, problem):
     tokenizer = make_tokenizer(template)
     with pytest.raises(BadRow, match=f"^f:1: responses.*{problem}"):
         trained(tokenizer, row(user(), answer, "dog"))
 
 
-def test_the_arguments_that_make_prompt_and_conversation_agree_are_named():
+def test_the_error_suggests_arguments_that_make_prompt_and_conversation_agree():
     opened = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}"
     template = chatml("<think></think>{{ m.content }}", opened + "<think>\n{% endif %}")
     tokenizer, this = make_tokenizer(template), row(user(), "cat", "dog")
@@ -270,7 +272,7 @@ def test_the_arguments_that_make_prompt_and_conversation_agree_are_named():
     assert_trained_is_rendered(tokenizer, this, enable_thinking=False)
 
 
-def test_an_answer_that_begins_in_the_generation_prompt():
+def test_an_answer_that_begins_within_the_generation_prompt():
     tokenizer = make_tokenizer(chatml("{{ m.content }}", "<think>\n"))
     this = row(user(), "<think>\na\n</think>\n\ncat", "<think>\nb")
     assert_trained_is_rendered(tokenizer, this)
@@ -280,7 +282,7 @@ def test_an_answer_that_begins_in_the_generation_prompt():
 
 
 @pytest.mark.parametrize(
-    ("behind", "eos", "end"),
+    ("suffix", "eos", "end"),
     [
         ("<|end|><|return|>\n", "<|return|>", "<|end|><|return|>"),
         ("<|end|><|return|>\n", EOS, "<|end|><|return|>"),
@@ -289,21 +291,21 @@ def test_an_answer_that_begins_in_the_generation_prompt():
         ("\n<|end|>\n", EOS, "\n<|end|>"),
     ],
 )
-def test_the_end_of_an_answer(behind, eos, end):
-    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", behind), eos=eos)
+def test_the_end_of_an_answer(suffix, eos, end):
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>\n", suffix), eos=eos)
     (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"))
     assert tokenizer.decode(ids[start:]) == "cat" + end
     assert ids[-1] in end_token_ids(tokenizer, [row(user(), "cat", "dog")])
 
 
-def test_a_thought_in_an_answer_takes_the_place_of_the_empty_one():
+def test_a_thought_in_an_answer_replaces_the_empty_one():
     thinks = "{% if '</think>' not in m.content %}" + NO_THOUGHT + "{% endif %}{{ m.content }}"
     tokenizer = make_tokenizer(chatml(thinks, ""))
     thoughts = "<think>\nCats.\n</think>\n\ncat"
     this = row(user(), "cat", thoughts)
     assert_trained_is_rendered(tokenizer, this)
     (first, second), start = trained(tokenizer, this)
-    # The empty thought is what the model would have to write instead, so it is learned here.
+    # The model would have to write the empty thought itself, so it is learned here.
     assert tokenizer.decode(second) == f"{QUESTION}<|im_start|>assistant\n{thoughts}<|im_end|>"
     assert tokenizer.decode(second[:start]) == f"{QUESTION}<|im_start|>assistant\n"
     assert tokenizer.decode(first[start:]) == f"{NO_THOUGHT}cat<|im_end|>"
@@ -320,7 +322,7 @@ def test_an_answer_that_continues_the_last_message():
     assert tokenizer.decode(other[start:]) == " \n\ndog<|im_end|>"
 
 
-def test_tokens_that_join_across_the_border_are_the_answers():
+def test_tokens_that_join_prompt_and_answer_belong_to_the_answer():
     tokenizer = make_tokenizer(CHATML, joins=[("Ċ", "cat")])
     this = row(user(), "cat", "dog")
     assert_trained_is_rendered(tokenizer, this)
@@ -351,7 +353,7 @@ def test_a_template_by_name():
 
 
 @pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_tensors"])
-def test_arguments_that_are_not_the_templates(name):
+def test_reserved_arguments_are_refused(name):
     with pytest.raises(ValueError, match=f"^chat_template_kwargs: {name} "):
         trained(make_tokenizer(CHATML), row(user(), "a", "b"), chat_template_kwargs={name: True})
     with pytest.raises(BadRow, match=f"^f:1: chat_template_kwargs: {name} "):
@@ -367,7 +369,7 @@ def test_tools_reach_the_template_or_the_row_is_refused():
         trained(make_tokenizer(CHATML), row(user(), "cat", "dog", tools=tools))
 
 
-def test_a_system_message_that_the_template_drops():
+def test_a_dropped_system_message_is_refused():
     messages = [{"role": "system", "content": "Be brief."}, *user()]
     assert_trained_is_rendered(make_tokenizer(CHATML), row(messages, "cat", "dog"))
     drops = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", TURN)
@@ -384,7 +386,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool"])
-def test_messages_that_a_template_drops(role):
+def test_dropped_messages_are_refused(role):
     messages = [*user("Hi"), {"role": role, "content": 'It is "42"'}, *user()]
     assert_trained_is_rendered(make_tokenizer(CHATML), row(messages, "cat", "dog"))
     with pytest.raises(BadRow, match=rf"^f:1: prompt: .* drops the {role} message, prompt\[1\]"):
@@ -395,7 +397,7 @@ def test_messages_that_a_template_drops(role):
     assert_trained_is_rendered(make_tokenizer(quotes), row(messages, "cat", "dog"))
 
 
-def test_tool_calls_that_a_template_ignores():
+def test_ignored_tool_calls_are_refused():
     messages = [*user("Hi"), CALL, *user()]
     shows = CHATML.replace(
         "<|im_end|>", "{{ m.tool_calls[0].function.name if m.tool_calls else '' }}<|im_end|>"
@@ -406,7 +408,7 @@ def test_tool_calls_that_a_template_ignores():
 
 
 @pytest.mark.parametrize("content", ["", None])
-def test_a_prompt_that_ends_with_a_tool_call(content):
+def test_a_prompt_that_ends_with_a_tool_call_is_refused(content):
     with pytest.raises(BadRow, match="^f:1: prompt: its last message calls tools, so a tool's"):
         messages = [*user("Hi"), CALL | {"content": content}]
         trained(make_tokenizer(CHATML), row(messages, "cat", "dog"))
@@ -415,7 +417,7 @@ def test_a_prompt_that_ends_with_a_tool_call(content):
 @pytest.mark.parametrize(
     "ending", ["<|im_end|>", "<|im_end|>\n", "<|im_end|><eos>", "\n<eos>", "<|im_end|>\n<|im_end|>"]
 )
-def test_end_tokens_that_an_answer_brings(ending):
+def test_end_tokens_in_an_answer_are_not_doubled(ending):
     tokenizer = make_tokenizer(CHATML)
     (ids, _), start = trained(tokenizer, row(user(), "cat" + ending, "dog"))
     assert tokenizer.decode(ids[start:]).replace("\n", "") == "cat<|im_end|>"
@@ -423,7 +425,7 @@ def test_end_tokens_that_an_answer_brings(ending):
         trained(tokenizer, row(user(), ending, "dog"))
 
 
-def test_an_answer_that_is_all_in_the_generation_prompt():
+def test_an_answer_entirely_within_the_generation_prompt_is_refused():
     for template, answer in (
         (chatml("{{ m.content }}", NO_THOUGHT), NO_THOUGHT),
         (chatml("A:{{ m.content | replace('A:', '') }}", "A:"), "A:"),
@@ -432,7 +434,7 @@ def test_an_answer_that_is_all_in_the_generation_prompt():
             trained(make_tokenizer(template), row(user(), answer, "dog"))
 
 
-def test_no_prefix_that_the_template_does_not_render():
+def test_no_prefix_is_added_to_what_the_template_renders():
     tokenizer = make_tokenizer(CHATML, prefix=("[gMASK]", "<sop>"))
     assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"))
     (ids, _), start = trained(tokenizer, row(user(), "cat", "dog"), max_prompt_length=5)
@@ -442,32 +444,32 @@ def test_no_prefix_that_the_template_does_not_render():
     assert start == 5 and tokenizer.decode(ids[:2]) == "[gMASK]<sop>"
 
 
-# --- What a model wrote itself
+# --- Samples of the model itself
 
 SAMPLE = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>Hi"
 
 
-def test_samples_keep_special_tokens_but_the_end():
+def test_samples_keep_special_tokens_except_the_end_token():
     tokenizer = make_tokenizer(CHANNELS, eos="<|return|>")
     drawn = tokenizer(SAMPLE + "<|return|>")["input_ids"]
     assert decode_response(tokenizer, drawn) == SAMPLE
-    assert decode_response(tokenizer, drawn[:-1]) == SAMPLE  # it was cut off
+    assert decode_response(tokenizer, drawn[:-1]) == SAMPLE  # cut off by a limit
     turn = tokenizer.convert_tokens_to_ids("<|end|>")
     assert decode_response(tokenizer, [*drawn[:5], turn], [turn]) == tokenizer.decode(drawn[:5])
 
 
-def test_a_sample_stands_right_behind_the_generation_prompt():
+def test_a_sample_directly_follows_the_generation_prompt():
     tokenizer = make_tokenizer(CHANNELS, eos="<|return|>")
     this = row(user(), SAMPLE, "cat", as_generated=[True, False])
     (sample, answer), start = trained(tokenizer, this)
     opening = tokenizer.apply_chat_template(user(), add_generation_prompt=True, return_dict=False)
     assert sample == opening + tokenizer(SAMPLE + "<|return|>")["input_ids"]
     assert answer == rendered(tokenizer, user(), "cat")
-    # The sample has no header of the template's own; both go on with a channel.
+    # The template adds no header to the sample; both continue with a channel.
     assert sample[:start] == answer[:start] == opening
 
 
-def test_what_the_template_would_change_is_trained_as_it_was_generated():
+def test_a_sample_is_trained_as_generated_even_if_the_template_would_change_it():
     tokenizer = make_tokenizer(chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n"))
     this = row(user(), "a</think>b", "c</think>d", as_generated=[True, True])
     (ids, _), start = trained(tokenizer, this)
@@ -475,11 +477,11 @@ def test_what_the_template_would_change_is_trained_as_it_was_generated():
     assert tokenizer.decode(ids[:start]) == f"{QUESTION}<|im_start|>assistant\n<think>\n"
 
 
-# --- What a tokenizer puts in front
+# --- The prefix of a tokenizer
 
 
 @pytest.mark.parametrize("prompt", ["Hi", "[gMASK]<sop>Hi"])
-def test_a_prefix_that_is_no_bos(prompt):
+def test_a_prefix_other_than_bos(prompt):
     tokenizer = make_tokenizer(prefix=("[gMASK]", "<sop>"))
     (ids, _), start = trained(tokenizer, row(prompt, "cat", "dog"))
     assert ids[:start] == tokenizer("Hi")["input_ids"]
@@ -487,7 +489,7 @@ def test_a_prefix_that_is_no_bos(prompt):
     assert_trained_is_rendered(tokenizer, row(user(), "cat", "dog"))
 
 
-def test_a_prompt_that_is_cut_keeps_the_prefix():
+def test_a_cut_prompt_keeps_the_prefix():
     tokenizer = make_tokenizer(prefix=("[gMASK]", "<sop>"))
     (ids, _), start = trained(tokenizer, row("0123456789", "cat", "dog"), max_prompt_length=4)
     assert tokenizer.decode(ids[:start]) == "[gMASK]<sop>89"

@@ -1,9 +1,11 @@
-"""Sources of rows: every kind of file gives the same records, and damage is one clear line."""
+"""Sources of rows: every kind of file gives the same records, and damage gives one clear line."""
 
 import csv
 import gzip
 import json
 import re
+from datetime import datetime
+from decimal import Decimal
 
 import datasets
 import pyarrow
@@ -11,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from rrhf_fast.data.checks import BadRow
-from rrhf_fast.data.files import read_records
-from rrhf_fast.data.rows import load_drafts, load_rows
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.sources import read_records
 
 PAIRS = [
     {"prompt": f"Why {i}?\nTell.", "chosen": "So, é.", "rejected": 'No "idea".', "score_chosen": i}
@@ -61,13 +63,13 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
     WRITERS[name](tmp_path / name)
     rows, report = load_rows(str(tmp_path / name))
     assert [row.prompt for row in rows] == [pair["prompt"] for pair in PAIRS]
-    assert rows[2].responses == ["So, é.", 'No "idea".'] and rows[2].scores == [2.0, -1.5]
+    assert rows[2].responses == ["So, é.", 'No "idea".'] and rows[2].rewards == [2.0, -1.5]
     assert all(type(text) is str for text in [rows[0].prompt, *rows[0].responses])
     assert report.read == report.kept == 3 and not report.unused
     assert all(row.where.startswith(str(tmp_path / name)) for row in rows)
 
 
-def test_places_in_files(tmp_path):
+def test_places_name_the_line_or_the_index(tmp_path):
     for name in ("rows.jsonl", "array.json", "rows.csv", "rows.parquet"):
         WRITERS[name](tmp_path / name)
     places = {
@@ -103,11 +105,11 @@ def test_the_splits_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="no split 'nonsense', only test, train"):
         prompts(f"{tmp_path}:nonsense")
     (tmp_path / "more.jsonl").write_bytes(lines([{"prompt": "more"}]))
-    with pytest.raises(ValueError, match="more.jsonl tells no split"):
+    with pytest.raises(ValueError, match="more.jsonl names no split"):
         prompts(str(tmp_path))
 
 
-def test_splits_have_several_names(tmp_path):
+def test_splits_have_synonyms(tmp_path):
     for name in ("train", "val", "test"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([{"prompt": name}]))
     (tmp_path / "dataset_info.json").write_text('{"features": {}}')
@@ -121,7 +123,7 @@ def test_splits_have_several_names(tmp_path):
     assert prompts(f"{tmp_path}:eval") == prompts(f"{tmp_path}:test") == ["test"]
 
 
-def test_the_exact_name_of_a_split_comes_first(tmp_path):
+def test_the_exact_name_of_a_split_takes_precedence(tmp_path):
     rows = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("validation", "val")}
     datasets.DatasetDict(rows).save_to_disk(tmp_path)
     for split, name in {"val": "val", "validation": "validation", "dev": "validation"}.items():
@@ -130,15 +132,16 @@ def test_the_exact_name_of_a_split_comes_first(tmp_path):
 
 def test_a_folder_without_splits_has_none(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(PAIRS))
-    with pytest.raises(ValueError, match="no split 'test', its files tell none"):
+    with pytest.raises(ValueError, match="no split 'test', its file names mention none"):
         load_rows(f"{tmp_path}:test")
-    (tmp_path / "a_dev.jsonl").write_bytes(lines(PAIRS))  # held-out rows, not to be trained on
+    (tmp_path / "a_dev.jsonl").write_bytes(
+        lines(PAIRS)
+    )  # held-out rows, which training must not read
     with pytest.raises(ValueError, match="no split 'train', only validation"):
         load_rows(str(tmp_path))
 
 
 def test_splits_of_saved_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(PAIRS)
     table.save_to_disk(tmp_path / "plain")
     datasets.Dataset.from_list(PAIRS, split="test").save_to_disk(tmp_path / "one")
@@ -155,12 +158,11 @@ def test_splits_of_saved_datasets(tmp_path):
         with pytest.raises(ValueError, match=f"{source}: {problem}"):
             load_rows(f"{tmp_path}/{source}")
     next((tmp_path / "plain").glob("*.arrow")).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="a saved dataset that cannot be loaded"):
+    with pytest.raises(ValueError, match="the saved dataset cannot be loaded"):
         load_rows(str(tmp_path / "plain"))
 
 
-def test_configurations_and_splits_of_a_dataset_with_a_description(tmp_path):
-    pytest.importorskip("datasets")
+def test_configurations_and_splits_of_a_dataset_with_a_card(tmp_path):
     files = "".join(
         f"  - config_name: {name}\n    data_files:\n"
         f"    - split: {split}\n      path: {name}.jsonl\n"
@@ -171,13 +173,13 @@ def test_configurations_and_splits_of_a_dataset_with_a_description(tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([pair | {"id": name} for pair in PAIRS]))
     rows, report = load_rows(f"{tmp_path}:hard:test_prefs")
     assert len(rows) == 3 and rows[1].where == f"{tmp_path}[1]" and report.unused == {"id": 3}
-    with pytest.raises(ValueError, match="train_prefs"):  # the one that there is
+    with pytest.raises(ValueError, match="train_prefs"):  # the only split
         load_rows(f"{tmp_path}:easy:nonsense")
     with pytest.raises(ValueError, match="expected name, name:split or name:config:split"):
         load_rows(f"{tmp_path}:a:b:c")
 
 
-def test_a_path_may_hold_a_colon(tmp_path):
+def test_a_path_may_contain_a_colon(tmp_path):
     folder = tmp_path / "a:b"
     folder.mkdir()
     (folder / "c:train.jsonl").write_bytes(lines(PAIRS))
@@ -196,11 +198,11 @@ DAMAGED = {
     "empty.parquet": (b"", "damaged, or not Parquet"),
     "cut.json": (json.dumps(PAIRS).encode()[:-9], "[2]: not JSON from here on"),
     "comma.json": (b'[{"prompt": "a"},]', "[1]: not JSON from here on"),
-    "two.json": (b"[{}] [{}]", ":1: expected nothing behind the JSON array"),
+    "two.json": (b"[{}] [{}]", ":1: expected nothing after the JSON array"),
     "glued.json": (b"[{}\n{}]", ":2: expected a comma or the end"),
     "array.jsonl": (json.dumps(PAIRS, indent=1).encode(), "expected a JSON object on each line"),
     "quote.csv": (b'prompt,chosen,rejected\na,b,c\n"d,e,f\n', ":3: not CSV"),
-    "twice.csv": (b"a,a\n1,2\n", ":1: two columns have one name"),
+    "twice.csv": (b"a,a\n1,2\n", ":1: two columns have the same name"),
     "latin.csv": (b"prompt\ncaf\xe9\n", "not UTF-8 text"),
     "latin.json": (b'[{"prompt": "caf\xe9"}]', "not UTF-8 text (byte 16 of the file)"),
     "latin.jsonl": (b'\xef\xbb\xbf{"prompt": "caf\xe9"}', "not UTF-8 text (byte 18 of the file)"),
@@ -208,7 +210,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_one_line(name, tmp_path):
+def test_a_damaged_file_gives_one_line(name, tmp_path):
     data, problem = DAMAGED[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -218,28 +220,23 @@ def test_a_damaged_file_is_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", ":test"])
-def test_no_name_is_not_this_folder(source, tmp_path, monkeypatch):
+def test_an_empty_name_does_not_mean_the_current_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(lines(PAIRS))
     with pytest.raises(ValueError, match="expected the name of a file, a folder or a dataset"):
         load_rows(source)
 
 
-def test_empty_cells_are_fields_that_are_missing(tmp_path):
+def test_empty_cells_are_missing_fields(tmp_path):
     names = ("sources", "tools", "system", "as_generated", "finish_reasons", "score_chosen")
-    write_table(
-        tmp_path / "rows.csv",
-        [
-            {"prompt": "a", "chosen": "b", "rejected": "c"}
-            | dict.fromkeys(names, "")
-            | {"score_rejected": ""}
-        ],
-    )
+    record = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    record |= dict.fromkeys((*names, "score_rejected"), "")
+    write_table(tmp_path / "rows.csv", [record])
     (row,), _ = load_rows(str(tmp_path / "rows.csv"))
-    assert (row.prompt, row.scores, row.tools, row.as_generated) == ("a", [1, 0], None, None)
+    assert (row.prompt, row.rewards, row.tools, row.as_generated) == ("a", [1, 0], None, None)
 
 
-def test_an_empty_array_is_no_row(tmp_path):
+def test_an_empty_array_holds_no_row(tmp_path):
     (tmp_path / "rows.json").write_text(" [ ] ")
     with pytest.raises(ValueError, match="no usable row among the 0 read"):
         load_rows(str(tmp_path / "rows.json"))
@@ -253,7 +250,7 @@ def test_a_number_of_thousands_of_digits_is_a_bad_row(tmp_path):
     assert load_rows(str(path), on_bad_rows="skip")[1].bad == {"not JSON": 1}
 
 
-def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
+def test_a_csv_row_of_another_length_is_a_bad_row(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\nd,e\n\nf,g,h\n")
     with pytest.raises(BadRow, match=":3: expected 3 cells, found 2"):
@@ -262,13 +259,13 @@ def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
     assert [row.prompt for row in rows] == ["a", "f"] and report.bad == {"unequal lengths": 1}
 
 
-def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
+def test_cells_are_parsed_where_lists_and_numbers_are_expected(tmp_path):
     messages = json.dumps([{"role": "user", "content": "Why?"}])
     record = {"prompt": messages, "responses": '["a", "42"]', "scores": "[1, 0.5]"}
     write_table(tmp_path / "rows.csv", [record])
     (row,), _ = load_rows(str(tmp_path / "rows.csv"))
     assert row.prompt == [{"role": "user", "content": "Why?"}]
-    assert (row.responses, row.scores) == (["a", "42"], [1.0, 0.5])
+    assert (row.responses, row.rewards) == (["a", "42"], [1.0, 0.5])
     table = [
         {"q": "[{a", "one": "42", "two": "7", "good": "0.5", "bad": "x"},
         {"q": "b", "one": "c", "two": "d", "good": "", "bad": "1"},
@@ -279,13 +276,13 @@ def test_cells_are_lists_and_numbers_where_these_are_expected(tmp_path):
         load_rows(str(tmp_path / "table.csv"), columns=columns)
     columns["scores"] = "[good, good]"
     rows, report = load_rows(str(tmp_path / "table.csv"), columns=columns, on_bad_rows="skip")
-    assert [(row.prompt, row.responses, row.scores) for row in rows] == [
+    assert [(row.prompt, row.responses, row.rewards) for row in rows] == [
         ("[{a", ["42", "7"], [0.5, 0.5])
     ]
     assert report.bad == {"missing score": 1}
 
 
-def test_what_parquet_fills_in_is_left_out_again(tmp_path):
+def test_fields_that_parquet_fills_in_are_dropped(tmp_path):
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Ulm"}}}]
     other = [{"type": "function", "function": {"name": "g", "arguments": {"day": "Monday"}}}]
     records = [
@@ -309,11 +306,8 @@ def test_what_parquet_fills_in_is_left_out_again(tmp_path):
     assert rows[1].tools == records[1]["tools"]
 
 
-def test_values_that_json_does_not_know_are_passed_on_as_text(tmp_path):
-    import datetime
-    from decimal import Decimal
-
-    day = datetime.datetime(2026, 1, 2)
+def test_values_without_a_json_type_are_passed_on_as_text(tmp_path):
+    day = datetime(2026, 1, 2)
     records = [{"prompt": "a", "day": day, "cost": Decimal("1.5"), "raw": b"x", "more": [day]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "rows.parquet")
     (draft,), _ = load_drafts(str(tmp_path / "rows.parquet"))

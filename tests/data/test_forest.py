@@ -1,4 +1,4 @@
-"""The packed forest against a trie made of nested dicts, and its attention rule against paths."""
+"""The packed forest against prefix sets, and its attention rule against paths."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def query(prompt, answers):
 
 
 def prefixes(answers):
-    """All distinct prefixes: the nodes of the trie."""
+    """Return all distinct prefixes, the nodes of the trie."""
     return {tuple(ids[: n + 1]) for ids in answers for n in range(len(ids))}
 
 
@@ -43,8 +43,8 @@ def test_every_response_reads_back_along_its_path(share, cases):
 
 
 @given(queries)
-def test_sees_exactly_its_own_prefix(cases):
-    """What a predicting row may attend to, read off in order, is the prompt and the prefix."""
+def test_a_row_sees_exactly_its_own_prefix(cases):
+    """A predicting row sees the prompt and the prefix of its response, in order."""
     pack = build_forest([query(*case) for case in cases])
     n = torch.arange(pack.num_tokens)
     visible = (n[None, :] <= n[:, None]) & (n[:, None] < pack.subtree_end[None, :])
@@ -60,7 +60,7 @@ def test_sees_exactly_its_own_prefix(cases):
 
 
 @given(queries)
-def test_holds_each_distinct_token_once_and_no_leaf(cases):
+def test_a_pack_holds_each_distinct_token_once_and_no_leaf(cases):
     built = [query(*case) for case in cases]
     pack = build_forest(built)
     nodes = [prefixes(group) for _, group in cases]
@@ -72,7 +72,7 @@ def test_holds_each_distinct_token_once_and_no_leaf(cases):
 
 
 @given(queries)
-def test_counts_unshared_tokens(cases):
+def test_unshared_tokens_are_counted(cases):
     built = [query(*case) for case in cases]
     pack = build_forest(built, share_prefixes=False)
     assert pack.num_tokens == sum(forest_tokens(q, share_prefixes=False) for q in built)
@@ -80,7 +80,7 @@ def test_counts_unshared_tokens(cases):
 
 
 @given(queries, st.integers(1, 9))
-def test_padding_sees_itself_and_predicts_nothing(cases, multiple):
+def test_padding_sees_only_itself_and_predicts_nothing(cases, multiple):
     built = [query(*case) for case in cases]
     plain, padded = build_forest(built), build_forest(built, pad_to_multiple_of=multiple)
     n, total = plain.num_tokens, padded.num_tokens
@@ -93,7 +93,7 @@ def test_padding_sees_itself_and_predicts_nothing(cases, multiple):
         assert torch.equal(getattr(padded, name), getattr(plain, name))
 
 
-def test_dtypes_are_those_of_the_design():
+def test_dtypes_are_as_documented():
     pack = build_forest([query([1], [[2, 3], [2, 0]])], query_ids=[7])
     int64 = "input_ids position_ids edge_rows edge_targets path_edges path_offsets group_offsets"
     assert {getattr(pack, name).dtype for name in int64.split()} == {torch.int64}

@@ -1,11 +1,12 @@
-"""Messages, systems, tools and answers as datasets hold them."""
+"""Messages, system messages, tools and answers as datasets store them."""
 
 import json
 import re
 
 import pytest
 
-from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["a", "b"], "scores": [1, 0]}
 ASK = {"role": "user", "content": "Why?"}
@@ -49,20 +50,19 @@ def test_a_system_is_not_dropped_from_a_pair():
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_tools_go_to_the_template_and_to_later_stages(tools):
+def test_tools_are_passed_to_the_template_and_to_later_stages(tools):
     row, draft = (parse(GOOD | {"tools": tools}, "f:1") for parse in (parse_row, parse_draft))
     assert row.tools == draft.tools == draft.others["tools"] == TOOLS
     assert row.prompt == draft.prompt == [ASK]
 
 
-def test_no_tools_and_no_arguments():
+def test_empty_tools_and_arguments_are_none_and_bad_ones_are_refused():
     for nothing in (None, [], "", "[]"):
         row = parse_row(GOOD | {"tools": nothing}, "f:1")
         assert row.tools is None and row.prompt == "Why?"
     for nothing in (None, {}, "", "{}"):
-        assert (
-            parse_row(GOOD | {"chat_template_kwargs": nothing}, "f:1").chat_template_kwargs is None
-        )
+        row = parse_row(GOOD | {"chat_template_kwargs": nothing}, "f:1")
+        assert row.chat_template_kwargs is None
     for bad in ("x", 3, ["w"], '["w"]', {}, "{"):
         assert str(problem_of(tools=bad)).startswith("f:1: tools: expected ")
     for bad in ("x", 3, [1], "[1]"):
@@ -78,7 +78,7 @@ def test_arguments_of_the_template(kwargs):
     assert draft.others["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_as_generated_is_filtered_with_the_responses(tmp_path):
+def test_as_generated_is_filtered_like_the_responses(tmp_path):
     record = {
         "prompt": [ASK],
         "responses": ["a", "", "c", "d"],
@@ -103,7 +103,7 @@ def test_a_prompt_may_begin_the_answer():
     assert prompt_of(prompt=prefill) == prefill
 
 
-def test_keys_that_are_none_and_parts_of_text():
+def test_keys_that_are_none_are_dropped_and_text_parts_joined():
     parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
     message = {"role": "user", "content": parts, "name": None, "tool_calls": None}
     assert prompt_of(prompt=[message]) == [ASK]
@@ -139,7 +139,7 @@ def test_keys_that_are_none_and_parts_of_text():
         ({"role": "us\ud800er", "content": "x"}, "prompt[0].role: holds half of a surrogate"),
     ],
 )
-def test_bad_messages(message, problem):
+def test_bad_messages_are_refused(message, problem):
     assert str(problem_of(prompt=[message])).startswith(f"f:1: {problem}")
 
 
@@ -158,10 +158,10 @@ def test_a_response_may_be_a_message(answer):
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
-def test_what_an_answer_holds_beside_its_content_is_refused_by_name(key):
+def test_other_parts_of_an_answer_are_refused_by_name(key):
     answer = {"role": "assistant", "content": "a", key: CALLS if key == "tool_calls" else "hm"}
     error = problem_of(responses=[answer, "b"])
-    assert str(error).startswith(f"f:1: responses[0]: holds {key}, and only the content")
+    assert str(error).startswith(f"f:1: responses[0]: holds {key}, but only the content")
     pair = {"prompt": [ASK], "chosen": [ASK, answer], "rejected": "b"}
     with pytest.raises(BadRow, match=f"chosen: holds {key}"):
         parse_row(pair, "f:1")
@@ -170,11 +170,11 @@ def test_what_an_answer_holds_beside_its_content_is_refused_by_name(key):
 @pytest.mark.parametrize(
     "answer", [[], [ASK], ASK, [{"role": "assistant", "content": "a"}] * 2, {"content": "a"}]
 )
-def test_what_is_no_answer(answer):
+def test_other_values_are_refused_as_answers(answer):
     assert re.match(r"f:1: responses\[0\]: ", str(problem_of(responses=[answer, "b"])))
 
 
-def test_apply_chat_template(tmp_path):
+def test_apply_chat_template_makes_string_prompts_messages(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"prompt": [SYSTEM, ASK]}))
     for load in (load_rows, load_drafts):

@@ -1,11 +1,12 @@
-"""Rows whose prompt is easily taken for another: repeated, unnamed, in two fields, or merged."""
+"""Rows whose prompt is easily misread: repeated, unnamed, in two fields, or merged."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from rrhf_fast.data.rows import BadRow, RowReport, load_rows, parse_row
+from rrhf_fast.data.load import RowReport, load_rows
+from rrhf_fast.data.rows import BadRow, parse_row
 from rrhf_fast.data.split import prompt_key
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.score.reward_model import plain_text
@@ -18,7 +19,7 @@ def pair(chosen, rejected, **more):
     return parse_row({"chosen": chosen, "rejected": rejected} | more, "f:1")
 
 
-def test_a_prompt_that_both_answers_repeat_stands_once():
+def test_a_prompt_that_both_answers_repeat_is_removed_from_them():
     row = pair("Q: Why? So.", "Q: Why? No.", prompt="Q: Why?")
     assert (row.prompt, row.responses) == ("Q: Why?", [" So.", " No."])
     chance = pair("Hi there!", "Hi you!", prompt="Hi")
@@ -42,17 +43,17 @@ def test_a_prompt_that_both_answers_repeat_stands_once():
         ("一加一是二", "一加一是三"),
     ],
 )
-def test_only_transcripts_tell_their_prompt(texts):
+def test_only_transcripts_contain_their_prompt(texts):
     with pytest.raises(BadRow, match="^f:1: prompt: missing.*chosen, rejected.*--columns"):
         pair(*texts)
 
 
-def test_transcripts_beside_a_prompt():
+def test_transcripts_replace_a_separate_prompt():
     row = pair(HH + " So.", HH + " No.", prompt="Why?")
     assert (row.prompt, row.responses) == (HH, [" So.", " No."])
 
 
-def test_transcripts_that_part_early_are_refused():
+def test_transcripts_that_differ_early_are_refused():
     with pytest.raises(BadRow, match="^f:1: chosen: expected an answer, found further turns"):
         pair(HH + " So.\n\nHuman: And?\n\nAssistant: x", HH + " No.")
     with pytest.raises(BadRow, match="^f:1: rejected: expected an answer, found further turns"):
@@ -62,11 +63,11 @@ def test_transcripts_that_part_early_are_refused():
 
 
 @pytest.mark.parametrize("name", ["messages", "context", "instruction_text", "question"])
-def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
+def test_no_prompt_is_made_up_if_another_field_may_hold_it(name):
     texts = ("I think yes", "I think no")
-    if name == "question":  # a layout that is known
+    if name == "question":  # a known layout
         assert pair(*texts, question="Q").prompt == "Q"
-    elif name == "instruction_text":  # a name that says nothing
+    elif name == "instruction_text":  # a name without meaning
         with pytest.raises(BadRow, match=f"prompt: missing.*{name}.*--columns"):
             pair(*texts, **{name: "Q"})
     else:
@@ -74,10 +75,10 @@ def test_no_prompt_is_made_up_beside_a_field_that_may_be_it(name):
             pair(*texts, **{name: "Q"})
 
 
-def test_equal_votes_leave_the_choice_to_the_label():
+def test_the_label_decides_between_equal_votes():
     ref = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "score_A": 5, "score_B": 5}
-    assert parse_row(ref | {"labels": 1}, "f:1").scores == [1.0, 0.0]
-    assert parse_row(ref | {"labels": 0}, "f:1").scores == [0.0, 1.0]
+    assert parse_row(ref | {"labels": 1}, "f:1").rewards == [1.0, 0.0]
+    assert parse_row(ref | {"labels": 0}, "f:1").rewards == [0.0, 1.0]
 
 
 def test_an_input_is_part_of_the_question(tmp_path):
@@ -92,8 +93,8 @@ def test_an_input_is_part_of_the_question(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, _ = load_rows(str(path), group_by="instruction")
-    assert [(row.prompt, row.responses) for row in found] == [
+    joined, _ = load_rows(str(path), group_by="instruction")
+    assert [(row.prompt, row.responses) for row in joined] == [
         ("Translate.\nchat", ["cat", "pet"]),
         ("Translate.\nchien", ["dog", "cat"]),
     ]
@@ -104,10 +105,10 @@ ANSWER = {"role": "assistant", "content": "So."}
 
 
 @pytest.mark.parametrize("dump", [json.dumps, lambda value: "  " + json.dumps(value, indent=1)])
-def test_messages_that_are_written_as_text(dump):
+def test_messages_written_as_json_are_parsed(dump):
     row = {"prompt": dump(MESSAGES), "chosen": dump([ANSWER]), "rejected": dump(ANSWER)}
-    found = parse_row(row, "f:1")
-    assert found.prompt == MESSAGES and found.responses == ["So.", "So."]
+    parsed = parse_row(row, "f:1")
+    assert parsed.prompt == MESSAGES and parsed.responses == ["So.", "So."]
     (message,) = MESSAGES
     assert parse_row(row | {"prompt": dump(message)}, "f:1").prompt == MESSAGES
     whole = {"chosen": dump([*MESSAGES, ANSWER]), "rejected": dump([*MESSAGES, ANSWER])}
@@ -117,19 +118,19 @@ def test_messages_that_are_written_as_text(dump):
 
 
 @pytest.mark.parametrize("text", ["[{", '[{"a": 1}]', "[{x}]", '{"role": "x"}', "[{'a': 1}]"])
-def test_texts_that_only_look_like_messages(text):
+def test_texts_that_only_look_like_messages_stay_texts(text):
     assert pair("a", "b", prompt=text).prompt == text
 
 
 @pytest.mark.parametrize("name", ["prompt", "chosen"])
-def test_messages_that_python_printed_are_refused(name):
+def test_messages_printed_by_python_are_refused(name):
     row = {"prompt": "Why?", "chosen": "a", "rejected": "b"}
     for value in (MESSAGES, MESSAGES[0]):
         with pytest.raises(BadRow, match=f"^f:1: {name}: messages as Python prints them"):
             parse_row(row | {name: str(value)}, "f:1")
 
 
-def test_a_prompt_that_the_messages_go_on_from():
+def test_messages_that_continue_a_separate_prompt():
     said = [{"role": "assistant", "content": "a1"}, {"role": "user", "content": "Q2"}]
     row = pair([*said, ANSWER], [*said, ANSWER], prompt="Q1")
     assert row.prompt == [{"role": "user", "content": "Q1"}, *said]
@@ -146,25 +147,24 @@ def test_a_prompt_that_the_messages_go_on_from():
     "columns",
     [{"score": "s"}, {"score_chosen": "s"}, {"response": "chosen", "score": "s"}],
 )
-def test_columns_that_nothing_uses_are_refused(columns, tmp_path):
+def test_unused_columns_are_refused(columns, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "s": 3}) + "\n")
-    with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* of no use"):
+    with pytest.raises(BadRow, match="rows.jsonl:1: columns: .*(score|response).* unused in a"):
         load_rows(str(path), columns=columns)
 
 
 @pytest.mark.parametrize("role", ["User", "human", "ASSISTANT", "gpt"])
-def test_roles_that_templates_do_not_know(role):
+def test_roles_unknown_to_templates_are_refused(role):
     row = {"prompt": [{"role": role, "content": "Why?"}], "responses": ["a", "b"], "scores": [1, 0]}
     with pytest.raises(BadRow, match=r"^f:1: prompt\[0\].role: expected user, .* found .*" + role):
         parse_row(row, "f:1")
 
 
-def test_a_tools_result_that_is_no_text():
+def test_a_tools_result_may_be_an_object():
     result = {"role": "tool", "content": {"degrees": 20}}
-    row = parse_row(
-        {"prompt": [*MESSAGES, result], "responses": ["a", "b"], "scores": [1, 0]}, "f:1"
-    )
+    record = {"prompt": [*MESSAGES, result], "responses": ["a", "b"], "scores": [1, 0]}
+    row = parse_row(record, "f:1")
     assert prompt_key(row) != prompt_key(replace(row, prompt=MESSAGES))
     assert plain_text(row.prompt) == 'Why?\n\n{"degrees": 20}'
     shows = CHATML.replace(

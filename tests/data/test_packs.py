@@ -1,4 +1,4 @@
-"""Packs: every query once an epoch, none split, budgets kept, one order for one seed."""
+"""Packs hold every query once per epoch, unsplit and within the budget, in an order by the seed."""
 
 import threading
 
@@ -24,34 +24,34 @@ def make_query(prompt_length, lengths, seed=0):
 shapes = st.tuples(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=2, max_size=4))
 
 
-def planner(packing, cases, max_tokens=60):
+def make_planner(packing, cases, max_tokens=60):
     queries = [make_query(*case, seed=i) for i, case in enumerate(cases)]
     return PackPlanner(queries, packing=packing, max_tokens_per_pack=max_tokens)
 
 
 @pytest.mark.parametrize("packing", ["forest", "none"])
 @given(cases=st.lists(shapes, min_size=1, max_size=12), max_tokens=st.integers(1, 200))
-def test_every_query_in_one_pack_within_the_budget(packing, cases, max_tokens):
-    plan = planner(packing, cases, max_tokens)
-    groups = plan.plan(range(len(cases)))
+def test_every_query_is_in_one_pack_within_the_budget(packing, cases, max_tokens):
+    planner = make_planner(packing, cases, max_tokens)
+    groups = planner.group(range(len(cases)))
     assert sorted(i for group in groups for i in group) == list(range(len(cases)))
     for group in groups:
-        pack = plan.build(group)
+        pack = planner.build(group)
         assert pack.query_ids.tolist() == group and pack.num_queries == len(group)
         assert pack.num_tokens <= max_tokens or len(group) == 1
         if len(group) == 1:
-            assert pack.num_tokens == plan.sizes[group[0]]
+            assert pack.num_tokens == planner.sizes[group[0]]
 
 
 @given(st.lists(shapes, min_size=1, max_size=12), st.randoms())
-def test_the_plan_does_not_waste_packs(cases, random):
-    plan = planner("forest", cases)
+def test_grouping_wastes_no_pack(cases, random):
+    planner = make_planner("forest", cases)
     order = list(range(len(cases)))
     random.shuffle(order)
-    groups = plan.plan(order)
-    filled = sorted(sum(plan.sizes[i] for i in group) for group in groups)
+    groups = planner.group(order)
+    filled = sorted(sum(planner.sizes[i] for i in group) for group in groups)
     # First fit leaves no two packs that would fit into one.
-    assert len(filled) < 2 or filled[0] + filled[1] > plan.max_tokens
+    assert len(filled) < 2 or filled[0] + filled[1] > planner.max_tokens
 
 
 @pytest.mark.parametrize("packing", ["forest", "none"])
@@ -60,71 +60,71 @@ def test_the_plan_does_not_waste_packs(cases, random):
     num_ranks=st.integers(1, 5),
     max_tokens=st.integers(1, 200),
 )
-def test_ranks_get_as_many_packs_each_within_the_budget(packing, cases, num_ranks, max_tokens):
-    plan = planner(packing, cases, max_tokens)
-    ranks = plan.plan_ranks(range(len(cases)), num_ranks)
+def test_ranks_get_equally_many_packs_within_the_budget(packing, cases, num_ranks, max_tokens):
+    planner = make_planner(packing, cases, max_tokens)
+    ranks = planner.deal(range(len(cases)), num_ranks)
     assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
     groups = [group for packs in ranks for group in packs]
     assert sorted(i for group in groups for i in group) == list(range(len(cases)))
-    # As few rounds as the budget allows.
-    assert len(ranks[0]) == -(-len(plan.plan(range(len(cases)))) // num_ranks)
+    # There are as few rounds as the budget allows.
+    assert len(ranks[0]) == -(-len(planner.group(range(len(cases)))) // num_ranks)
     for group in groups:
-        pack = plan.build(group)
+        pack = planner.build(group)
         assert pack.num_queries == len(group)
         if group:
-            assert pack.num_tokens == plan.num_tokens(group)
+            assert pack.num_tokens == planner.num_tokens(group)
             assert pack.num_tokens <= max_tokens or len(group) == 1
 
 
-def test_ranks_are_level():
+def test_ranks_get_similar_numbers_of_tokens():
     rng = np.random.default_rng(0)
     cases = [(int(n), [int(m), 5]) for n, m in zip(*rng.integers(5, 300, (2, 256)), strict=True)]
-    plan = planner("forest", cases, max_tokens=4000)
-    ranks = plan.plan_ranks(range(len(cases)), 8)
-    # The largest of the packs that run side by side decides how long all take.
-    taken = sum(max(map(plan.num_tokens, packs)) for packs in zip(*ranks, strict=True))
-    assert taken < 1.03 * sum(plan.sizes) / 8
+    planner = make_planner("forest", cases, max_tokens=4000)
+    ranks = planner.deal(range(len(cases)), 8)
+    # All ranks wait for the largest of the packs that run at the same time.
+    taken = sum(max(map(planner.num_tokens, packs)) for packs in zip(*ranks, strict=True))
+    assert taken < 1.03 * sum(planner.sizes) / 8
 
 
-def test_a_step_in_the_middle_is_where_the_run_would_be():
-    plan = planner("forest", [(5, [3, 4])] * 10)
+def test_a_resumed_run_continues_with_the_same_steps():
+    planner = make_planner("forest", [(5, [3, 4])] * 10)
     options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
-    whole = ids(batches(plan, **options))
+    whole = ids(batches(planner, **options))
     for step in range(7):
-        assert ids(batches(plan, first_step=step, **options)) == whole[step:]
+        assert ids(batches(planner, first_step=step, **options)) == whole[step:]
 
 
 def ids(steps):
     return [[i for pack in batch.packs for i in pack.query_ids.tolist()] for batch in steps]
 
 
-def test_an_epoch_holds_every_query_once_and_the_next_is_shuffled_anew():
-    plan = planner("forest", [(5, [3, 4])] * 10)
+def test_an_epoch_holds_every_query_once_and_the_next_has_another_order():
+    planner = make_planner("forest", [(5, [3, 4])] * 10)
     assert steps_per_epoch(10, 4) == 3
-    steps = ids(batches(plan, train_batch_size=4, seed=1, num_steps=6))
+    steps = ids(batches(planner, train_batch_size=4, seed=1, num_steps=6))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
     first, second = np.concatenate(steps[:3]), np.concatenate(steps[3:])
     assert sorted(first) == sorted(second) == list(range(10))
     assert first.tolist() != second.tolist()
-    again = ids(batches(plan, train_batch_size=4, seed=1, num_steps=6))
+    again = ids(batches(planner, train_batch_size=4, seed=1, num_steps=6))
     assert steps == again
-    assert steps != ids(batches(plan, train_batch_size=4, seed=2, num_steps=6))
+    assert steps != ids(batches(planner, train_batch_size=4, seed=2, num_steps=6))
 
 
-def test_which_queries_make_a_step_does_not_depend_on_the_budget():
+def test_the_queries_of_a_step_do_not_depend_on_the_budget():
     cases = [(5, [3, 4])] * 10
     small, large = (
-        batches(planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
+        batches(make_planner("forest", cases, size), train_batch_size=4, seed=1, num_steps=3)
         for size in (12, 500)
     )
     assert [sorted(step) for step in ids(small)] == [sorted(step) for step in ids(large)]
 
 
 def test_the_background_thread_yields_the_same_packs():
-    plan = planner("forest", [(5, [3, 4])] * 10, max_tokens=12)  # several packs a step
+    planner = make_planner("forest", [(5, [3, 4])] * 10, max_tokens=12)  # several packs per step
     options = {"train_batch_size": 4, "seed": 1, "num_steps": 7}
-    plain = list(batches(plan, **options))
-    built_ahead = list(ahead(batches(plan, **options), pin_memory=False))
+    plain = list(batches(planner, **options))
+    built_ahead = list(ahead(batches(planner, **options), pin_memory=False))
     assert len(built_ahead) == 7
     for ours, theirs in zip(plain, built_ahead, strict=True):
         for a, b in zip(ours.packs, theirs.packs, strict=True):
@@ -133,7 +133,7 @@ def test_the_background_thread_yields_the_same_packs():
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
-def test_the_background_thread_hands_errors_on_and_ends_with_its_reader():
+def test_the_background_thread_passes_errors_on_and_ends_with_its_reader():
     def broken():
         yield Batch([], 0)
         raise RuntimeError("out of packs")
@@ -143,8 +143,8 @@ def test_the_background_thread_hands_errors_on_and_ends_with_its_reader():
     with pytest.raises(RuntimeError, match="out of packs"):
         next(loader)
 
-    plan = planner("forest", [(5, [3, 4])] * 10)
-    endless = batches(plan, train_batch_size=4, seed=1, num_steps=10**9)
+    planner = make_planner("forest", [(5, [3, 4])] * 10)
+    endless = batches(planner, train_batch_size=4, seed=1, num_steps=10**9)
     loader = ahead(endless, pin_memory=False)
     next(loader)
     loader.close()

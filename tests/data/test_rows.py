@@ -1,4 +1,4 @@
-"""Rows: every format that is read, and every mistake by file, line, field and expectation."""
+"""Rows: the formats that are read, and errors with file, line, field and what was expected."""
 
 import json
 import math
@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.data.rows import BadRow, load_drafts, load_rows, parse_draft, parse_row
+from rrhf_fast.data.load import load_drafts, load_rows
+from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 
 
@@ -27,7 +29,7 @@ def write(path, *records):
 def test_plain_row():
     row = parse_row(GOOD | {"sources": ["human", "model"], "more": {"is": "ignored"}}, "f:1")
     assert (row.prompt, row.responses) == ("Why?", ["Because.", "No idea."])
-    assert (row.scores, row.sources, row.where) == ([1.0, 0.5], ["human", "model"], "f:1")
+    assert (row.rewards, row.sources, row.where) == ([1.0, 0.5], ["human", "model"], "f:1")
 
 
 def test_query_is_an_alias_and_prompt_wins():
@@ -46,14 +48,14 @@ def test_messages_as_prompt():
         ({"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}, "Why?"),
         ({"prompt": MESSAGES, "chosen": "Yes.", "rejected": "No."}, MESSAGES),
         ({"prompt": MESSAGES, "chosen": answered("Yes.")[2:], "rejected": "No."}, MESSAGES),
-        # The usual layout of preference sets: whole conversations, and the prompt once more.
+        # The usual layout of preference datasets: whole conversations, and the prompt again.
         ({"chosen": answered("Yes."), "rejected": answered("No.")}, MESSAGES),
         ({"prompt": "Why?", "chosen": answered("Yes."), "rejected": answered("No.")}, MESSAGES),
     ],
 )
 def test_pairs(record, prompt):
     row = parse_row(record, "f:1")
-    assert (row.prompt, row.responses, row.scores) == (prompt, ["Yes.", "No."], [1.0, 0.0])
+    assert (row.prompt, row.responses, row.rewards) == (prompt, ["Yes.", "No."], [1.0, 0.0])
     assert row.sources == ["chosen", "rejected"]
 
 
@@ -92,18 +94,14 @@ BAD = {
         "responses: ranking needs at least 2, found 1",
     ),
     "pair without prompt": ({"chosen": "a", "rejected": "b"}, "missing field", "prompt: missing"),
-    "pair with a number": (
-        {"prompt": "a", "chosen": "b", "rejected": 3},
-        "wrong type",
-        "rejected: expected a string",
-    ),
+    "pair of 3": (PAIR | {"rejected": 3}, "wrong type", "rejected: expected a string, found int 3"),
     "pair of unlike prompts": (
         {"chosen": answered("a"), "rejected": [*MESSAGES[:1], *answered("b")[1:], *answered("b")]},
         "unequal prompts",
         "rejected: its first messages differ",
     ),
     "pair that ends with the user": (
-        {"prompt": "a", "chosen": MESSAGES, "rejected": "b"},
+        PAIR | {"chosen": MESSAGES},
         "wrong type",
         "chosen: the last message must be the assistant's",
     ),
@@ -111,7 +109,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_row_stops_by_file_line_and_field(name, tmp_path):
+def test_a_bad_row_stops_with_file_line_and_field(name, tmp_path):
     record, kind, problem = BAD[name]
     path = write(tmp_path / "rows.jsonl", GOOD, record)
     with pytest.raises(BadRow) as caught:
@@ -133,19 +131,19 @@ def test_bad_rows_are_skipped_and_counted_by_kind(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{not json", "[" * 100_000])
-def test_a_line_that_is_no_json(tmp_path, line):
+def test_a_line_that_is_not_json_is_a_bad_row(tmp_path, line):
     path = write(tmp_path / "rows.jsonl", GOOD, line)
     with pytest.raises(BadRow, match=r":2: expected a JSON object on one line"):
         load_rows(path)
 
 
-def test_what_an_earlier_scoring_said_is_not_passed_on(tmp_path):
+def test_results_of_an_earlier_scoring_are_not_passed_on(tmp_path):
     path, stale = tmp_path / "rows.jsonl", ("rewards", "log_ratios", "criteria", "unscored")
     path.write_text(json.dumps({"prompt": "a", "responses": ["b"], "id": 1} | dict.fromkeys(stale)))
     assert load_drafts(str(path))[0][0].others == {"id": 1}
 
 
-def test_unusable_sources(tmp_path):
+def test_unusable_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
         load_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(ValueError, match="neither a file nor a dataset"):
@@ -195,16 +193,16 @@ RELEASED = {"query": "q", "responses": ["s1", "s2", "p1", "p2"], "scores": [1, 2
 def test_only_provided_or_only_sampled(tmp_path, use, sources, kept):
     path = write(tmp_path / "rows.jsonl", RELEASED | ({"sources": sources} if sources else {}))
     (row,), _ = load_rows(path, use_responses=use)
-    assert row.scores == kept and row.sources == (sources and [sources[i - 1] for i in kept])
+    assert row.rewards == kept and row.sources == (sources and [sources[i - 1] for i in kept])
 
 
-def test_too_few_of_the_chosen_kind(tmp_path):
+def test_too_few_provided_or_sampled_responses(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD)
     with pytest.raises(BadRow, match="needs at least 2, found 0 that are sampled"):
         load_rows(path, use_responses="sampled")
 
 
-def test_stop_strings_cut_at_the_first(tmp_path):
+def test_responses_are_cut_at_the_first_stop_string(tmp_path):
     texts = ["Hello.\n\nHuman: more\n\nAssistant:", "Bye.\n\nAssistant: x\n\nHuman:"]
     path = write(tmp_path / "rows.jsonl", GOOD | {"responses": texts})
     (row,), _ = load_rows(path, stop_strings=["\n\nAssistant:", "\n\nHuman:"])
@@ -217,13 +215,13 @@ def test_stop_strings_cut_at_the_first(tmp_path):
 MIXED = {"prompt": "p", "responses": ["a", "", None, "b", "c"], "scores": [1, 2, 3, None, 5]}
 
 
-def test_a_bad_response_leaves_its_row(tmp_path):
+def test_a_bad_response_is_left_out_of_its_row(tmp_path):
     sources = {"sources": ["x", "y", "z", "provided", "provided"]}
     path = write(tmp_path / "rows.jsonl", MIXED | sources)
     with pytest.raises(BadRow, match=r"responses\[1\]: empty.*--on_bad_rows skip leaves out bad"):
         load_rows(path)
     (row,), report = load_rows(path, on_bad_rows="skip")
-    assert (row.responses, row.scores, row.sources) == (["a", "c"], [1, 5], ["x", "provided"])
+    assert (row.responses, row.rewards, row.sources) == (["a", "c"], [1, 5], ["x", "provided"])
     assert report.bad_responses == {"empty response": 1, "wrong type": 1, "missing score": 1}
     assert not report.bad and report.kept == 1
     (draft,), report = load_drafts(path, on_bad_rows="skip")
@@ -236,11 +234,11 @@ def test_a_row_with_fewer_than_two_good_responses_is_bad(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD, one_left)
     rows, report = load_rows(path, on_bad_rows="skip")
     assert len(rows) == 1 and report.bad == {"empty response": 1}
-    assert not report.bad_responses  # the row counts, not what was in it
+    assert not report.bad_responses  # the row is counted, not its responses
     assert report.left_out() == {"skipped": 1}
 
 
-def test_the_last_two_are_the_datasets_own_also_where_one_is_bad(tmp_path):
+def test_the_last_two_are_provided_even_if_one_is_bad(tmp_path):
     record = {"prompt": "p", "responses": ["s", "t", "u", ""], "scores": [1, 2, 3, 4]}
     path = write(tmp_path / "rows.jsonl", record, GOOD)
     with pytest.raises(BadRow, match=r"responses\[3\]: empty"):
@@ -251,7 +249,7 @@ def test_the_last_two_are_the_datasets_own_also_where_one_is_bad(tmp_path):
     assert row.responses == ["s", "t"]
 
 
-def test_a_response_that_a_stop_string_cuts_to_nothing_leaves_its_row(tmp_path):
+def test_a_response_cut_to_nothing_is_left_out_of_its_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", {**MIXED, "responses": ["a", "#b", "c#", "d", "#"]})
     with pytest.raises(BadRow, match=r"responses\[1\]: empty once cut at a stop string"):
         load_rows(path, stop_strings=["#"])
@@ -260,7 +258,7 @@ def test_a_response_that_a_stop_string_cuts_to_nothing_leaves_its_row(tmp_path):
     assert report.bad_responses == {"empty response": 2, "missing score": 1}
 
 
-def test_fields_that_nothing_uses_are_counted(tmp_path):
+def test_unused_fields_are_counted(tmp_path):
     more = {"id": 3, "empty": None, "rewards": [1, 2], "tools": None, "finish_reasons": None}
     path = write(tmp_path / "rows.jsonl", GOOD | more, GOOD | {"id": 4}, GOOD | {"note": "x"})
     assert load_rows(path)[1].unused == {"id": 2, "note": 1}
@@ -281,21 +279,20 @@ fields = st.sampled_from(
 
 
 @given(st.dictionaries(fields, values | st.sampled_from([GOOD["responses"], [1.0, 2.0], MESSAGES])))
-def test_any_record_gives_a_sound_row_or_one_line(record):
+def test_any_record_gives_a_valid_row_or_one_line(record):
     try:
         row = parse_row(record, "file:1")
     except BadRow as error:
         assert str(error).startswith("file:1: ") and "\n" not in str(error)
     else:
-        assert len(row.responses) == len(row.scores) >= 2
+        assert len(row.responses) == len(row.rewards) >= 2
         assert all(text.strip() for text in row.responses)
-        assert all(math.isfinite(score) for score in row.scores)
+        assert all(math.isfinite(score) for score in row.rewards)
 
 
 def test_pairs_are_provided(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    assert load_rows(str(path), use_responses="provided")[0][0].responses == ["b", "c"]
+    path = write(tmp_path / "pairs.jsonl", PAIR)
+    assert load_rows(path, use_responses="provided")[0][0].responses == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -311,12 +308,12 @@ def test_pairs_are_provided(tmp_path):
         ([], "expected a JSON object"),
     ],
 )
-def test_drafts_are_checked_where_they_are_used(record, problem):
+def test_drafts_are_checked_where_present(record, problem):
     with pytest.raises(BadRow, match=re.escape(problem)):
         parse_draft(record, "here")
 
 
-def test_a_draft_needs_no_more_than_a_prompt():
+def test_a_draft_needs_only_a_prompt():
     draft = parse_draft({"query": "a", "id": 7}, "here")
     assert (draft.prompt, draft.responses, draft.others) == ("a", None, {"id": 7})
     draft = parse_draft({"prompt": "a", "responses": ["", "b"], "scores": None}, "here")

@@ -1,4 +1,4 @@
-"""Held-out rows: no prompt on both sides, about the share that was asked for, never nothing."""
+"""Held-out rows: no prompt on both sides, about the requested share, and never none."""
 
 from collections import Counter
 
@@ -43,13 +43,13 @@ def test_prompts_stay_together(sizes, fraction, seed, random):
     assert abs(len(held_out) - round(fraction * len(queries))) <= max(sizes)
 
 
-def test_the_rounded_share_where_each_prompt_has_one_row():
+def test_the_rounded_share_is_held_out_if_each_prompt_has_one_row():
     for seed in range(3):
         train, held_out = hold_out([query(f"p{i}") for i in range(10)], 0.25, seed)
         assert (len(train), len(held_out)) == (8, 2)
 
 
-def test_the_seed_chooses():
+def test_the_seed_chooses_the_prompts():
     queries = [query(f"p{i // 2}", str(i)) for i in range(40)]
     chosen = Counter(
         prompt
@@ -60,7 +60,7 @@ def test_the_seed_chooses():
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_a_share_that_rounds_to_none_or_all(fraction):
+def test_a_share_that_rounds_to_none_or_all_is_refused(fraction):
     with pytest.raises(ValueError, match=f"eval_fraction: {fraction} of 9 rows leaves none"):
         hold_out([query(f"p{i}") for i in range(9)], fraction, 0)
 
@@ -70,7 +70,7 @@ def test_one_prompt_cannot_be_split():
         hold_out([query("p")] * 4, 0.5, 0)
 
 
-def test_what_makes_prompts_equal():
+def test_prompts_are_equal_whatever_surrounds_them():
     def key(prompt, **fields):
         return prompt_key(query(prompt, **fields).row)
 

@@ -1,4 +1,4 @@
-"""Tokenising: BOS, end tokens, chat templates, cuts, and rewards that keep the scores' order."""
+"""Tokenising: BOS, end tokens, chat templates, cuts, and rewards that keep their order."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rrhf_fast.data.rows import BadRow, Row, RowReport
-from rrhf_fast.data.tokenise import (
-    decode_response,
-    encode_responses,
-    end_token_ids,
-    tokenise_rows,
-)
+from rrhf_fast.data.encode import decode_response, encode_responses
+from rrhf_fast.data.load import RowReport
+from rrhf_fast.data.rows import BadRow, Row
+from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 
 BOS, EOS, PAD, TURN = "<s>", "</s>", "<pad>", "<|end|>"
 TEMPLATE = (
@@ -23,7 +20,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(*, adds_bos=True, template=None, **special):
-    """Byte-level, one token a byte, so that lengths are plain to see."""
+    """Byte-level with one token per byte, so that lengths are easy to see."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [BOS, EOS, PAD, TURN, "<|user|>", "<|assistant|>", "<|system|>"]
     vocab = {token: i for i, token in enumerate([*names, *letters])}
@@ -49,15 +46,15 @@ def tokenise(tokenizer, *rows, **options):
     return *tokenise_rows(rows, tokenizer, report, **options), report
 
 
-def row(prompt="Why?", responses=("ab", "cde"), scores=(1.0, 0.0), where="f:1"):
-    return Row(prompt, list(responses), list(scores), None, where)
+def row(prompt="Why?", responses=("ab", "cde"), rewards=(1.0, 0.0), where="f:1"):
+    return Row(prompt, list(responses), list(rewards), None, where)
 
 
 def text(tokenizer, ids):
     return tokenizer.decode(ids)
 
 
-def test_bos_in_front_and_end_token_behind():
+def test_bos_in_front_and_end_token_at_the_end():
     tokenizer = make_tokenizer()
     (query,), _, _ = tokenise(tokenizer, row())
     assert text(tokenizer, query.prompt_ids) == "<s>Why?"
@@ -66,7 +63,7 @@ def test_bos_in_front_and_end_token_behind():
     assert query.padded_width == 5 + 4
 
 
-def test_no_bos_where_the_tokenizer_adds_none():
+def test_no_bos_if_the_tokenizer_adds_none():
     tokenizer = make_tokenizer(adds_bos=False)
     assert tokenizer.bos_token_id is not None
     (query,), _, _ = tokenise(tokenizer, row())
@@ -115,12 +112,12 @@ def test_nothing_in_a_row_is_formatted_as_a_template():
     tokenizer = make_tokenizer(template=TEMPLATE)
     trap = "{{ 7 * 7 }}{% for %}"
     (query,), _, _ = tokenise(tokenizer, row([{"role": "user", "content": trap}], (trap, "a")))
-    # A BOS of messages is the template's affair, as `apply_chat_template` has it.
+    # For messages, the template adds BOS or not, as in `apply_chat_template`.
     assert text(tokenizer, query.prompt_ids) == f"<|user|>{trap}<|end|><|assistant|>"
     assert text(tokenizer, query.response_ids[0]) == trap + TURN
 
 
-def test_messages_need_a_template_and_its_consent():
+def test_messages_need_a_template_that_accepts_them():
     messages = [{"role": "user", "content": "a"}]
     with pytest.raises(ValueError, match="f:1: prompt holds messages, but tokenizer .* no chat"):
         tokenise(make_tokenizer(), row(messages))
@@ -131,11 +128,11 @@ def test_messages_need_a_template_and_its_consent():
     assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
 
 
-def test_a_template_that_rejects_an_answer():
+def test_a_template_may_reject_an_answer():
     guard = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer = make_tokenizer(template=guard + TEMPLATE)
     messages = [{"role": "user", "content": "a"}]
-    problem = r"f:1: prompt: the chat template rejects an answer behind these messages \(no\)"
+    problem = r"f:1: prompt: the chat template rejects an answer after these messages \(no\)"
     with pytest.raises(BadRow, match=problem):
         tokenise(tokenizer, row(messages))
     with pytest.raises(BadRow, match=problem):
@@ -144,18 +141,18 @@ def test_a_template_that_rejects_an_answer():
     assert len(queries) == 1 and report.bad == {"rejected by the chat template": 1}
 
 
-def test_a_tokenizer_without_eos():
+def test_a_tokenizer_without_eos_is_refused():
     with pytest.raises(ValueError, match="no eos_token"):
         tokenise(make_tokenizer(eos_token=None), row())
 
 
-def test_an_empty_prompt_is_fine_behind_a_bos_only():
+def test_an_empty_prompt_needs_a_bos():
     assert len(tokenise(make_tokenizer(), row(""))[0][0].prompt_ids) == 1
     with pytest.raises(BadRow, match="f:1: prompt: no tokens"):
         tokenise(make_tokenizer(adds_bos=False), row(""))
 
 
-def test_cuts_keep_the_prompts_tail_and_the_responses_end():
+def test_cuts_keep_the_prompts_tail_and_the_end_token():
     tokenizer = make_tokenizer()
     (query,), counts, _ = tokenise(
         tokenizer, row("0123456789", ("abcdef", "ab")), max_prompt_length=5, max_response_length=4
@@ -173,7 +170,7 @@ def test_max_length_cuts_responses_only():
     assert counts.cut == {"responses": 1}
 
 
-def test_a_prompt_that_fills_the_window():
+def test_a_prompt_that_fills_the_window_is_refused():
     tokenizer = make_tokenizer()
     assert tokenise(tokenizer, row("0" * 7), max_length=10)[0]
     with pytest.raises(BadRow, match="f:1: prompt: 9 tokens leave no room .* max_length 10"):
@@ -188,7 +185,7 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 
 @given(words, st.lists(words, min_size=2, max_size=4))
-def test_any_text_comes_back(prompt, responses):
+def test_any_text_decodes_to_itself(prompt, responses):
     tokenizer = make_tokenizer()
     (query,), _, _ = tokenise(
         tokenizer, row(prompt, responses, [0.0] * len(responses)), max_length=999
@@ -199,8 +196,8 @@ def test_any_text_comes_back(prompt, responses):
 
 
 def make_sentencepiece(kind):
-    """The two ways in which a space gets in front of a text; letters, and bytes for what is
-    none."""
+    """A tokenizer that adds a leading space in one of two ways; it has letters, and bytes for
+    other characters."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = [BOS, EOS, *bytes_, *"▁.,abcdeH", "▁a", "▁H"]
     merges = [("▁", "a"), ("▁", "H")]
@@ -222,7 +219,7 @@ def make_sentencepiece(kind):
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace"])
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), min_size=1))
-def test_no_space_gets_between_prompt_and_response(kind, response):
+def test_no_space_is_added_between_prompt_and_response(kind, response):
     tokenizer = make_sentencepiece(kind)
     before = tokenizer("a b")["input_ids"]
     (query,), _, _ = tokenise(tokenizer, row("a", [response, " a"], [0.0, 0.0]), max_length=9999)
@@ -231,10 +228,10 @@ def test_no_space_gets_between_prompt_and_response(kind, response):
     assert decode_response(tokenizer, query.response_ids[0]) == response
     together = np.concatenate([query.prompt_ids, query.response_ids[0]])
     assert tokenizer.decode(together, skip_special_tokens=True) == "a" + response
-    assert tokenizer("a b")["input_ids"] == before  # as it was
+    assert tokenizer("a b")["input_ids"] == before  # unchanged
 
 
-def test_punctuation_behind_a_prompt_is_no_word_of_its_own():
+def test_punctuation_after_a_prompt_gets_no_space():
     tokenizer = make_sentencepiece("prepend")
     assert tokenizer.tokenize(". H") == ["▁", ".", "▁H"]
     (ids,) = encode_responses(tokenizer, [". H"])
@@ -249,10 +246,10 @@ def test_punctuation_behind_a_prompt_is_no_word_of_its_own():
         max_size=6,
     )
 )
-def test_rewards_are_finite_and_ordered_as_the_scores(scores):
-    (query,), _, _ = tokenise(make_tokenizer(), row(responses=["a"] * len(scores), scores=scores))
-    rewards = query.rewards
-    assert rewards.dtype == np.float32 and np.isfinite(rewards).all()
-    for a, score in enumerate(scores):
-        for b, other in enumerate(scores):
-            assert (rewards[a] < rewards[b]) == (score < other)
+def test_rewards_are_finite_and_keep_their_order(rewards):
+    this = row(responses=["a"] * len(rewards), rewards=rewards)
+    (query,), _, _ = tokenise(make_tokenizer(), this)
+    assert query.rewards.dtype == np.float32 and np.isfinite(query.rewards).all()
+    for a, reward in enumerate(rewards):
+        for b, other in enumerate(rewards):
+            assert (query.rewards[a] < query.rewards[b]) == (reward < other)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_fast import demo, reference
-from rrhf_fast.data.rows import load_rows
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.__main__ import main
 from rrhf_fast.evaluate.config import EvaluateConfig
@@ -115,7 +115,7 @@ def test_every_measure_is_what_its_files_say(config, worse):
                     reference.response_logps(model, prompt_ids, torch.tensor(ids))
                 ).item()
             )
-        better = [(i, j) for i in range(6) for j in range(6) if row.scores[i] > row.scores[j]]
+        better = [(i, j) for i in range(6) for j in range(6) if row.rewards[i] > row.rewards[j]]
         correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
     assert found.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rrhf_fast import TrainConfig, demo, reference
+from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import load_rows
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.model.lora import add_lora, init_lora

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rrhf_fast import TrainConfig, demo
+from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.rows import RowReport, parse_row
+from rrhf_fast.data.rows import parse_row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.model.rrhf import RRHFModel

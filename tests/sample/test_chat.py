@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PhiConfig
 
-from rrhf_fast.data.rows import RowReport, load_drafts
+from rrhf_fast.data.load import RowReport, load_drafts
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.sample import sample
 from rrhf_fast.sample.config import Policy, SampleConfig

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rrhf_fast import demo
-from rrhf_fast.data.rows import load_drafts
-from rrhf_fast.data.tokenise import encode_responses
+from rrhf_fast.data.encode import encode_responses
+from rrhf_fast.data.load import load_drafts
 from rrhf_fast.model.generate import batches_by_length, generate_batch
 from rrhf_fast.sample import local, sample
 from rrhf_fast.sample.__main__ import main

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rrhf_fast import demo, reference
-from rrhf_fast.data.rows import load_drafts, load_rows
+from rrhf_fast.data.load import load_drafts, load_rows
 from rrhf_fast.score import score
 from rrhf_fast.score.__main__ import main
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig

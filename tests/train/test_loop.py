@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rrhf_fast import TrainConfig, demo, reference, train
-from rrhf_fast.data.rows import BadRow, load_rows
+from rrhf_fast.data.load import load_rows
+from rrhf_fast.data.rows import BadRow
 from rrhf_fast.data.tokenise import tokenise_rows
 from rrhf_fast.model import layers
 from rrhf_fast.model.decoder import UnsupportedModel

@@ -1,0 +1,203 @@
+"""The name of a source -> its records, from files, folders and Hugging Face datasets.
+
+A source is one of
+
+    rows.jsonl  rows.json  rows.parquet  rows.csv  rows.tsv     text also as .gz or .zst
+    'shards/*.jsonl.gz'     a pattern: its files, sorted by name
+    folder                  its files of these kinds, or a saved dataset (save_to_disk)
+    name                    a dataset of the Hugging Face hub
+    name:split              a split of a folder or a dataset; "train" by default
+    name:config:split       a split of one of its configurations
+"""
+
+import glob
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrhf_fast.data.files import KINDS, Records, first_line, kind_of, plain_record, read_file
+
+# Words in a file name that name its split, as in `datasets`.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= {"eval": "test", "evaluation": "test"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+# Files that `datasets` writes next to the rows.
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Rows that are not in a file: dicts, as a list, a `datasets.Dataset` or another iterable.
+    Errors refer to them by `name`."""
+
+    name: str
+    rows: Iterable[dict]
+
+    def __post_init__(self):
+        if isinstance(self.rows, Mapping):
+            problem = f"expected rows, found the keys {', '.join(map(str, self.rows))}"
+            raise ValueError(f"{self.name}: {problem} (choose a split)")
+        if not isinstance(self.rows, Iterable):
+            kind = type(self.rows).__name__
+            raise ValueError(f"{self.name}: expected rows or the name of a file, found a {kind}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def read_records(source: str | InMemory) -> Records:
+    """Yield (where, record) for each record of a source. For a line that is not JSON, the record
+    is a BadRow.
+
+    Raises:
+        ValueError: there is no such file, dataset or split, or it cannot be read.
+    """
+    if isinstance(source, InMemory):
+        yield from _dataset_records(source.rows, source.name)
+        return
+    name, parts = _split_source(source)
+    path = Path(name)
+    if not name:
+        raise ValueError(f"{source!r}: expected the name of a file, a folder or a dataset")
+    if path.is_dir():
+        yield from _folder(path, parts, source)
+    elif not path.exists() and glob.has_magic(name):
+        files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise ValueError(f"{source}: no file matches this pattern")
+        for file in files:
+            yield from read_file(file)
+    elif path.exists() or kind_of(path) in KINDS:
+        if parts:
+            raise ValueError(f"{source}: {name} is a file, which has no splits")
+        yield from read_file(path)
+    else:
+        yield from _hub(name, parts, source)
+
+
+def local_files(source: str) -> list[Path]:
+    """Return the files that a source may read, sorted; none for a dataset of the hub."""
+    name, _ = _split_source(source)
+    path = Path(name)
+    paths = [path]
+    if path.is_dir():
+        paths = path.rglob("*")
+    elif not path.exists() and glob.has_magic(name):
+        paths = map(Path, glob.glob(name, recursive=True))
+    return sorted(path for path in paths if path.is_file())
+
+
+def _split_source(source: str) -> tuple[str, list[str]]:
+    """Split "name:config:split" after the longest existing path, which may contain colons."""
+    pieces = source.split(":")
+    for count in range(len(pieces), 0, -1):
+        name = ":".join(pieces[:count])
+        if name and Path(name).exists():
+            return name, pieces[count:]
+    if glob.has_magic(source) or kind_of(Path(source)) in KINDS:
+        return source, []
+    return pieces[0], pieces[1:]
+
+
+def _folder(path: Path, parts: list[str], source: str) -> Records:
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        yield from _saved(path, parts, source)
+        return
+    readme = path / "README.md"
+    files = sorted(file for file in path.rglob("*") if _holds_rows(file.relative_to(path)))
+    files = [file for file in files if file.is_file()]
+    # A dataset card may assign files to splits.
+    is_described = readme.exists() and re.search(
+        r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
+    if is_described or not files or len(parts) > 1:
+        yield from _hub(str(path), parts, source)
+        return
+    for file in _files_of_split(path, files, parts, source):
+        yield from read_file(file)
+
+
+def _holds_rows(path: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return not hidden and path.name not in _NOT_ROWS and kind_of(path) in KINDS
+
+
+def _files_of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
+    """Return the files of the requested split. Without a request, return all files, or those of
+    "train" if file names mention several splits or held-out ones."""
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        by_split.setdefault(split, []).append(file)
+    splits = sorted(by_split.keys() - {None})
+    if not parts and (not splits or splits == ["train"] or len(by_split) == 1):
+        return files
+    split = _named_split(parts, splits)
+    if split not in splits:
+        known = f"only {', '.join(splits)}" if splits else "its file names mention none"
+        raise ValueError(f"{source}: no split {split!r}, {known}")
+    if not parts and None in by_split:
+        problem = f"{by_split[None][0].name} names no split, but other files do"
+        raise ValueError(f"{source}: {problem} (choose one, such as {path}:train)")
+    return by_split[split]
+
+
+def _named_split(parts: list[str], splits: Collection[str]) -> str:
+    """Return the requested split, by exactly this name if there is one, else by a synonym."""
+    split = parts[0] if parts else "train"
+    if split in splits:
+        return split
+    kind = _SPLITS.get(split.lower(), split)
+    return next((name for name in splits if _SPLITS.get(name.lower(), name) == kind), split)
+
+
+def _saved(path: Path, parts: list[str], source: str) -> Records:
+    """Read a dataset, or a dict of splits, that `save_to_disk` wrote."""
+    import datasets  # slow to import and needed only here
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # `datasets` and pyarrow raise a dozen types
+        problem = f"the saved dataset cannot be loaded ({first_line(error)})"
+        raise ValueError(f"{source}: {problem}") from error
+    if len(parts) > 1:
+        raise ValueError(f"{source}: a saved dataset has no configurations (expected name:split)")
+    if isinstance(saved, datasets.DatasetDict):
+        split = _named_split(parts, saved)
+        if split not in saved:
+            raise ValueError(f"{source}: no split {split!r}, only {', '.join(saved)}")
+        saved = saved[split]
+    elif parts and parts[0] != str(saved.split):
+        known = f"only {saved.split}" if saved.split else "the dataset was saved without splits"
+        raise ValueError(f"{source}: no split {parts[0]!r}, {known}")
+    yield from _dataset_records(saved, str(path))
+
+
+def _hub(name: str, parts: list[str], source: str) -> Records:
+    """Read a dataset that `datasets` finds by name, or in a folder."""
+    import datasets  # slow to import and needed only here
+
+    if len(parts) > 2 or not all(parts):
+        expected = "expected name, name:split or name:config:split"
+        raise ValueError(f"{source}: not a source of rows ({expected})")
+    *config, split = parts or ["train"]
+    try:
+        dataset = datasets.load_dataset(name, *config, split=split)
+    except Exception as error:  # `datasets` raises a dozen types for a missing dataset
+        problem = f"neither a file nor a dataset that could be loaded ({first_line(error)})"
+        raise ValueError(f"{source}: {problem}") from error
+    yield from _dataset_records(dataset, name)
+
+
+def _dataset_records(dataset, name: str) -> Records:
+    index = 0
+    try:
+        for record in dataset:
+            is_row = isinstance(record, Mapping)
+            yield f"{name}[{index}]", plain_record(record) if is_row else record
+            index += 1
+    except Exception as error:  # damaged files, images that cannot be decoded, ...
+        raise ValueError(f"{name}[{index}]: cannot be read ({first_line(error)})") from error

@@ -65,7 +65,7 @@ def as_config(config_class: type, options: object, name: str) -> object:
     if not isinstance(options, dict):
         return options
     check_names(config_class, options, f"{name}.")
-    return config_class(**{key: value for key, value in options.items() if key not in REMOVED})
+    return config_class(**without_removed(options))
 
 
 def limits(kind: Any) -> list[str]:
@@ -75,6 +75,15 @@ def limits(kind: Any) -> list[str]:
         return [_limit(limit)[0] for limit in args[1:]]
     inner = args if origin in (Union, UnionType) else []
     return [words for option in inner for words in limits(option)]
+
+
+def without_removed(options: dict) -> dict:
+    """A stored config, and those within it, without options that only earlier versions had."""
+    return {
+        name: without_removed(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+        if name not in REMOVED
+    }
 
 
 def describe(kind: Any) -> str:

@@ -160,6 +160,8 @@ def _bare(kind: Any) -> Any:
         return reduce(or_, map(_bare, args))
     if origin is list:
         return list[_bare(args[0])]
+    if origin is Literal:
+        return kind | str  # Any would make False of "no"
     # Values in dict[str, Any] are parsed, those in a plain dict stay strings.
     return dict[str, Any] if kind is dict or is_dataclass(kind) else kind
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from rrhf_fast.data.chat import ChatTemplate, Conversation, check_kwargs
+from rrhf_fast.data.chat import ChatTemplate, Conversation, refuse_reserved
 from rrhf_fast.data.rows import BadRow, Row, RowReport
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def tokenise_rows(
             template rejects or changes, and `on_bad_rows` is "error".
     """
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
-    check_kwargs(template.kwargs)
+    refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
     prefix, endings = _added_prefix(tokenizer), _Endings(tokenizer)
     queries, counts = [], TokenCounts()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from rrhf_fast.data.chat import check_kwargs
+from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
 from rrhf_fast.stages.options import as_config, check, check_within
@@ -142,7 +142,7 @@ class SampleConfig(RowsConfig, EndpointConfig):
         for name in ("data", "output", "policies"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
-        check_kwargs(self.chat_template_kwargs)
+        refuse_reserved(self.chat_template_kwargs)
         for i, policy in enumerate(self.policies):
             check_within(f"policies[{i}]", Policy.validate, policy)
             if policy.method != "provided" and not (policy.model or self.model_name_or_path):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from rrhf_fast.data.chat import check_kwargs
+from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
 from rrhf_fast.stages.options import check
@@ -93,7 +93,7 @@ class ScorerConfig(RewardConfig, LogProbsConfig, JudgeConfig, EndpointConfig):
             raise ValueError(
                 f"{', '.join(kinds)}: expected exactly one, found {' and '.join(named) or 'none'}"
             )
-        check_kwargs(self.chat_template_kwargs)
+        refuse_reserved(self.chat_template_kwargs)
         if self.policy_as_reward and self.model_name_or_path is None:
             raise ValueError("model_name_or_path: missing (the policy whose log-probs are needed)")
 

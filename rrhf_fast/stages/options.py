@@ -65,7 +65,7 @@ def as_config(config_class: type, options: object, name: str) -> object:
     if not isinstance(options, dict):
         return options
     check_names(config_class, options, f"{name}.")
-    return config_class(**without_removed(options))
+    return config_class(**{key: value for key, value in options.items() if key not in REMOVED})
 
 
 def limits(kind: Any) -> list[str]:

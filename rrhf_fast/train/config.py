@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt, Predicate
 
-from rrhf_fast.data.chat import check_kwargs
+from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.stages.options import check
@@ -246,7 +246,7 @@ class TrainConfig(
         or a combination that cannot work."""
         check(self)
         self.reading()
-        check_kwargs(self.chat_template_kwargs)
+        refuse_reserved(self.chat_template_kwargs)
         if self.resume_from_checkpoint == "latest" and self.output_dir is None:
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
         for name in ("save_steps", "resume_from_checkpoint", "init_optimizer_from"):

@@ -24,7 +24,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
-from rrhf_fast.data.checks import BadRow, Cell
+from rrhf_fast.data.checks import BadRow, Cell, one_line
 
 KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED = (".gz", ".zst")
@@ -167,9 +167,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or not gzip ({_first_line(error)})") from error
+        raise ValueError(f"{path}: damaged, or not gzip ({one_line(error)})") from error
     except OSError as error:
-        reason = error.strerror or _first_line(error)
+        reason = error.strerror or one_line(error)
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
@@ -254,7 +254,7 @@ def _json_array(path: Path) -> Records:
 def _json_problem(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return getattr(error, "msg", _first_line(error))
+    return getattr(error, "msg", one_line(error))
 
 
 def _parquet(path: Path) -> Records:
@@ -269,7 +269,7 @@ def _parquet(path: Path) -> Records:
                     yield f"{path}[{index}]", _plain_record(record)
                     index += 1
     except pyarrow.ArrowException as error:
-        reason = _first_line(error)
+        reason = one_line(error)
         raise ValueError(f"{path}: damaged, or not Parquet ({reason})") from error
 
 
@@ -286,7 +286,7 @@ def _csv(path: Path, delimiter: str) -> Records:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: not UTF-8 text (near line {line})") from error
             except csv.Error as error:
-                raise ValueError(f"{where}: not CSV ({_first_line(error)})") from error
+                raise ValueError(f"{where}: not CSV ({one_line(error)})") from error
             line = reader.line_num + 1
             if cells is None:
                 return
@@ -310,7 +310,7 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` and pyarrow raise a dozen types
-        reason = _first_line(error)
+        reason = one_line(error)
         raise ValueError(f"{source}: a saved dataset that cannot be loaded ({reason})") from error
     if len(parts) > 1:
         raise ValueError(f"{source}: a saved dataset has no configurations (expected name:split)")
@@ -336,7 +336,7 @@ def _hub(name: str, parts: list[str], source: str) -> Records:
     try:
         dataset = datasets.load_dataset(name, *config, split=split)
     except Exception as error:  # `datasets` raises a dozen types for "there is no such dataset"
-        reason = _first_line(error)
+        reason = one_line(error)
         problem = f"neither a file nor a dataset that could be loaded ({reason})"
         raise ValueError(f"{source}: {problem}") from error
     yield from _of_dataset(dataset, name)
@@ -349,7 +349,7 @@ def _of_dataset(dataset, name: str) -> Records:
             yield f"{name}[{index}]", _plain_record(record)
             index += 1
     except Exception as error:  # damaged files, images that cannot be decoded, ...
-        reason = _first_line(error)
+        reason = one_line(error)
         raise ValueError(f"{name}[{index}]: cannot be read ({reason})") from error
 
 
@@ -370,8 +370,3 @@ def _plain(value: object) -> object:
     if isinstance(value, Decimal):
         return float(value)
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

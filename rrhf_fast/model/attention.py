@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from rrhf_fast import reference
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.forest import Movable, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_flash, forest_flex, forest_sdpa
@@ -223,8 +224,3 @@ def _forest_attention(
 # No mask function of this name is registered: transformers then builds no mask, and ours is the
 # forest itself.
 AttentionInterface.register(FOREST, _forest_attention)
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of an error's message without its line breaks."""
-    return " ".join(str(error).split())[:200]

@@ -8,6 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from typing import NoReturn
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.stages.parse import Config, parse_config
 
 # EX_TEMPFAIL of sysexits.h: try again later.
@@ -56,7 +57,7 @@ def go_on(config: object) -> str:
 
 def fail(name: str, problem: object, code: int) -> int:
     """Print the problem as one line; returns the exit code."""
-    print(f"rrhf_fast.{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    print(f"rrhf_fast.{name}: error: {one_line(problem, None)}", file=sys.stderr)
     return code
 
 

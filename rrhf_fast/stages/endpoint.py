@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 from tqdm import tqdm
 
-from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, first_line, read_answer
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
 
 # How endpoints say that they do not take a parameter, whatever is asked.
@@ -178,7 +179,7 @@ class Endpoint:
         return Refused(reason)
 
     def _reason(self, error: BaseException) -> str:
-        text = first_line(str(error)) or type(error).__name__
+        text = one_line(error)
         if re.fullmatch(r"Error code: \d+", text) and getattr(error, "body", None):
             text += f" - {_said(error)[:300]}"  # a body that is not in OpenAI's form
         return self._hide_key(text)

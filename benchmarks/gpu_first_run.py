@@ -43,7 +43,7 @@ NEEDED = ["torch", "triton", "transformers", "numpy", "safetensors", "matplotlib
 WHEELS = {
     "datasets": "datasets", "dill": "dill", "multiprocess": "multiprocess",
     "jsonargparse": "jsonargparse", "docstring_parser": "docstring-parser",
-    "typeshed_client": "typeshed-client", "torchao": "torchao",
+    "annotated_types": "annotated-types", "torchao": "torchao",
     "vaderSentiment": "vaderSentiment", "liger_kernel": "liger-kernel",
     "cut_cross_entropy": "cut-cross-entropy", "pytest": "pytest", "xdist": "pytest-xdist",
     "hypothesis": "hypothesis",

@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from experiments.recipe import CONFIGS, load_experiment, read_text
 from experiments.report import collect, failed_checks, write_index, write_results
 from experiments.runner import StageFailed, all_stages, run_stages
+from rrhf_fast.data.checks import one_line
 
 EXPERIMENTS = (
     *("sources", "rounds", "alternatives", "choices", "responses"),
@@ -119,7 +120,7 @@ def _say_arms(experiment) -> None:
 
 
 def _fail(problem: object, code: int) -> int:
-    print(f"experiments: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    print(f"experiments: error: {one_line(problem, None)}", file=sys.stderr)
     return code
 
 

@@ -8,10 +8,13 @@ given as text, as the trainer does.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt
 
 from rrhf_fast.data.load import load_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer
-from rrhf_fast.stages.options import check_types, expect
+from rrhf_fast.stages.options import check
 from rrhf_fast.stages.reward_fn import load_reward_fn
 
 
@@ -21,20 +24,17 @@ class PeerConfig:
 
     model_name_or_path: str
     train_data: str
-    train_batch_size: int = 16
+    train_batch_size: Annotated[int, Gt(0)] = 16
     """Prompts of one optimizer step."""
-    num_train_epochs: float = 2.0
-    learning_rate: float = 1e-3
-    beta: float = 0.1
+    num_train_epochs: Annotated[float, Gt(0)] = 2.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    beta: Annotated[float, Ge(0)] = 0.1
     """Of the penalty for leaving the initial model."""
     seed: int = 0
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
-        for name in ("train_batch_size", "num_train_epochs", "learning_rate"):
-            expect(self, name, lambda value: value > 0, "more than 0")
-        expect(self, "beta", lambda value: value >= 0, "0 or more")
+        check(self)
 
 
 @dataclass

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt
 
 from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo
 from rrhf_fast.data.load import load_rows
@@ -31,7 +32,7 @@ from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.logprobs import LogProbs
 from rrhf_fast.stages.journal import write_rows
-from rrhf_fast.stages.options import check_types, expect
+from rrhf_fast.stages.options import check
 from rrhf_fast.train import train
 from rrhf_fast.train.config import TrainConfig
 
@@ -43,20 +44,20 @@ class SelectConfig:
     """Options of `select`: which rows and responses of a file, with which scores."""
 
     data: str
-    rows: int | None = None
+    rows: Annotated[int, Gt(0)] | None = None
     """So many, drawn by the seed, or the first of those that the folds leave; default all."""
-    responses: int | None = None
+    responses: Annotated[int, Gt(0)] | None = None
     """As many rows as hold so many responses together, by `take`."""
-    folds: int | None = None
+    folds: Annotated[int, Gt(0)] | None = None
     """Deal the rows into so many parts, and keep part `fold`, which counts on behind the last from
     the first, or all the others."""
     fold: int = 0
     keep: Literal["fold", "others"] = "others"
     take: dict | None = None
     """So many different responses of each source, {source: count}, in the order of the file."""
-    noise: float = 0.0
+    noise: Annotated[float, Ge(0)] = 0.0
     """Standard deviation of what is added to each score."""
-    round_to: float | None = None
+    round_to: Annotated[float, Gt(0)] | None = None
     """Round scores to multiples of this, which ties them."""
     shuffle: bool = False
     """Each row's responses in an order drawn by the seed, so that chance decides which of those
@@ -65,10 +66,7 @@ class SelectConfig:
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
-        for name in ("rows", "responses", "folds", "round_to"):
-            expect(self, name, lambda value: value is None or value > 0, "more than 0")
-        expect(self, "noise", lambda value: value >= 0, "0 or more")
+        check(self)
         if self.responses is not None and (not self.take or self.rows is not None):
             raise ValueError("responses: needs take, and no rows")
 
@@ -83,7 +81,7 @@ class RankConfig(ScorerConfig):
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        check(self)
         if self.model_name_or_path is None or not self.data:
             raise ValueError("model_name_or_path, data: missing")
 
@@ -99,7 +97,7 @@ class RoundConfig:
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        check(self)
         if self.per_round < 1 or self.steps % self.per_round:
             raise ValueError("steps, per_round: expected whole rounds")
 
@@ -112,7 +110,7 @@ class BestOfConfig:
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        check(self)
 
 
 @dataclass
@@ -127,7 +125,7 @@ class MakeConfig:
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        check(self)
 
 
 def _select(config: SelectConfig, folder: Path) -> None:

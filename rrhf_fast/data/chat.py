@@ -142,7 +142,7 @@ class ChatTemplate:
 
     def _render(self, row: Row, messages: list[dict], **options) -> str:
         try:
-            check_kwargs(row.chat_template_kwargs or {})
+            refuse_reserved(row.chat_template_kwargs or {})
         except ValueError as error:
             raise BadRow("wrong chat_template_kwargs", row.where, str(error)) from error
         kwargs = self.kwargs | (row.chat_template_kwargs or {})
@@ -197,8 +197,8 @@ def with_answer(messages: list[dict], answer: str) -> list[dict]:
     return [*messages, {"role": "assistant", "content": answer}]
 
 
-def check_kwargs(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that would change more than what the template says."""
+def refuse_reserved(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of the chat template that the engine sets itself."""
     for name in kwargs:
         if name in _OURS:
             raise ValueError(f"chat_template_kwargs: {name} cannot be set, the engine does")

@@ -143,6 +143,13 @@ def show(value: object) -> str:
     return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
+def one_line(problem: object, limit: int | None = 300) -> str:
+    """An error, or a text from elsewhere, as a part of a message: its first `limit` characters
+    without line breaks and lone surrogates; the type of an error that says nothing."""
+    text = " ".join(str(problem).split()).encode(errors="replace").decode()
+    return text[:limit] if text or isinstance(problem, str) else type(problem).__name__
+
+
 def listed(names: list[str]) -> str:
     """List at most 20 field names for a message, odd ones quoted."""
     shown = [name if name.isprintable() and len(name) <= 40 else show(name)[4:] for name in names]

@@ -4,7 +4,7 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 from jmespath.visitor import TreeInterpreter
 
-from rrhf_fast.data.checks import BadRow, Cell, listed, show
+from rrhf_fast.data.checks import BadRow, Cell, listed, one_line, show
 
 # Fields that may be mapped: those of a row, of a pair and of a row of one response.
 NAMES = ("prompt", "responses", "scores", "sources")
@@ -57,7 +57,7 @@ class Columns:
             try:
                 self._parsed[name] = jmespath.compile(path).parsed
             except JMESPathError as error:
-                reason = " ".join(str(error).partition(" for expression")[0].split()).rstrip(" ^,")
+                reason = one_line(str(error).partition(" for expression")[0]).rstrip(" ^,")
                 raise ValueError(f"columns: {name}: {path!r} is not JMESPath ({reason})") from error
         self._interpreter = _KeepNulls()
         self.fields = set().union(*map(_fields, self._parsed.values()))
@@ -72,7 +72,7 @@ class Columns:
             try:
                 value = self._interpreter.visit(parsed, plain)
             except (JMESPathError, TypeError, ValueError, AttributeError, RecursionError) as error:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 problem = f"columns: {name}: {self.paths[name]!r} fails ({reason})"
                 raise BadRow("path fails", where, problem) from error
             may_be_null = name in OPTIONAL and not _fields(parsed).isdisjoint(record)

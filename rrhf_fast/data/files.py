@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
-from rrhf_fast.data.checks import NO_ARRAY, BadRow, Cell
+from rrhf_fast.data.checks import NO_ARRAY, BadRow, Cell, one_line
 
 KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED = (".gz", ".zst")
@@ -50,9 +50,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or not gzip ({first_line(error)})") from error
+        raise ValueError(f"{path}: damaged, or not gzip ({one_line(error)})") from error
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = error.strerror or one_line(error)
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
@@ -136,7 +136,7 @@ def _json_array(path: Path) -> Records:
 def _json_problem(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return getattr(error, "msg", first_line(error))
+    return getattr(error, "msg", one_line(error))
 
 
 def _parquet(path: Path) -> Records:
@@ -151,7 +151,7 @@ def _parquet(path: Path) -> Records:
                     yield f"{path}[{index}]", plain_record(record)
                     index += 1
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: damaged, or not Parquet ({first_line(error)})") from error
+        raise ValueError(f"{path}: damaged, or not Parquet ({one_line(error)})") from error
 
 
 def _csv(path: Path, delimiter: str) -> Records:
@@ -167,7 +167,7 @@ def _csv(path: Path, delimiter: str) -> Records:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: not UTF-8 text (near line {line})") from error
             except csv.Error as error:
-                raise ValueError(f"{where}: not CSV ({first_line(error)})") from error
+                raise ValueError(f"{where}: not CSV ({one_line(error)})") from error
             line = reader.line_num + 1
             if cells is None:
                 return
@@ -202,9 +202,3 @@ def _plain(value: object) -> object:
     if isinstance(value, Decimal):
         return float(value)
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if the message is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How files of rows are read: options that every command has."""
+"""How files of rows are read: options that every command but export has."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,19 +8,20 @@ from rrhf_fast.data.columns import Columns, parse_paths
 
 @dataclass
 class RowsConfig:
-    """How files of rows are read: the same options for every command."""
+    """Reading files of rows"""
 
     on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave out bad responses, and rows with fewer than two good
-    ones, and count both by kind."""
+    """error: stop at the first bad row. skip: leave out bad responses, and rows with fewer than two
+    good ones, and count both by kind."""
     columns: dict[str, str] | str | None = None
-    """Where the fields of a row are, for layouts that are not known: JMESPath expressions by field,
-    such as {prompt: question, responses: answers[].text, scores: answers[].rating}."""
+    """Where to find the fields of rows in a layout that is not recognised: JMESPath expressions by
+    field, such as {prompt: question, responses: answers[].text, scores: answers[].rating}."""
     group_by: str | None = None
     """Join rows of one response each, {prompt, response, score}, that are equal in this field, such
-    as prompt; keeps all rows in memory."""
+    as prompt. Keeps all rows in memory."""
     apply_chat_template: bool = False
-    """Turn string prompts into a user's message, for the chat template."""
+    """Treat a prompt that is a string as a message of the user, so that it goes through the chat
+    template. For instruct models."""
 
     def reading(self) -> dict[str, Any]:
         """These options as arguments of load_rows and load_drafts. Raises ValueError, with the

@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrhf_fast.data.files import KINDS, Records, first_line, kind_of, plain_record, read_file
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.data.files import KINDS, Records, kind_of, plain_record, read_file
 
 # Words in a file name that name its split, as in `datasets`.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -161,7 +162,7 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` and pyarrow raise a dozen types
-        problem = f"the saved dataset cannot be loaded ({first_line(error)})"
+        problem = f"the saved dataset cannot be loaded ({one_line(error)})"
         raise ValueError(f"{source}: {problem}") from error
     if len(parts) > 1:
         raise ValueError(f"{source}: a saved dataset has no configurations (expected name:split)")
@@ -187,7 +188,7 @@ def _hub(name: str, parts: list[str], source: str) -> Records:
     try:
         dataset = datasets.load_dataset(name, *config, split=split)
     except Exception as error:  # `datasets` raises a dozen types for a missing dataset
-        problem = f"neither a file nor a dataset that could be loaded ({first_line(error)})"
+        problem = f"neither a file nor a dataset that could be loaded ({one_line(error)})"
         raise ValueError(f"{source}: {problem}") from error
     yield from _dataset_records(dataset, name)
 
@@ -200,4 +201,4 @@ def _dataset_records(dataset, name: str) -> Records:
             yield f"{name}[{index}]", plain_record(record) if is_row else record
             index += 1
     except Exception as error:  # damaged files, images that cannot be decoded, ...
-        raise ValueError(f"{name}[{index}]: cannot be read ({first_line(error)})") from error
+        raise ValueError(f"{name}[{index}]: cannot be read ({one_line(error)})") from error

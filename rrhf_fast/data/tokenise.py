@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rrhf_fast.data.chat import ChatTemplate, Conversation, check_kwargs
+from rrhf_fast.data.chat import ChatTemplate, Conversation, refuse_reserved
 from rrhf_fast.data.encode import Endings, added_prefix, encode, encode_responses
 from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.rows import BadRow, Row
@@ -87,7 +87,7 @@ def tokenise_rows(
             messages, and `on_bad_rows` is "error".
     """
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
-    check_kwargs(template.kwargs)
+    refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
     prefix, endings = added_prefix(tokenizer), Endings(tokenizer)
     queries, counts = [], TokenCounts()

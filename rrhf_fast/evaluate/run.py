@@ -31,6 +31,7 @@ from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.run import check_scorer
 from rrhf_fast.stages.identity import identity
 from rrhf_fast.stages.journal import read_json
+from rrhf_fast.stages.options import without_removed
 
 # What `sources` calls the two sides.
 MODEL, BASELINE = "model", "baseline"
@@ -184,7 +185,7 @@ def claim(output_dir: str, options: dict, *, overwrite: bool = False) -> Path:
             if not file.exists():
                 problem = f"holds other files, {held} for one (choose another folder)"
                 raise ValueError(f"output_dir: {output_dir} {problem}")
-            before, now = read_json(file), json.loads(text)
+            before, now = without_removed(read_json(file)), json.loads(text)
             if overwrite:
                 _empty(folder)
             elif changed := sorted(

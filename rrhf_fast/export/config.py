@@ -6,15 +6,17 @@ from typing import Literal
 
 @dataclass
 class ExportConfig:
-    """Options of `python -m rrhf_fast.export`."""
+    """Checkpoint and model"""
 
     checkpoint: str
-    """A checkpoint of a run, output_dir/checkpoint-<step>; or a folder of LoRA adapters."""
+    """Checkpoint of a run, output_dir/checkpoint-STEP; or a folder of LoRA adapters, with --merge
+    true. Required."""
     output_dir: str
-    """Where the model goes."""
+    """Folder for the model. Required."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the exported weights. Auto: the one that the model came in; adapters are float32."""
+    """Precision of the exported weights. auto: that of the model that was trained; adapters are
+    float32."""
     merge: bool = False
     """Add LoRA adapters to the weights of their model, instead of exporting them alone."""
     trust_remote_code: bool = False
-    """Run code that ships with the model. Off unless you trust its author."""
+    """Run Python code that comes with the model. Only for models whose author you trust."""

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import safe_open
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.lora import add_lora
@@ -86,8 +87,8 @@ def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
     try:
         lm = PeftModel.from_pretrained(lm, adapters).merge_and_unload()
     except Exception as error:  # peft and safetensors raise what they like
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"checkpoint: {adapters} do not fit {base} ({reason})") from error
+        problem = f"{adapters} do not fit {base} ({one_line(error)})"
+        raise ValueError(f"checkpoint: {problem}") from error
     take_generation_config(lm, adapters)
     weights = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor

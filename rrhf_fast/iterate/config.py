@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from rrhf_fast import demo
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.evaluate.config import EvaluationOptions
 from rrhf_fast.sample.config import Policy, SampleConfig
-from rrhf_fast.stages.options import expect
+from rrhf_fast.stages.options import as_config, check_within
 from rrhf_fast.train.config import TrainConfig
 
 
 def _paper_policies() -> list[Policy]:
-    """The paper's DP: diverse beams of the model, and the data set's own responses."""
+    """The paper's DP: diverse beams of the model, and the dataset's own responses."""
     return [
         Policy(method="diverse_beam", temperature=0.8),
         Policy(method="provided", use_responses="provided"),
@@ -22,60 +24,64 @@ def _paper_policies() -> list[Policy]:
 
 @dataclass
 class IterateConfig(RowsConfig, EvaluationOptions):
-    """Options of `python -m rrhf_fast.iterate`; without model and data it runs the demo."""
+    """Model, rows, rounds and output"""
 
-    output_dir: str | None = None
-    """Where every round's files and the report go; default runs/<date>-<time>. If it is named, the
-    same command goes on where it was."""
-    rounds: int = 2
-    """How often to sample, score, train and evaluate (the paper's IP-n). More may be asked for
-    later."""
-    steps_per_round: int | None = None
-    """The paper's OP-k: a round is this many optimizer steps over fresh prompts, at a constant
-    rate, and the optimizer's state is carried on."""
-
+    model_name_or_path: str | None = None
+    """Model that the first round starts from: a folder, or a name on the Hugging Face hub. Without
+    it and data, the embedded demo runs."""
     data: str | list[str] | None = None
-    """Rows to sample for: files, patterns, folders or Hugging Face datasets, as in the trainer's
-    train_data."""
+    """Rows to sample for: files (.jsonl, .json, .parquet, .csv, also .gz or .zst), patterns,
+    folders, or datasets of the Hugging Face hub as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT."""
     eval_data: str | list[str] | None = None
-    """Held-out rows, whose prompts are sampled for at each evaluation."""
+    """Held-out rows, named as for data, whose prompts are sampled for at each evaluation."""
     ranking_data: str | list[str] | None = None
-    """Held-out rows with scores: how often does the model's p rank two responses as they do?"""
+    """Held-out rows with responses and scores, to measure how often the model's mean log-prob ranks
+    two responses as their scores do."""
+    output_dir: str | None = None
+    """Folder for the files of all rounds and the report; a run that was interrupted resumes from
+    it. Default: runs/DATE-TIME."""
+    rounds: Annotated[int, Ge(1)] = 2
+    """Rounds of sampling, scoring, training and evaluating (IP-n in the paper). A finished run can
+    be given more."""
+    steps_per_round: Annotated[int, Ge(1)] | None = None
+    """Make a round this many optimizer steps over fresh prompts (OP-k in the paper), at a constant
+    learning rate; the optimizer's state is carried on. Default: a round passes over all rows."""
     on_bad_rows: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave out bad responses and rows. Rows with fewer than 2 scored
-    responses are always left out of training."""
+    """error: stop at the first bad row. skip: leave out bad responses and rows. Training always
+    leaves out rows with fewer than two scored responses."""
     policies: list[Policy] = field(default_factory=_paper_policies)
-    """Where responses come from; policies without a model use that of the round."""
-    max_prompt_length: int | None = None
-    """Tokens; a longer prompt keeps its tail when it is sampled for."""
+    """Where responses come from, such as '[{method: sample, num_responses: 4}]'; without a model,
+    from that of the round. Default: four diverse beams at temperature 0.8, and the responses that
+    the rows provide."""
+    max_prompt_length: Annotated[int, Ge(1)] | None = None
+    """Tokens; a longer prompt keeps its tail when it is sampled for. Default: never cut."""
     stop_strings: list[str] = field(default_factory=list)
-    """Cut each new response at the first of these."""
+    """Cut each new response before the first of these. Default: never."""
     finished_only: bool = False
-    """Train on no response that max_new_tokens cut off."""
-    kl_coef: float = 0.0
-    """Takes kl_coef * log(model / reference) from the scores that are trained on, to guard against
-    reward hacking; 0.01 in the paper."""
+    """Leave responses that max_new_tokens cut off out of training."""
+    kl_coef: Annotated[float, Ge(0)] = 0.0
+    """Take kl_coef * log(model / reference) from the scores that are trained on, against reward
+    hacking. The paper's online runs use 0.01."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Options of the trainer; its model, data and output_dir are set by the rounds."""
+    """Options of the trainer; the rounds set its model, data and output_dir."""
 
     def __post_init__(self):
         # A file or a command line gives plain dicts.
-        self.policies = [
-            policy if isinstance(policy, Policy) else Policy(**policy) for policy in self.policies
-        ]
-        if isinstance(self.train, dict):
-            self.train = TrainConfig(**self.train)
+        if isinstance(self.policies, list):
+            self.policies = [
+                as_config(Policy, policy, f"policies[{i}]")
+                for i, policy in enumerate(self.policies)
+            ]
+        self.train = as_config(TrainConfig, self.train, "train")
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
+        or a combination that cannot work."""
         super().validate()
         self.reading()
         for name in ("model_name_or_path", "data", "eval_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
-        for name in ("rounds", "steps_per_round"):
-            expect(self, name, lambda value: value is None or value >= 1, "at least 1")
-        expect(self, "kl_coef", lambda value: value >= 0, "0 or more")
         SampleConfig(
             data="data", output="output", model_name_or_path="model", policies=self.policies
         ).validate()
@@ -86,12 +92,9 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         if self.steps_per_round is not None and self.train.optim == "adamw_8bit":
             problem = "the moments of adamw_8bit cannot be carried on from round to round"
             raise ValueError(f"steps_per_round, train.optim: {problem}")
-        try:
-            self.train.validate()
-            for number in (1, 2):
-                self.train_config(number, "model", Path(f"round-{number}")).validate()
-        except ValueError as error:
-            raise ValueError(f"train.{error}") from error
+        rounds = [self.train_config(i, "model", Path(f"round-{i}")) for i in (1, 2)]
+        for train in (self.train, *rounds):
+            check_within("train", TrainConfig.validate, train)
 
     def train_config(self, number: int, model: str, folder: Path) -> TrainConfig:
         """The trainer's options in a round, which works in `folder` and starts from `model`."""

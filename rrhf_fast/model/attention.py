@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from rrhf_fast import reference
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.forest import Movable, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_flash, forest_flex, forest_sdpa
@@ -221,8 +222,3 @@ def _forest_attention(
 
 # Without a mask function of this name transformers builds no mask; the forest itself is ours.
 AttentionInterface.register(FOREST, _forest_attention)
-
-
-def one_line(error: Exception) -> str:
-    """The first 200 characters of an error's message, on one line."""
-    return " ".join(str(error).split())[:200]

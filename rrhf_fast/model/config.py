@@ -1,28 +1,31 @@
 """Options of the loss."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 
 @dataclass
 class LossConfig:
-    """The RRHF loss (arXiv 2304.05302): rank_weight * L_rank + sft_weight * L_sft."""
+    """The loss: rank_weight * L_rank + sft_weight * L_sft (RRHF, arXiv 2304.05302)"""
 
-    length_penalty: float = 1.0
-    """Exponent of the response length in the score p: 1 is the mean log-prob, 0 the sum. 0 orders
-    the mean log-probs worse at equal reward (experiments/results/choices.md)."""
-    rank_weight: float = 1.0
-    """Weight of the pairwise ranking loss. 1 never cost much reward; more ranks better, but gives
-    less reward in choices.md and more for the stories of data.md."""
-    sft_weight: float = 1.0
-    """Weight of the likelihood of the best response. At 0 samples became short and earned hardly
-    more than before (alternatives.md)."""
+    length_penalty: Annotated[float, Ge(0)] = 1.0
+    """Exponent a in the score of a response, p = (sum of its log-probs) / length**a: 1 compares
+    responses by their mean log-prob; 0 by the sum, which is lower for longer ones."""
+    rank_weight: Annotated[float, Ge(0)] = 1.0
+    """Weight of the ranking loss. More ranks better; whether samples gain reward, too, depends on
+    the rows: look at samples of 1, 3 and 10."""
+    sft_weight: Annotated[float, Ge(0)] = 1.0
+    """Weight of the negative log-likelihood of the best response. Without it (0) samples became
+    short and earned hardly more reward than before training."""
     sft_reduction: Literal["sum", "mean"] = "sum"
-    """Over the best response's tokens: their sum (the paper) or their mean, which acts as a larger
-    rank_weight: less reward in choices.md, more for the stories of data.md."""
-    margin: float = 0.0
-    """Added inside the hinge, in units of p."""
+    """Over the tokens of the best response: their sum, as in the paper, or their mean, which gives
+    the ranking loss more weight."""
+    margin: Annotated[float, Ge(0)] = 0.0
+    """By how much, in units of p, the better response of a pair has to score higher for the pair to
+    add no loss."""
     compat: Literal["none", "official"] = "none"
-    """"official" reproduces the released code's loss: every response's length is the width of the
-    query's padded rows, prompt plus longest response (end token included), and the SFT part is a
-    mean over that width."""
+    """official: the arithmetic of the released code of the paper, to compare with it. Each response
+    counts as long as the padded rows of its prompt (prompt plus longest response, end token
+    included), and the SFT part is a mean over that length."""

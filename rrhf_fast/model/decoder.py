@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from rrhf_fast import reference
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.forest import PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_sdpa
@@ -305,15 +306,11 @@ def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
 def _why(name_or_path: str, error: Exception) -> str:
     """Why loading failed, on one line."""
     if Path(name_or_path).exists():
-        return _first_line(error)
+        return one_line(error)
     problem = "no such folder, and no such model on the hub could be loaded"
     # Given a path that is not a hub name, the hub's client complains about "repo ids".
     is_path = isinstance(error.__cause__ or error, HFValidationError)
-    return problem if is_path else f"{problem} ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return problem if is_path else f"{problem} ({one_line(error)})"
 
 
 def inference_dtype(name: str) -> torch.dtype:

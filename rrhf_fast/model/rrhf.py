@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rrhf_fast.data.active import WeightedForest
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
 from rrhf_fast.losses.linear_rrhf import workspace_for
 from rrhf_fast.losses.parts import LinearHead
-from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend, one_line
+from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import (
     attention,

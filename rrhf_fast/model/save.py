@@ -11,6 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from rrhf_fast.data.checks import one_line
+
 # Leftovers that would change what a folder loads as: an earlier run's weights, split into other
 # files, and adapters, settings and templates that this model does not have.
 STALE_FILES = (
@@ -64,12 +66,12 @@ def write_model(
     except Exception as error:  # safetensors raises its own type for a full disk
         shutil.rmtree(staging, ignore_errors=True)
         raise SaveFailed(
-            f"output_dir: {output_dir} could not be written ({_line(error)})"
+            f"output_dir: {output_dir} could not be written ({one_line(error)})"
         ) from error
     try:
         _move_into_place(staging, output_dir)
     except OSError as error:
-        problem = f"{output_dir} could not be written ({_line(error)})"
+        problem = f"{output_dir} could not be written ({one_line(error)})"
         raise SaveFailed(f"output_dir: {problem}; the new files are in {staging}") from error
 
 
@@ -136,7 +138,3 @@ def write_config(lm: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
         lm.config.save_pretrained(folder)
     finally:
         lm.config.dtype = before
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from rrhf_fast.data.checks import one_line
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -35,8 +37,7 @@ def empty_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTra
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # foreign folders make transformers raise any type
-        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model_name_or_path: {name_or_path}: {problem}") from error
+        raise ValueError(f"model_name_or_path: {name_or_path}: {one_line(error)}") from error
     with contextlib.suppress(OSError):  # the file is optional
         lm.generation_config = GenerationConfig.from_pretrained(name_or_path)
     return lm.eval()

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rrhf_fast.data.chat import with_answer
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.messages import plain_content
 from rrhf_fast.model.decoder import check_finite, inference_dtype, load_tokenizer, max_positions
 from rrhf_fast.score.config import ScorerConfig
@@ -32,8 +33,7 @@ class RewardModel:
                 output_loading_info=True,
             )
         except Exception as error:  # a damaged or foreign checkpoint raises what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{where}: no sequence classifier ({reason})") from error
+            raise ValueError(f"{where}: no sequence classifier ({one_line(error)})") from error
         if missing := sorted(info["missing_keys"]):
             problem = f"weights are missing and would be random ({', '.join(missing[:3])})"
             raise ValueError(f"{where}: {problem}, so this is no reward model")

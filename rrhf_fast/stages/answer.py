@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from rrhf_fast.data.checks import one_line
+
 # Endings, other than a token limit, of an answer that is not whole.
 _BROKEN_OFF = {
     "content_filter": "a content filter ended the answer",
@@ -64,7 +66,7 @@ def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
     reason = choice.get("finish_reason")
     reason = reason if isinstance(reason, str) else None
     if refusal := _refusal(message):
-        raise Refused(f"the model refused: {first_line(refusal)}", usage)
+        raise Refused(f"the model refused: {one_line(refusal)}", usage)
     if reason in _BROKEN_OFF:
         raise Refused(f"{_BROKEN_OFF[reason]} (finish_reason {reason})", usage)
     if not text and (message.get("tool_calls") or message.get("function_call")):
@@ -85,7 +87,7 @@ def _first_choice(record: Any) -> dict:
         raise NoCompletion("an answer that is no JSON object")
     if error := record.get("error"):
         message = error.get("message") if isinstance(error, dict) else error
-        raise NoCompletion(f"an error for an answer: {first_line(str(message or error))}")
+        raise NoCompletion(f"an error for an answer: {one_line(message or error)}")
     choices = record.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise NoCompletion("an answer without choices")
@@ -133,12 +135,6 @@ def _usage(record: dict) -> dict[str, int]:
         count = found.get(name) if isinstance(found, dict) else None
         counts[name] = count if type(count) is int and 0 <= count < 2**53 else 0
     return counts
-
-
-def first_line(text: str) -> str:
-    """The start of a text that comes from elsewhere, as a part of a message of ours."""
-    lines = _encodable(text).strip().splitlines()
-    return lines[0][:300] if lines else ""
 
 
 def _encodable(text: str) -> str:

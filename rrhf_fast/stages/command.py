@@ -1,98 +1,18 @@
-"""What every command shares: options from a config class, one-line errors, exit codes."""
+"""Run a command: errors as one line, and the exit code."""
 
-import argparse
 import os
-import re
 import sys
 import time
 import traceback
+from argparse import ArgumentError
 from collections.abc import Callable
-from dataclasses import fields
-from difflib import get_close_matches
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
-import yaml
-from jsonargparse import (
-    ArgumentError,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    set_parsing_settings,
-)
-
-Config = TypeVar("Config")
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.parse import Config, parse_config
 
 # EX_TEMPFAIL of sysexits.h: try again later.
 PREEMPTED = 75
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    """Keeps the lines of the description, which are commands."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text.strip()
-
-
-def parse_config(
-    config_class: type[Config],
-    arguments: list[str] | None = None,
-    name: str = "train",
-    description: str | None = None,
-) -> Config:
-    """Options of the command line (default: this process's) as a config.
-
-    Raises:
-        ArgumentError: an option that there is not, or a value of the wrong type.
-        ValueError: a file of options that cannot be read as such.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=f"python -m rrhf_fast.{name}",
-        description=description,
-        formatter_class=_HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,  # a later option could change what an abbreviation means
-    )
-    parser.add_argument("--config", action="config", help="YAML file of options.")
-    parser.add_class_arguments(config_class)
-    _check_files(config_class, arguments)
-    try:
-        options = parser.parse_args(arguments).as_dict()
-    except ArgumentError as error:
-        no_list = re.search(r"\"(\w+)\":\s+Expected a <class 'list'>. Got value: (.*)", str(error))
-        if no_list is None:
-            raise
-        option, value = no_list.groups()
-        problem = f"{option}: expected a list, [{value}], found {value}"
-        raise ValueError(problem) from error
-    options.pop("config")
-    return config_class(**options)
-
-
-def _check_files(config_class: type, arguments: list[str] | None) -> None:
-    """Raise ValueError, with the file's name, where a --config file holds no options of this
-    command."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", action="append", default=[])
-    names = {field.name for field in fields(config_class)}
-    for file in map(Path, finder.parse_known_args(arguments)[0].config):
-        try:
-            options = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"config: {file}: cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{file}:{mark.line + 1}" if mark else file
-            problem = getattr(error, "problem", None) or error
-            raise ValueError(f"config: {where}: not YAML ({problem})") from error
-        if not isinstance(options, dict):
-            found = "nothing" if options is None else repr(options)[:80]
-            raise ValueError(f"config: {file}: expected lines of `option: value`, found {found}")
-        for name in map(str, options):
-            if name.partition(".")[0] not in names:
-                near = get_close_matches(name, names, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"config: {file}: {name}: no such option{hint}")
 
 
 def run_command(
@@ -137,7 +57,7 @@ def go_on(config: object) -> str:
 
 def fail(name: str, problem: object, code: int) -> int:
     """Print the problem as one line; returns the exit code."""
-    print(f"rrhf_fast.{name}: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    print(f"rrhf_fast.{name}: error: {one_line(problem, None)}", file=sys.stderr)
     return code
 
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt
 from tqdm import tqdm
 
-from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, first_line, read_answer
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
-from rrhf_fast.stages.options import expect
 
 # How endpoints say that they do not take a parameter, whatever is asked.
 _UNSUPPORTED = re.compile(
@@ -25,26 +26,20 @@ _UNSUPPORTED = re.compile(
 
 @dataclass
 class EndpointConfig:
-    """How OpenAI-compatible endpoints are asked."""
+    """Requests to OpenAI-compatible endpoints (pip install rrhf-fast[openai])"""
 
-    timeout: float = 120.0
+    timeout: Annotated[float, Gt(0)] = 120.0
     """Seconds to wait for an answer."""
-    max_retries: int = 5
-    """Further tries, with back-off, after a time-out, a refusal for load (429), a server's error or
-    an answer that cannot be read."""
-    max_concurrency: int = 8
-    """Requests under way at once."""
+    max_retries: Annotated[int, Ge(0)] = 5
+    """Further tries, with growing pauses, after a time-out, a refusal for load (429), a server
+    error or an answer that cannot be read."""
+    max_concurrency: Annotated[int, Ge(1)] = 8
+    """Requests under way at the same time."""
     token_limit_parameter: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
-    """What chat requests call their token limit. Auto: max_tokens, or max_completion_tokens from
-    when the endpoint refuses the former."""
+    """Name of the token limit in chat requests. auto: max_tokens, and max_completion_tokens once
+    the endpoint refuses that."""
     send_seed: bool = True
-    """Send a seed with each request. False for endpoints that refuse one."""
-
-    def validate_endpoint(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        expect(self, "timeout", lambda value: value > 0, "more than 0")
-        expect(self, "max_retries", lambda value: value >= 0, "0 or more")
-        expect(self, "max_concurrency", lambda value: value >= 1, "at least 1")
+    """Send a seed with each request; false for endpoints that refuse one."""
 
 
 class EndpointDown(RuntimeError):
@@ -184,7 +179,7 @@ class Endpoint:
         return Refused(reason)
 
     def _reason(self, error: BaseException) -> str:
-        text = first_line(str(error)) or type(error).__name__
+        text = one_line(error)
         if re.fullmatch(r"Error code: \d+", text) and getattr(error, "body", None):
             text += f" - {_said(error)[:300]}"  # a body that is not in OpenAI's form
         return self._hide_key(text)

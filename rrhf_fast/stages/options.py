@@ -1,42 +1,149 @@
-"""Checks of options: types and ranges."""
+"""Options: fields of config dataclasses, whose annotations hold type and range.
+
+`rounds: Annotated[int, Ge(1)] = 2` holds wherever a value comes from: command line, file or Python.
+"""
 
 import math
 from collections.abc import Callable
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+# Options of earlier versions, with the only value that they took: stored configs may hold them.
+REMOVED = {"lora_dropout": 0.0}
 
 
-def check_types(config: object) -> None:
-    """Raise ValueError where a field of this dataclass is not of the type it was declared with."""
-    for name, kind in get_type_hints(type(config)).items():
-        if not _is(getattr(config, name), kind):
-            name_of_class = kind.__name__ if isinstance(kind, type) else None
-            expected = name_of_class or str(kind).replace("typing.", "")
-            raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)!r}")
+def check(config: object) -> None:
+    """Raise ValueError, with the option's name, unless each field, also of a config within this
+    one, has the type and range of its annotation. Ranges of numbers are those of annotated_types; a
+    Predicate's docstring says what it expects."""
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        problem = _mismatch(value, kind)
+        if problem and get_origin(kind) is list and isinstance(value, str):
+            problem = f"a list, [{value}]"
+        if problem:
+            raise ValueError(f"{name}: expected {problem}, found {value!r:.80}")
+        for i, item in enumerate(value if isinstance(value, list) else [value]):
+            if is_dataclass(item):
+                check_within(f"{name}[{i}]" if item is not value else name, check, item)
 
 
-def _is(value: object, kind: object) -> bool:
-    """Whether value is of the type that a field was declared with; an int is a float too."""
-    origin = get_origin(kind)
-    if origin is Literal:
-        return value in get_args(kind)
+def check_within(name: str, test: Callable[[Any], None], config: object) -> None:
+    """Call `test` with the config that the option `name` holds; its ValueErrors get that name."""
+    try:
+        test(config)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def check_names(config_class: type, options: dict, where: str = "") -> None:
+    """Raise ValueError, beginning with `where`, for names in a mapping, or within it, that are no
+    options of the config class. Names may be dotted: {"train.seed": 1}."""
+    kinds = get_type_hints(config_class)
+    for key, value in options.items():
+        name, _, rest = str(key).partition(".")
+        if name not in kinds and (name not in REMOVED or value != REMOVED[name]):
+            near = get_close_matches(name, kinds, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{where}{name}: no such option{hint}")
+        kind, value = kinds.get(name), {rest: value} if rest else value
+        if get_origin(kind) is list and isinstance(value, list):
+            within = [(get_args(kind)[0], f"{name}[{i}]", item) for i, item in enumerate(value)]
+        else:
+            within = [(kind, name, value)]
+        for kind, path, item in within:
+            if is_dataclass(kind) and isinstance(item, dict):
+                check_names(kind, item, f"{where}{path}.")
+
+
+def as_config(config_class: type, options: object, name: str) -> object:
+    """The mapping that the option `name` holds as a config; another value as it is, for `check`."""
+    if not isinstance(options, dict):
+        return options
+    check_names(config_class, options, f"{name}.")
+    return config_class(**{key: value for key, value in options.items() if key not in REMOVED})
+
+
+def limits(kind: Any) -> list[str]:
+    """The limits in an annotation, in words, such as ["more than 0", "at most 1"]."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return [_limit(limit)[0] for limit in args[1:]]
+    inner = args if origin in (Union, UnionType) else []
+    return [words for option in inner for words in limits(option)]
+
+
+def without_removed(options: dict) -> dict:
+    """A stored config, and those within it, without options that only earlier versions had."""
+    return {
+        name: without_removed(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+        if name not in REMOVED
+    }
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words, such as "int, at least 1, or auto". None is not named."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return ", ".join([describe(args[0]), *limits(kind)])
     if origin in (Union, UnionType):
-        return any(_is(value, option) for option in get_args(kind))
-    if origin is dict:
-        kinds = get_args(kind)
-        return isinstance(value, dict) and all(
-            _is(part, of) for item in value.items() for part, of in zip(item, kinds, strict=True)
-        )
+        return ", or ".join(describe(option) for option in args if option is not NoneType)
+    if origin is Literal:
+        *others, last = map(str, args)
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin in (list, dict):
+        return f"{origin.__name__} of {' to '.join(map(describe, args))}"
+    return "dict" if is_dataclass(kind) else kind.__name__
+
+
+def _mismatch(value: object, kind: Any) -> str | None:
+    """What an error says was expected, if the value does not fit the annotation."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        problems = [_mismatch(value, option) for option in args]
+        if None in problems:
+            return None
+        pairs = zip(problems, args, strict=True)
+        return ", or ".join(problem for problem, option in pairs if option is not NoneType)
+    if origin is Annotated and _is_of(value, args[0]):
+        fits = abs(value) < math.inf and all(_limit(limit)[1](value) for limit in args[1:])
+        return None if fits else ", ".join(limits(kind))
+    return None if _is_of(value, kind) else describe(kind)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether the value is of a type without limits; an int is a float too, and a bool no int."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in args
     if origin is list:
-        return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
+        return isinstance(value, list) and not any(_mismatch(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and not any(
+            _mismatch(name, args[0]) or _mismatch(item, args[1]) for name, item in value.items()
+        )
     if kind in (int, float):
         numbers = (int, float) if kind is float else int
         return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return origin is not Annotated and isinstance(value, kind)
 
 
-def expect(config: object, name: str, test: Callable[[Any], bool], expected: str) -> None:
-    """Raise ValueError, with the option's name, unless its value is finite and passes the test."""
-    value = getattr(config, name)
-    if (isinstance(value, float) and not math.isfinite(value)) or not test(value):
-        raise ValueError(f"{name}: expected {expected}, found {value}")
+def _limit(limit: object) -> tuple[str, Callable[[Any], bool]]:
+    """What one limit of a number expects, in words and as a test."""
+    match limit:
+        case Ge(low):
+            return "0 or more" if low == 0 else f"at least {low}", lambda value: value >= low
+        case Gt(low):
+            return f"more than {low}", lambda value: value > low
+        case Le(high):
+            return f"at most {high}", lambda value: value <= high
+        case Lt(high):
+            return f"below {high}", lambda value: value < high
+        case Predicate(test):
+            return test.__doc__, test
+    raise TypeError(f"{limit} is no limit that options know")

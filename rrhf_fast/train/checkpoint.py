@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LRScheduler
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.model.save import SaveFailed, write_config, write_generation_config
 from rrhf_fast.stages.run_folder import (
     STATE_FILE,
@@ -283,7 +284,7 @@ def _clear_errors(folder: Path):
         reasons = [error]
         if isinstance(error, dcp.api.CheckpointException):
             reasons = [reason for reason, _ in error.failures.values()]
-        reason = " ".join(str(reasons[0]).split())
+        reason = one_line(reasons[0])
         raise SaveFailed(f"output_dir: {folder} could not be written ({reason})") from error
 
 

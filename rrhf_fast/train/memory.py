@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.losses.linear_rrhf import MAX_WORKSPACE_MB
-from rrhf_fast.model.attention import one_line
 from rrhf_fast.model.decoder import attention
 from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.lora import add_lora

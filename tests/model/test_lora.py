@@ -85,8 +85,3 @@ def test_fresh_adapters_change_nothing_and_follow_the_seed():
 def test_targets_that_cannot_be_adapted(targets, problem):
     with pytest.raises(ValueError, match=problem):
         adapted(lora_target_modules=targets)
-
-
-def test_dropout_is_refused():
-    with pytest.raises(ValueError, match="lora_dropout: expected 0"):
-        TrainConfig(lora_dropout=0.05).validate()

@@ -158,7 +158,10 @@ def test_what_changes_answers_is_part_of_the_identity(judged):
         ({"judge_max_new_tokens": 0}, "judge_max_new_tokens: expected at least 1"),
         ({"judge_temperature": -1.0}, "judge_temperature: expected 0 or more"),
         ({"judge_extra_body": "a"}, "judge_extra_body: expected dict"),
-        ({"token_limit_parameter": "n_predict"}, "token_limit_parameter: expected Literal"),
+        (
+            {"token_limit_parameter": "n_predict"},
+            "token_limit_parameter: expected auto, max_tokens or max_completion_tokens",
+        ),
     ],
 )
 def test_options_that_cannot_work(options, problem, judged):

@@ -35,7 +35,7 @@ def test_a_file_of_options_is_named_with_what_is_wrong(name, tmp_path, monkeypat
 
 def test_a_list_is_suggested_where_one_belongs(capsys):
     assert train(["--report_to", "tensorboard"]) == 2
-    problem = "report_to: expected a list, [tensorboard], found tensorboard"
+    problem = "report_to: expected a list, [tensorboard], found 'tensorboard'"
     assert capsys.readouterr().err == f"rrhf_fast.train: error: {problem}\n"
 
 

@@ -241,8 +241,11 @@ def test_a_limit_by_the_wrong_name_names_its_option(remote):
 def test_null_is_for_endpoints(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a number"):
         Policy(**{name: value}).validate()
-    with pytest.raises(ValueError, match="temperature: expected more than 0"):
+    with pytest.raises(ValueError, match="temperature: expected 0 or more"):
         Policy(method="openai", temperature=-1.0).validate()
+    with pytest.raises(ValueError, match="temperature: expected more than 0"):
+        Policy(temperature=0.0).validate()
+    Policy(method="openai", temperature=0.0).validate()
     with pytest.raises(ValueError, match="extra_body: chat_template_kwargs"):
         Policy(method="openai", extra_body={"chat_template_kwargs": 1}).validate()
 

@@ -29,7 +29,7 @@ from rrhf_fast.sample.config import SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.logprobs import LogProbs
-from rrhf_fast.stages.journal import write_rows
+from rrhf_fast.stages.files import write_rows
 from rrhf_fast.stages.options import check_types, expect
 from rrhf_fast.train import train
 from rrhf_fast.train.config import TrainConfig

@@ -348,7 +348,7 @@ def test_refusals_are_recorded_and_the_rest_goes_on(tmp_path, remote):
 
 @pytest.mark.parametrize(
     "model, problem",
-    [("wrong-key", "no such key"), ("garbage", "an answer that is no completion")],
+    [("wrong-key", "no such key"), ("garbage", "an answer that is not a completion")],
 )
 def test_a_hopeless_endpoint_ends_the_run(remote, model, problem, capsys):
     remote.policies[0].model, remote.max_retries = model, 1

@@ -201,12 +201,9 @@ def _error_body(error: Any) -> str:
 
 
 def ask_all(
-    work: Mapping[str, Callable[[], Any]],
-    journal: Journal,
-    max_concurrency: int,
-    progress: tqdm,
+    work: Mapping[str, Callable[[], Any]], journal: Journal, max_concurrency: int, title: str
 ) -> None:
-    """Run the functions of `work` in threads and journal each result under its key.
+    """Run those functions of `work` whose keys the journal lacks in threads; journal each result.
 
     After an exception no further function starts; those under way are finished and journalled, then
     the exception is raised.
@@ -215,9 +212,14 @@ def ask_all(
     def run(key: str) -> None:
         journal.write(key, work[key]())
 
-    with ThreadPoolExecutor(max_concurrency) as pool:
+    missing = [key for key in work if key not in journal.done]
+    bar = {"total": len(work), "initial": len(work) - len(missing), "unit": "response"}
+    with (
+        tqdm(**bar, desc=title, disable=None) as progress,
+        ThreadPoolExecutor(max_concurrency) as pool,
+    ):
         try:
-            for future in as_completed([pool.submit(run, key) for key in work]):
+            for future in as_completed([pool.submit(run, key) for key in missing]):
                 future.result()
                 progress.update()
         except BaseException:

@@ -1,4 +1,4 @@
-"""A chat model's own samples: they come back from rows as the tokens that the model drew."""
+"""Samples of a chat model are read back from rows as the tokens that the model drew."""
 
 import json
 
@@ -17,7 +17,7 @@ from tests.data.test_chat import CHANNELS, SPECIAL, chatml, make_tokenizer, user
 
 @pytest.fixture(params=[CHANNELS, chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n")])
 def folder(request, tmp_path):
-    """A model with random weights, which likes special tokens as much as letters."""
+    """A model with random weights, which draws special tokens as often as letters."""
     tokenizer = make_tokenizer(request.param)
     torch.manual_seed(0)
     config = PhiConfig(
@@ -31,14 +31,14 @@ def folder(request, tmp_path):
     )
     lm = AutoModelForCausalLM.from_config(config)
     for token in range(len(tokenizer)):
-        if not tokenizer.decode([token]).isascii():  # a byte that is no letter
+        if not tokenizer.decode([token]).isascii():  # a byte of no letter
             lm.lm_head.bias.data[token] = -1e4
     lm.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path
 
 
-def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
+def test_training_sees_the_tokens_that_were_drawn(folder, monkeypatch):
     drawn, response = {}, LocalModel._response
 
     def record(self, ids):
@@ -81,7 +81,7 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
             if tokenizer.decode(expected[-1:]) in ("<eos>", "<|im_end|>", "<|return|>"):
                 expected = expected[:-1]
             if len(tokenizer(text)["input_ids"]) != len(expected):
-                continue  # letters that the tokenizer would join
+                continue  # the tokenizer joins letters that were drawn apart
             np.testing.assert_array_equal(ids[:-1], expected)
             with_special += bool(set(expected) & special)
     assert with_special > 8

@@ -1,4 +1,4 @@
-"""Sampling and judging through the server that transformers brings."""
+"""Sampling and judging through `transformers serve`."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ PROMPTS = [json.loads(line)["prompt"] for line in demo.EVAL_FILE.read_text().spl
 
 @pytest.fixture
 def model(tmp_path):
-    """The embedded model with a chat template, which samples unless it is told otherwise."""
+    """The embedded model with a chat template; it samples by default."""
     lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
     lm.generation_config.do_sample = True
     lm.save_pretrained(tmp_path / "model")
@@ -74,7 +74,7 @@ def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url
     assert [row["prompt"] for row in rows] == PROMPTS
     texts = [text for row in rows for text in row["responses"]]
     assert len(set(texts)) > 8  # it sampled
-    assert "the" in " ".join(texts).split()  # and the demo's model, at that
+    assert "the" in " ".join(texts).split()  # from the demo's model
     judging = ScoreConfig(
         data=config.output,
         output=str(tmp_path / "scored.jsonl"),
@@ -82,6 +82,6 @@ def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url
         base_url=url,
         max_retries=0,
     )
-    # The tiny model cannot judge, or even read the rubric in its window.
+    # The tiny model cannot judge; the rubric does not even fit its window.
     with pytest.raises(ValueError, match="no response could be scored: malformed judgement"):
         score(judging)

@@ -1,4 +1,4 @@
-"""Responses that the chat template changes: they alone are left without log-probs."""
+"""Only responses that the chat template changes have no log-probs."""
 
 import json
 
@@ -36,7 +36,7 @@ def letters(prompts, responses):
 
 
 @pytest.mark.parametrize("by", ["policy", "kl"])
-def test_they_are_unscored_and_the_others_keep_their_scores(by, model, tmp_path, capsys):
+def test_changed_responses_are_unscored_and_others_keep_their_scores(by, model, tmp_path, capsys):
     how = ["--policy_as_reward", "true", "--model_name_or_path", model]
     if by == "kl":
         how = ["--reward_fn", f"{__name__}:letters", "--kl_coef", "0.1"]

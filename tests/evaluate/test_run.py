@@ -80,6 +80,7 @@ def test_every_measure_agrees_with_its_files(config, worse):
             if source == name
         ]
         assert len(samples) == 24  # three per prompt, duplicates included
+        # Reward, length and share of cut-off samples.
         assert measures["reward"].value == pytest.approx(np.mean([s[2] for s in samples]))
         assert measures["reward"].low < measures["reward"].value < measures["reward"].high
         lengths = [
@@ -88,6 +89,7 @@ def test_every_measure_agrees_with_its_files(config, worse):
         assert measures["tokens"].value == pytest.approx(np.mean(lengths))
         cut = np.mean([reason == "length" for *_, reason in samples])
         assert measures["cut_off"].value == pytest.approx(cut)
+        # Perplexity, with log-probs by the reference implementation.
         total = count = 0
         for prompt, text, _, reason in samples:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -96,6 +98,7 @@ def test_every_measure_agrees_with_its_files(config, worse):
             total += reference.response_logps(model, prompt_ids, torch.tensor(ids)).sum().item()
             count += len(ids)
         assert measures["perplexity"].value == pytest.approx(np.exp(-total / count), rel=1e-3)
+    # One side against the other.
     assert evaluation.baseline["perplexity"].value > evaluation.model["perplexity"].value
     gain = evaluation.model["reward"].value - evaluation.baseline["reward"].value
     assert evaluation.comparison["reward_gain"].value == pytest.approx(gain)
@@ -106,6 +109,7 @@ def test_every_measure_agrees_with_its_files(config, worse):
     assert curve[0] == pytest.approx(evaluation.model["reward"].value)
     assert curve[-1] == pytest.approx(evaluation.model["best_of_n"].value)
 
+    # Ranking accuracy, with p by the reference implementation.
     correct = pairs = 0
     for row in load_rows(config.data)[0]:
         prompt_ids = torch.tensor(tokenizer(row.prompt)["input_ids"])
@@ -121,6 +125,7 @@ def test_every_measure_agrees_with_its_files(config, worse):
         correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
     assert evaluation.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
 
+    # The terms by prompt.
     by_prompt = json.loads(Path(config.output_dir, "by_prompt.json").read_text())
     assert len(by_prompt) == 7 and set(by_prompt) < set(evaluation.model)
     for name, sums in by_prompt.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rrhf_fast.data.rows import load_rows
 from rrhf_fast.model.decoder import load_model, load_tokenizer
-from rrhf_fast.stages.options import check_types, expect
+from rrhf_fast.stages.options import expect
 from rrhf_fast.stages.reward_fn import load_reward_fn
 
 
@@ -30,8 +30,7 @@ class PeerConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        """Raise ValueError, with the option's name, for an invalid value."""
         for name in ("train_batch_size", "num_train_epochs", "learning_rate"):
             expect(self, name, lambda value: value > 0, "more than 0")
         expect(self, "beta", lambda value: value >= 0, "0 or more")

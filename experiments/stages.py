@@ -61,8 +61,7 @@ class SelectConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        """Raise ValueError, with the option's name, for an invalid value."""
         for name in ("rows", "responses", "folds", "round_to"):
             expect(self, name, lambda value: value is None or value > 0, "more than 0")
         expect(self, "noise", lambda value: value >= 0, "0 or more")
@@ -79,8 +78,7 @@ class RankConfig(ScorerConfig):
     """Also measure pairs that the dataset provided, that were sampled, and mixed ones apart."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        """Raise ValueError, with the option's name, for an invalid value."""
         if self.model_name_or_path is None or not self.data:
             raise ValueError("model_name_or_path, data: missing")
 
@@ -96,8 +94,7 @@ class RoundConfig:
     """Optimizer steps per round."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
+        """Raise ValueError, with the option's name, for an invalid value."""
         if self.per_round < 1 or self.steps % self.per_round:
             raise ValueError("steps, per_round: expected whole rounds")
 
@@ -107,10 +104,6 @@ class BestOfConfig:
     """Options of `best_of`: whose best sample per prompt to measure as if it were the only one."""
 
     evaluation: str
-
-    def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
 
 
 @dataclass
@@ -122,10 +115,6 @@ class MakeConfig:
     train_prompts: int = 448
     layers: int = 4
     seed: int = 0
-
-    def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
-        check_types(self)
 
 
 def _select(config: SelectConfig, folder: Path) -> None:
@@ -300,6 +289,7 @@ NEEDS = {"dpo": "trl", "grpo": "trl"}
 def build_config(kind: str, options: dict):
     """Build and validate a stage's config. Raises ValueError or TypeError for a mistake."""
     config = KINDS[kind].config(**options, **dict.fromkeys(KINDS[kind].own, "."))
+    check_types(config)
     if hasattr(config, "validate"):
         config.validate()
     return config

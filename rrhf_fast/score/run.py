@@ -105,10 +105,8 @@ def _chunks(count: int, size: int) -> list[range]:
 def _texts(
     drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]]
 ) -> tuple[list[Prompt], list[str]]:
-    return (
-        [drafts[row].prompt for row, _ in pairs],
-        [drafts[row].responses[i] for row, i in pairs],
-    )
+    prompts = [drafts[row].prompt for row, _ in pairs]
+    return prompts, [drafts[row].responses[i] for row, i in pairs]
 
 
 def _reward_model(
@@ -117,13 +115,11 @@ def _reward_model(
     model = RewardModel(config)
     rows = model.encode(*_texts(drafts, pairs))
     batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
-    scores = _in_batches(
-        journal,
-        "reward model",
-        batches,
-        lambda batch: model.score([rows[i] for i in batch]),
-        "response",
-    )
+
+    def work(batch: Sequence[int]) -> list[float]:
+        return model.score([rows[i] for i in batch])
+
+    scores = _in_batches(journal, "reward model", batches, work, "response")
     return [_checked(scores[i]) for i in range(len(pairs))]
 
 

@@ -85,7 +85,7 @@ class Journal:
                     self.done[record["key"]] = record["result"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output: {self.path} is damaged (delete it to start over)") from error
-        if earlier is not None and earlier != fingerprint:
+        if earlier not in (None, fingerprint):
             if self.done:
                 raise ValueError(
                     f"output: {self.path} holds the unfinished work of a run with other options, "
@@ -95,8 +95,7 @@ class Journal:
             # No results recorded.
             self._check_output(overwrite)
             self._file.truncate(0)
-            earlier = None
-        if earlier is None:
+        if earlier != fingerprint:
             self._append({"fingerprint": fingerprint})
 
     def write(self, key: str, result: Any) -> None:

@@ -1,13 +1,12 @@
 """The embedded demo: its reward, rows and model, and that it can be recreated."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_fast.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE, corpus, reward
 from rrhf_fast.demo.make import make
+from tests.jsonl import read
 
 PROMPT = "Human: How do I fix my old chair?\nAssistant:"
 GOOD = (
@@ -19,10 +18,6 @@ SOURCES = ["beam", "diverse_beam", "top_p", "top_p", "provided_good", "provided_
 
 def score(response, prompt=PROMPT):
     return reward.score([prompt], [response])[0]
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(

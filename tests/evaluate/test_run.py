@@ -21,18 +21,10 @@ from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.report import write_report
 from rrhf_fast.evaluate.run import read_side
 from rrhf_fast.stages.run_folder import claim
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +108,8 @@ def test_every_measure_agrees_with_its_files(config, worse):
         p = []
         for text in row.responses:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            p.append(
-                reference.score(
-                    reference.response_logps(model, prompt_ids, torch.tensor(ids))
-                ).item()
-            )
+            logps = reference.response_logps(model, prompt_ids, torch.tensor(ids))
+            p.append(reference.score(logps).item())
         better = [(i, j) for i in range(6) for j in range(6) if row.scores[i] > row.scores[j]]
         correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
     assert evaluation.model["ranking_accuracy"].value == pytest.approx(correct / pairs)

@@ -25,6 +25,7 @@ from experiments.runner import all_stages
 from experiments.stages import KINDS, build_config
 from experiments.statistics import Table, estimate, holm, swap_test
 from rrhf_fast.train.config import TrainConfig
+from tests import jsonl
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -135,9 +136,9 @@ def test_holm_by_hand():
 
 def select(folder, rows, **options):
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl.write(data, rows)
     KINDS["select"].run(build_config("select", {"data": str(data), **options}), folder)
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return jsonl.read(folder / "rows.jsonl")
 
 
 def test_select(tmp_path):

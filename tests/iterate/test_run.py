@@ -1,6 +1,5 @@
 """Rounds of the whole method: the demo learns, killed runs resume, OP-k keeps its optimizer."""
 
-import json
 import shutil
 import signal
 from dataclasses import replace
@@ -16,6 +15,7 @@ from rrhf_fast.iterate.config import IterateConfig, with_demo
 from rrhf_fast.iterate.report import is_hacking
 from rrhf_fast.sample.config import Policy
 from rrhf_fast.train import loop as engine
+from tests.jsonl import read, write
 
 STAGES = ("samples.jsonl", "scored.jsonl", "trained.json", "evaluation/evaluation.json")
 
@@ -58,14 +58,14 @@ def test_the_reward_rises_and_every_file_is_written(config):
     for number in (1, 2):
         assert all((out / f"round-{number}" / name).exists() for name in STAGES)
         assert (out / f"round-{number}" / "model" / "model.safetensors").exists()
-    rows = [json.loads(line) for line in (out / "round-2/scored.jsonl").read_text().splitlines()]
+    rows = read(out / "round-2/scored.jsonl")
     assert all(len(row["scores"]) == len(row["responses"]) for row in rows)
     assert {source for row in rows for source in row["sources"]} == {
         "sample",
         "provided_good",
         "provided_bad",
     }
-    written = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    written = read(out / "rounds.jsonl")
     assert [record["reward"][0] for record in written] == rewards
     page = (out / "report.html").read_text()
     assert "mean reward of a sample" in page and "round 2" in page
@@ -95,9 +95,9 @@ def test_a_round_resumed_at_any_stage_ends_the_same(tmp_path, config):
 @pytest.mark.parametrize("steps_per_round", [None, 1])
 def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
     for path in (config.data, config.eval_data):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        others = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in others))
+        rows = read(path)
+        rows = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
+        write(Path(path), rows)
     shared = Path(config.eval_data).read_text().splitlines()[0]
     Path(config.data).write_text(Path(config.data).read_text() + shared)
     config = replace(config, rounds=1, steps_per_round=steps_per_round)
@@ -107,8 +107,7 @@ def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
     config.columns = "{prompt: q, responses: a, sources: s}"
     assert len(iterate(config)) == 2
     assert "warning: 1 of 6 rows of eval_data have a prompt of data" in capsys.readouterr().out
-    scored = Path(config.output_dir, "round-1", "scored.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in scored]
+    rows = read(Path(config.output_dir, "round-1", "scored.jsonl"))
     assert all(
         row.keys() <= {"prompt", "responses", "sources", "finish_reasons", "scores"} for row in rows
     )
@@ -161,8 +160,7 @@ def test_the_penalty_compares_with_the_initial_model(config):
     config.rounds, config.kl_coef, config.train.max_steps = 2, 0.1, 2
     iterate(config)
     for number in (1, 2):
-        path = Path(config.output_dir, f"round-{number}", "scored.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read(Path(config.output_dir, f"round-{number}", "scored.jsonl"))
         ratios = [ratio for row in rows for ratio in row["log_ratios"]]
         assert all(ratio == 0 for ratio in ratios) == (number == 1)
         for row in rows:
@@ -175,7 +173,7 @@ def test_rounds_of_steps_cycle_through_the_prompts(tmp_path, config):
     seen = []
     for number in range(1, 6):  # 20 of 32 prompts per round: a little more than three passes
         path = rounds._slice(config, number, tmp_path / "prompts.jsonl")
-        seen.append([json.loads(line) for line in path.read_text().splitlines()])
+        seen.append(read(path))
         assert len(seen[-1]) == 20
     prompts = [row["prompt"] for rows in seen for row in rows]
     assert len(set(prompts[:32])) == len(set(prompts[32:64])) == len(set(prompts[64:96])) == 32

@@ -1,7 +1,5 @@
 """Samples of a chat model are read back from rows as the tokens that the model drew."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from rrhf_fast.sample import sample
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import LocalModel
 from tests.data.test_chat import CHANNELS, SPECIAL, chatml, make_tokenizer, user
+from tests.jsonl import write
 
 
 @pytest.fixture(params=[CHANNELS, chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n")])
@@ -56,10 +55,9 @@ def test_training_sees_the_tokens_that_were_drawn(folder, monkeypatch):
         }
         for i in range(4)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policies = [Policy(num_responses=8, max_new_tokens=12), Policy(method="provided")]
     config = SampleConfig(
-        data=str(folder / "rows.jsonl"),
+        data=write(folder / "rows.jsonl", rows),
         output=str(folder / "sampled.jsonl"),
         model_name_or_path=str(folder / "model"),
         policies=policies,

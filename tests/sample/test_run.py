@@ -1,6 +1,5 @@
 """The stage `sample`: every policy on the embedded model, faulty endpoints, kills."""
 
-import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -19,20 +18,11 @@ from rrhf_fast.sample import local, sample
 from rrhf_fast.sample.__main__ import main
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.stages.endpoint import EndpointDown
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
-PROMPTS = [json.loads(line)["prompt"] for line in demo.EVAL_FILE.read_text().splitlines()[:10]]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+PROMPTS = [row["prompt"] for row in read(demo.EVAL_FILE)[:10]]
 
 
 @pytest.fixture
@@ -177,12 +167,8 @@ def test_provided_responses_and_their_sources(tmp_path, config):
     config = replace(config, data=write(tmp_path / "p.jsonl", rows))
     config.policies = [Policy(method="provided")]
     counts = sample(config)
-    assert (counts["responses"], counts["duplicates"], counts["empty"], counts["unrankable"]) == (
-        7,
-        1,
-        1,
-        1,
-    )
+    names = ("responses", "duplicates", "empty", "unrankable")
+    assert [counts[name] for name in names] == [7, 1, 1, 1]
     sampled = read(config.output)
     assert [row["responses"] for row in sampled] == [
         ["1", "2"],

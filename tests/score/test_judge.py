@@ -10,6 +10,7 @@ from rrhf_fast.score import score
 from rrhf_fast.score.__main__ import main
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.stages.identity import identity
+from tests.jsonl import write
 from tests.openai_server import GRADES, ODD
 
 CURE = "(raise the judge's token limit, judge_max_new_tokens)"
@@ -18,10 +19,8 @@ ROW = {"prompt": "Why?", "responses": ["easy", "hard", "easy too"], "sources": [
 
 @pytest.fixture
 def judged(tmp_path, openai_server):
-    data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps(ROW) + "\n")
     return ScoreConfig(
-        data=str(data),
+        data=write(tmp_path / "rows.jsonl", [ROW]),
         output=str(tmp_path / "scored.jsonl"),
         judge_model="judge",
         base_url=openai_server.url,
@@ -48,8 +47,8 @@ def test_a_judgement_without_text_leaves_its_response_unscored(kind, judged):
 
 
 def test_if_no_judgement_has_text_the_error_says_why(judged):
-    judged.data = str(Path(judged.data).with_name("hard.jsonl"))
-    Path(judged.data).write_text(json.dumps({"prompt": "Why?", "responses": ["hard"]}) + "\n")
+    rows = [{"prompt": "Why?", "responses": ["hard"]}]
+    judged.data = write(Path(judged.data).with_name("hard.jsonl"), rows)
     with pytest.raises(ValueError, match="no response could be scored: answered with a tool call"):
         score(replace(judged, judge_model="tool:judge"))
     assert not Path(judged.output).exists()

@@ -1,13 +1,12 @@
 """Only responses that the chat template changes have no log-probs."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rrhf_fast.score.__main__ import main
 from tests.data.test_chat import chatml, make_tokenizer, user
+from tests.jsonl import read, write
 
 
 @pytest.fixture
@@ -24,11 +23,10 @@ def model(tmp_path):
 
 
 def score(tmp_path, responses, *arguments):
-    row = {"prompt": user(), "responses": responses}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = write(tmp_path / "rows.jsonl", [{"prompt": user(), "responses": responses}])
     out = tmp_path / "out.jsonl"
-    code = main(["--data", str(tmp_path / "rows.jsonl"), "--output", str(out), *arguments])
-    return code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    code = main(["--data", data, "--output", str(out), *arguments])
+    return code, read(out) if out.exists() else []
 
 
 def letters(prompts, responses):

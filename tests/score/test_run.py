@@ -35,6 +35,7 @@ from rrhf_fast.score.logprobs import LogProbs
 from rrhf_fast.score.reward_model import RewardModel
 from rrhf_fast.stages.endpoint import EndpointDown
 from rrhf_fast.stages.identity import identity
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 ROWS = [
@@ -43,16 +44,6 @@ ROWS = [
     {"prompt": "When?", "responses": []},
     {"prompt": [{"role": "user", "content": "Where?"}], "responses": ["Here."]},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.run import _ask_endpoint
 from rrhf_fast.stages.answer import NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
+from tests.jsonl import read, write
 from tests.openai_server import ODD
 
 ROWS = [{"prompt": f"{kind} {i}"} for i, kind in enumerate(["easy", "hard", "easy", "long"])]
@@ -52,15 +53,6 @@ REASONS = {
     "error-string": "an error instead of an answer: out of order",
 }
 OF_COMPLETIONS = {"null": TEXTLESS, "filter-midway": FILTERED, "no-choices": REASONS["no-choices"]}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture

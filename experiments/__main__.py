@@ -1,14 +1,14 @@
 """Does RRHF align? The paper's experiments in miniature, over seeds, with intervals and tests.
 
-python -m experiments                   # all, or those named: sources rounds ...
+python -m experiments                   # all, or by name: sources rounds ...
 python -m experiments smallest          # a minute; exit code 1 if its check fails
-python -m experiments tuning            # not among all, like real_model
+python -m experiments tuning            # not part of all, like real_model
 python -m experiments my.yaml data --models DIR --data DIR
 python -m experiments --report_only --results experiments/results
 
-Killed? The same command goes on where it was. Stages are known by their options and by what their
-files hold, not by the code that ran them: after a change of the engine use another --work. The last
-command makes tables and plots again, from the figures of an earlier run.
+Killed? Run the same command again: it resumes. A stage is identified by its options and its files'
+content, not by the code that ran it: after a change of the engine use another --work. The last
+command redraws tables and plots from the figures of an earlier run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: each stage has a core of its own.
+# Before torch is imported: each stage uses one core.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,12 +31,12 @@ EXPERIMENTS = (
     *("sources", "rounds", "alternatives", "choices", "responses"),
     *("size", "data", "equivalence"),
 )
-BY_NAME = ("tuning", "real_model")  # what chose the rates; what takes a model of the user's
+BY_NAME = ("tuning", "real_model")  # chose the learning rates; needs a model of the user
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code: 0 done, 1 a stage failed or a check does not hold, 2 a mistake
-    in options or a YAML file, 130 Ctrl-C."""
+    """Run; returns the exit code: 0 done, 1 a stage or a check failed, 2 a mistake in options or a
+    YAML file, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
         description=__doc__,
@@ -49,14 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, help="folder of tables and plots; default results in --work"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--seeds", type=int, help="use the first so many; default all")
-    parser.add_argument("--models", type=Path, help="folder that holds stories260k and others")
-    parser.add_argument(
-        "--data", type=Path, help="folder that holds pandalm_human.jsonl and others"
-    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--seeds", type=int, help="use only this many; default all")
+    parser.add_argument("--models", type=Path, help="folder with stories260k and others")
+    parser.add_argument("--data", type=Path, help="folder with pandalm_human.jsonl and others")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
-    parser.add_argument("--dry_run", action="store_true", help="check the files, count the stages")
+    parser.add_argument("--dry_run", action="store_true", help="check recipes, count stages")
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on", 130)
+        return _fail("interrupted; run the same command again to resume", 130)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -80,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     stages = [stage for experiment in experiments for stage in experiment.results()]
     if options.dry_run:
         for experiment in experiments:
-            _say_arms(experiment)
+            _print_skipped(experiment)
         print(f"{len(all_stages(stages))} stages")
         return 0
     for name, folder in (("work", work), ("results", results)):
@@ -100,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
                 continue
             figures = json.loads(path.read_text())
         else:
-            _say_arms(experiment)
+            _print_skipped(experiment)
             if not experiment.results():
                 continue
             figures = collect(experiment, work)
@@ -113,7 +111,7 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _say_arms(experiment) -> None:
+def _print_skipped(experiment) -> None:
     for arm in experiment.arms:
         if arm.skipped:
             print(f"{experiment.name}: {arm.name} is left out: {arm.skipped}")

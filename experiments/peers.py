@@ -1,8 +1,8 @@
-"""DPO and GRPO as TRL has them (pip install rrhf-fast[experiments]), to compare with.
+"""DPO and GRPO by TRL (pip install rrhf-fast[experiments]), for comparison.
 
-They see what the trainer sees: the same rows (DPO the best and the worst response of each), or the
-same prompts and as many samples of the live model (GRPO). TRL puts EOS behind a response that is
-given as text, as the trainer does.
+They get the same data as the trainer: DPO the best and the worst response of each row, GRPO the
+same prompts and as many samples of the live model. TRL appends EOS to a response given as text, as
+the trainer does.
 """
 
 import json
@@ -20,7 +20,7 @@ from rrhf_fast.stages.reward_fn import load_reward_fn
 
 @dataclass
 class PeerConfig:
-    """What both have; names and meanings are the trainer's."""
+    """Options of both, named as in the trainer."""
 
     model_name_or_path: str
     train_data: str
@@ -29,27 +29,27 @@ class PeerConfig:
     num_train_epochs: Annotated[float, Gt(0)] = 2.0
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     beta: Annotated[float, Ge(0)] = 0.1
-    """Of the penalty for leaving the initial model."""
+    """Weight of the penalty for leaving the initial model."""
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
 
 
 @dataclass
 class GRPOConfig(PeerConfig):
-    """GRPO samples for itself."""
+    """Options of GRPO, which draws its own samples."""
 
     reward_fn: str = ""
     """package.module:function, called as function(prompts, responses) -> scores."""
     num_samples: int = 4
-    """Responses of each prompt, of which no two may be equal in reward for it to learn."""
+    """Responses per prompt; equal rewards teach nothing."""
     max_new_tokens: int = 64
 
 
 def dpo(config: PeerConfig, output_dir: Path) -> None:
-    """Train on the best and the worst response of each row; writes a model."""
+    """Train on the best and the worst response of each row; write the model."""
     from trl import DPOConfig, DPOTrainer
 
     rows, _ = load_rows(config.train_data, on_bad_rows="skip")
@@ -66,7 +66,7 @@ def dpo(config: PeerConfig, output_dir: Path) -> None:
 
 
 def grpo(config: GRPOConfig, output_dir: Path) -> None:
-    """Train on samples of the model as it learns; writes a model."""
+    """Train on samples of the live model; write the model."""
     from trl import GRPOConfig as Arguments
     from trl import GRPOTrainer
 

@@ -1,6 +1,6 @@
-"""An experiment's YAML as a graph of stages, each known by what it depends on.
+"""An experiment's YAML as a graph of stages, each identified by its inputs and options.
 
-    title: ...                 question: ...            reading: ... (written after the run)
+    title: ...                 question: ...            reading: ... (findings)
     seeds: [0, 1, 2, 3, 4]     baseline: an arm         measures: [reward, ...]
     stages:
       rows: {select: {data: "{demo.train}", rows: 256, seed: "{seed}"}}
@@ -8,16 +8,15 @@
       evaluate: {evaluate: {model_name_or_path: "{train}", data: "{demo.eval}", ...}}
     results: [evaluate]
     arms:
-      RRHF:                                                 # the stages as they are
-      SFT: {train.rank_weight: 0}                           # an option of a stage is another
+      RRHF:                                                 # the stages unchanged
+      SFT: {train.rank_weight: 0}                           # changes an option of a stage
       untrained: {evaluate.model_name_or_path: "{demo.model}"}
-      DPO: {train: {dpo: {train_data: "{rows}", ...}}}      # a stage is another, or null: none
+      DPO: {train: {dpo: {train_data: "{rows}", ...}}}      # replaces a stage; null removes it
 
-`"{name}"`, with or without "/a path below it", is the output of a stage, the seed, a demo file, or
-a folder given on the command line ({models}, {data}). A stage that is a string is another name for
-one of these. Only stages that an arm's results need are
-run. An experiment may have `series` and `points` in place of `arms`: each pair is an arm, and a
-series is drawn as a curve over the points.
+`"{name}"`, optionally followed by "/a path below it", is the output of a stage, the seed, a demo
+file, or a folder given on the command line ({models}, {data}). A stage may be a string: an alias
+for one of these. Only stages that some result needs are run. Instead of `arms` an experiment may
+have `series` and `points`: each pair is an arm, and a series is drawn as a curve over the points.
 """
 
 import copy
@@ -37,7 +36,7 @@ from rrhf_fast.evaluate.report import TITLES as MEASURED
 
 MEASURES = MEASURED | {
     "perplexity": "perplexity under the initial model",
-    "tokens": "tokens a sample",
+    "tokens": "tokens per sample",
     "ranking_accuracy": "ranking accuracy of the mean log-prob",
     "ranking_provided": "ranking accuracy, provided pairs",
     "ranking_sampled": "ranking accuracy, sampled pairs",
@@ -56,17 +55,17 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of work. Equal stages have equal keys, whichever experiment they are of."""
+    """A unit of work. Equal stages have equal keys, also across experiments."""
 
     key: str
     kind: str
-    options: dict = field(hash=False, compare=False)  # with paths in place of references
+    options: dict = field(hash=False, compare=False)  # with references replaced by paths
     inputs: tuple["Stage", ...] = field(hash=False, compare=False)
 
 
 @dataclass
 class Arm:
-    """One contender: its result stages for each seed, or the reason why there are none."""
+    """One contender: its result stages per seed, or the reason why there are none."""
 
     name: str
     series: str | None = None
@@ -77,15 +76,15 @@ class Arm:
 
 @dataclass
 class Experiment:
-    """A YAML file, read and checked."""
+    """A validated YAML file."""
 
     name: str
-    text: dict  # the file, defaults filled in
+    text: dict  # the YAML
     arms: list[Arm]
 
     def baseline_of(self, arm: Arm) -> str | None:
-        """The name of the arm that this one is compared with: the baseline is an arm; or a series,
-        at the same point; or a point, of the same series."""
+        """The name of the arm to compare with. The baseline is an arm, a series (compared at the
+        same point) or a point (compared within the series)."""
         wanted = self.text["baseline"]
         names = {other.name for other in self.arms}
         for name in (wanted, f"{wanted}, {arm.x}", f"{arm.series}, {wanted}"):
@@ -99,7 +98,7 @@ class Experiment:
 
 
 class Missing(Exception):
-    """A folder or library that an arm needs is not here."""
+    """A folder or library that an arm needs is missing."""
 
 
 def load_experiment(
@@ -109,12 +108,12 @@ def load_experiment(
 
     Args:
         path: the file.
-        work: the folder that stages are kept in.
-        roots: what {models} and {data} stand for.
-        seeds: use so many of the seeds; default all.
+        work: the folder of the stages.
+        roots: the folders for {models} and {data}.
+        seeds: use only this many of the seeds; default all.
 
     Raises:
-        ValueError: a mistake in the file, as one line with its place.
+        ValueError: a mistake in the file, with its place.
     """
     text = read_text(path)
     text["seeds"] = text["seeds"][:seeds]
@@ -132,12 +131,14 @@ def load_experiment(
             arm.results, arm.skipped = {}, str(reason)
         experiment.arms.append(arm)
     if not any(map(experiment.baseline_of, experiment.arms)):
-        raise ValueError(f"{path.name}: baseline: {text['baseline']} is no arm, series or point")
+        raise ValueError(
+            f"{path.name}: baseline: {text['baseline']} is not an arm, series or point"
+        )
     return experiment
 
 
 def read_text(path: Path) -> dict:
-    """The file, with its fields checked. Raises ValueError for a mistake."""
+    """Read the file and check its fields. Raises ValueError for a mistake."""
     try:
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -152,10 +153,10 @@ def read_text(path: Path) -> dict:
     for name, kind in _KINDS.items():
         if name in _REQUIRED and text.get(name, "") in ("", [], {}):
             raise ValueError(f"{path.name}: {name}: missing")
-        found = text.get(name)
-        if name in text and (not isinstance(found, kind) or isinstance(found, bool)):
+        value = text.get(name)
+        if name in text and (not isinstance(value, kind) or isinstance(value, bool)):
             expected = "text" if kind is str else "a list" if kind is list else "a mapping"
-            raise ValueError(f"{path.name}: {name}: expected {expected}, found {found!r:.60}")
+            raise ValueError(f"{path.name}: {name}: expected {expected}, found {value!r:.60}")
     if ("arms" in text) == ("series" in text and "points" in text):
         raise ValueError(f"{path.name}: arms: expected arms, or series and points")
     _check_parts(text, path.name)
@@ -163,7 +164,7 @@ def read_text(path: Path) -> dict:
 
 
 def _check_parts(text: dict, file: str) -> None:
-    """Raise ValueError for an entry of a field that is of the wrong kind."""
+    """Raise ValueError for a field's entry of the wrong kind."""
     seeds = text["seeds"]
     if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"{file}: seeds: expected different whole numbers, found {seeds}")
@@ -194,7 +195,7 @@ def _check_parts(text: dict, file: str) -> None:
 
 
 def _arms(text: dict):
-    """(name, series, x, changes) of every arm."""
+    """Yield (name, series, x, changes) of every arm."""
     if "arms" in text:
         for name, changes in text["arms"].items():
             yield str(name), None, None, [changes or {}]
@@ -216,7 +217,7 @@ def _apply(stages: dict, changes: list[dict], where: str) -> dict:
                 continue
             if stage not in stages:
                 raise ValueError(f"{where}: {name}: there is no stage {stage}")
-            if stages[stage] is None:  # an arm without it
+            if stages[stage] is None:  # removed in this arm
                 continue
             target = _options(stages[stage])
             for step in path[:-1]:
@@ -269,13 +270,13 @@ class _Resolver:
         return self._made[name]
 
     def _resolve(self, value, inputs: list[Stage]):
-        """(what the stage is given, what it is known by)."""
+        """Return (the stage's options, the identity of these options)."""
         if isinstance(value, dict):
             both = {name: self._resolve(item, inputs) for name, item in value.items()}
             return {k: v[0] for k, v in both.items()}, {k: v[1] for k, v in both.items()}
         if isinstance(value, list):
             both = [self._resolve(item, inputs) for item in value]
-            return [given for given, _ in both], [known for _, known in both]
+            return [given for given, _ in both], [identity for _, identity in both]
         match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
             is_file = isinstance(value, str) and "/" in value and Path(value).exists()
@@ -304,17 +305,17 @@ class _Resolver:
         if name in built_in:
             return Path(f"{built_in[name]}{below}")
         if name not in self._roots:
-            raise ValueError(f"{self._where}: {{{name}}} is no stage, file or seed")
+            raise ValueError(f"{self._where}: {{{name}}} is not a stage, file or seed")
         if self._roots[name] is None:
             raise Missing(f"--{name} is not given")
         path = Path(f"{self._roots[name]}{below}")
         if not path.exists():
-            raise Missing(f"there is no {below.lstrip('/')} in --{name}")
+            raise Missing(f"--{name} has no {below.lstrip('/')}")
         return path
 
 
 def _with_defaults(given, options):
-    """What a stage is known by, and what it leaves at a default: defaults change, too."""
+    """Add the options left at their defaults to a stage's identity: defaults may change."""
     if isinstance(given, dict) and isinstance(options, dict):
         both = {name: _with_defaults(value, options.get(name)) for name, value in given.items()}
         return options | both
@@ -325,12 +326,12 @@ def _with_defaults(given, options):
 
 @cache
 def _content(path: Path) -> str:
-    """A name for what a file or the files of a folder hold."""
+    """A hash of a file, or of all files of a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for file in files:
         if file.is_file():
-            found.update(f"{file.relative_to(path)}\n".encode())
+            content.update(f"{file.relative_to(path)}\n".encode())
             with open(file, "rb") as opened:
-                found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
+                content.update(hashlib.file_digest(opened, "sha256").digest())
+    return content.hexdigest()

@@ -1,8 +1,6 @@
-"""From finished stages to results/: figures as JSON, a page and a plot for each
-experiment, and an index of all."""
+"""Turn finished stages into results/: figures, a page and a plot per experiment, and an index."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,19 +8,20 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # the backend comes first
+import matplotlib.pyplot as plt  # after choosing the backend
 
 from experiments.recipe import CONFIGS, MEASURES, Arm, Experiment, Stage
 from experiments.runner import read_result
 from experiments.statistics import Table, estimate, holm, swap_test
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.report import save_figure
+from rrhf_fast.stages.files import write_text
 
 
 def collect(experiment: Experiment, work: Path) -> dict:
-    """The figures of an experiment whose stages are done: by prompt, with intervals and tests."""
+    """The figures of a finished experiment: by prompt, with intervals and tests."""
     names = experiment.text["measures"]
-    prompts: list[list[str]] = []  # each list once
+    prompts: list[list[str]] = []  # distinct lists
     arms = []
     for arm in experiment.arms:
         record = {"name": arm.name, "series": arm.series, "x": arm.x, "skipped": arm.skipped}
@@ -44,9 +43,9 @@ def collect(experiment: Experiment, work: Path) -> dict:
 
 
 def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]]) -> dict:
-    """{measure: {"prompts": [a number of `prompts` for each seed], "numerators": [[...] a seed],
-    "denominators": the same, or None for ones}}."""
-    found: dict[str, dict] = {}
+    """{measure: {"prompts": [an index into `prompts` per seed], "numerators": [[...] per seed],
+    "denominators": likewise, or None for ones}}. Adds missing lists to `prompts`."""
+    by_measure: dict[str, dict] = {}
     for stages in arm.results.values():
         measures = {}
         for stage in stages:
@@ -54,17 +53,19 @@ def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]])
         for name in names:
             if name not in measures:
                 continue
-            here = measures[name]
-            if here["prompts"] not in prompts:
-                prompts.append(here["prompts"])
-            lists = found.setdefault(name, {"prompts": [], "numerators": [], "denominators": []})
-            lists["prompts"].append(prompts.index(here["prompts"]))
+            measure = measures[name]
+            if measure["prompts"] not in prompts:
+                prompts.append(measure["prompts"])
+            lists = by_measure.setdefault(
+                name, {"prompts": [], "numerators": [], "denominators": []}
+            )
+            lists["prompts"].append(prompts.index(measure["prompts"]))
             for side in ("numerators", "denominators"):
-                lists[side].append([float(f"{value:.6g}") for value in here[side]])
-    for lists in found.values():
+                lists[side].append([float(f"{value:.6g}") for value in measure[side]])
+    for lists in by_measure.values():
         if all(value == 1 for row in lists["denominators"] for value in row):
             lists["denominators"] = None
-    return found
+    return by_measure
 
 
 def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
@@ -92,12 +93,12 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
                 p_values.append(swap_test(table, baseline))
         for record, p in zip(compared, holm(p_values), strict=True):
             record["p"] = round(p, 5)
-            # Both must say so: prompts by the test, seeds by the interval.
+            # Both must agree: the test over prompts, the interval over seeds.
             record["differs"] = p < 0.05 and not record["low"] <= 0 <= record["high"]
 
 
 def _table(figures: dict, arm: dict, name: str) -> Table:
-    """Prompts that a seed did not meet stay 0 / 0."""
+    """One measure of one arm as a table; prompts that a seed lacks stay 0 / 0."""
     values = arm["by_prompt"][name]
     prompts = [figures["prompts"][number] for number in values["prompts"]]
     columns = {prompt: i for i, prompt in enumerate(sorted({p for row in prompts for p in row}))}
@@ -115,39 +116,33 @@ def _perplexity(logp: np.ndarray) -> np.ndarray:
     return np.exp(-logp)
 
 
-def _record(found: Estimate) -> dict:
-    return {k: float(f"{getattr(found, k):.6g}") for k in ("value", "low", "high")}
+def _record(measured: Estimate) -> dict:
+    return {k: float(f"{getattr(measured, k):.6g}") for k in ("value", "low", "high")}
 
 
 def _environment(stages: Iterable[Stage], work: Path) -> dict[str, str]:
-    """What the stages ran on; more than one, where some are older."""
-    found: dict[str, set[str]] = {}
+    """Device and library versions of the stages, which may differ if some are older."""
+    values_of: dict[str, set[str]] = {}
     for stage in stages:
         for name, value in read_result(stage, work)["environment"].items():
-            found.setdefault(name, set()).add(value)
-    return {name: " and ".join(sorted(values)) for name, values in found.items()}
+            values_of.setdefault(name, set()).add(value)
+    return {name: " and ".join(sorted(values)) for name, values in values_of.items()}
 
 
 def write_results(figures: dict, text: dict, folder: Path) -> str:
     """Write NAME.json, NAME.md and NAME.png; returns the tables for the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / f"{figures['name']}.json", json.dumps(figures) + "\n")
+    write_text(folder / f"{figures['name']}.json", json.dumps(figures) + "\n")
     plot(figures, folder / f"{figures['name']}.png")
     tables = _tables(figures)
-    _save(folder / f"{figures['name']}.md", _page(figures, text, tables))
+    write_text(folder / f"{figures['name']}.md", _page(figures, text, tables))
     return "\n\n".join(tables)
-
-
-def _save(path: Path, text: str) -> None:
-    staging = path.with_name(path.name + ".saving")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _page(figures: dict, text: dict, tables: list[str]) -> str:
     name, environment = figures["name"], dict(figures["environment"])
     device = environment.pop("device", "CPU")
-    versions = ", ".join(f"{package} {found}" for package, found in environment.items())
+    versions = ", ".join(f"{package} {version}" for package, version in environment.items())
     skipped = [f"{arm['name']} ({arm['skipped']})" for arm in figures["arms"] if arm["skipped"]]
     roots = "".join(f" --{root} DIR" for root in ("models", "data") if f"{{{root}}}" in str(text))
     recipe, given = f"{name}.yaml", f"{name}.yaml"
@@ -160,7 +155,7 @@ def _page(figures: dict, text: dict, tables: list[str]) -> str:
         f"![{figures['title']}]({name}.png)",
         *tables,
         f"Values are means over {len(figures['seeds'])} seeds and the held-out prompts, with 95 % "
-        "intervals over both, which are symmetric and so may reach over a bound. Differences are "
+        "intervals over both, which are symmetric and so may exceed a bound. Differences are "
         "paired by seed and prompt; **bold** ones differ from 0 by a paired permutation test over "
         "prompts (p < 0.05 after Holm's correction, over all rows of a column) and by their "
         "interval, which is not corrected for the number of rows. Seeds share the initial model "
@@ -173,7 +168,7 @@ def _page(figures: dict, text: dict, tables: list[str]) -> str:
 
 
 def _tables(figures: dict) -> list[str]:
-    """Values; and differences, where there are some."""
+    """The values, and the differences if there are any."""
     names = figures["measures"]
     arms = [arm for arm in figures["arms"] if arm["measures"]]
     values = [[arm["name"], *(_cell(arm["measures"].get(name)) for name in names)] for arm in arms]
@@ -193,8 +188,8 @@ def _tables(figures: dict) -> list[str]:
 
 
 def _against(arm: dict) -> str | None:
-    found = (record.get("against", {}).get("arm") for record in arm["measures"].values())
-    return next(filter(None, found), None)
+    names = (record.get("against", {}).get("arm") for record in arm["measures"].values())
+    return next(filter(None, names), None)
 
 
 def _cell(record: dict | None) -> str:
@@ -209,7 +204,7 @@ def _cell(record: dict | None) -> str:
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table that is also readable as it is."""
+    """A table whose source is aligned too."""
     lines = [head, *rows]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])
@@ -220,7 +215,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """A panel for each measure: arms as dots with intervals; or series as curves over points."""
+    """Draw one panel per measure: arms as dots with intervals, or series as curves over points."""
     names = [n for n in figures["measures"] if any(n in a["measures"] for a in figures["arms"])]
     arms = [arm for arm in figures["arms"] if arm["measures"]]
     curves = all(isinstance(arm["x"], int | float) for arm in arms)
@@ -244,7 +239,7 @@ def plot(figures: dict, path: Path) -> None:
         axis.set_title(MEASURES[name], fontsize="medium")
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
-    if curves:  # one for all panels, beside them: it would cover points
+    if curves:  # one for all panels, beside them so that it covers no points
         figure.legend(*_legend(shown), loc="outside right upper", fontsize="small")
     else:
         for axis in axes[:, 1:].flat:
@@ -256,19 +251,17 @@ def plot(figures: dict, path: Path) -> None:
 def _dots(axis, arms: list[dict], name: str, baseline: str) -> None:
     series = list(dict.fromkeys(arm["series"] for arm in arms))
     for y, arm in enumerate(arms):
-        if found := arm["measures"].get(name):
-            color = f"C{series.index(arm['series'])}"
-            axis.errorbar(
-                found["value"], y, xerr=_spread([found]), fmt="o", color=color, markersize=4
-            )
+        if record := arm["measures"].get(name):
+            style = {"color": f"C{series.index(arm['series'])}", "markersize": 4}
+            axis.errorbar(record["value"], y, xerr=_spread([record]), fmt="o", **style)
             if arm["name"] == baseline:
-                axis.axvline(found["value"], color="gray", linestyle=":")
+                axis.axvline(record["value"], color="gray", linestyle=":")
     axis.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize="small")
     axis.set_ylim(len(arms) - 0.5, -0.5)
 
 
 def _curves(axis, arms: list[dict], name: str) -> None:
-    """Intervals stand side by side; a series of one point is a level, drawn through the panel."""
+    """Shift series sideways to part their intervals; a series of one point is drawn as a level."""
     series = list(dict.fromkeys(arm["series"] for arm in arms))
     points = sorted({arm["x"] for arm in arms})
     reach = points[-1] - points[0]
@@ -278,27 +271,28 @@ def _curves(axis, arms: list[dict], name: str) -> None:
         here = [arm for arm in arms if arm["series"] == label and name in arm["measures"]]
         if not here:
             continue
-        found = [arm["measures"][name] for arm in here]
-        values = [record["value"] for record in found]
+        records = [arm["measures"][name] for arm in here]
+        values = [record["value"] for record in records]
         if len(here) == 1:
             axis.axhline(values[0], color="gray", linestyle=":", label=label)
-            axis.axhspan(found[0]["low"], found[0]["high"], color="gray", alpha=0.15, linewidth=0)
+            low, high = records[0]["low"], records[0]["high"]
+            axis.axhspan(low, high, color="gray", alpha=0.15, linewidth=0)
             continue
-        aside = (number - len(series) / 2) * 0.005 * reach
-        x = [arm["x"] + aside for arm in here]
+        shift = (number - len(series) / 2) * 0.005 * reach
+        x = [arm["x"] + shift for arm in here]
         style = {"color": f"C{number}", "markersize": 4, "elinewidth": 0.8}
-        axis.errorbar(x, values, yerr=_spread(found), fmt="o-", label=label, **style)
+        axis.errorbar(x, values, yerr=_spread(records), fmt="o-", label=label, **style)
 
 
-def _spread(found: list[dict]) -> list[list[float]]:
-    """Intervals as the distances below and above that matplotlib wants."""
-    below = [record["value"] - record["low"] for record in found]
-    above = [record["high"] - record["value"] for record in found]
+def _spread(records: list[dict]) -> list[list[float]]:
+    """Distances below and above the values, as matplotlib expects."""
+    below = [record["value"] - record["low"] for record in records]
+    above = [record["high"] - record["value"] for record in records]
     return [below, above]
 
 
 def _legend(axes: list) -> tuple[list, list[str]]:
-    """Every label once, and the labels off the panels."""
+    """Collect every label once and take the labels off the panels."""
     handles = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -308,7 +302,7 @@ def _legend(axes: list) -> tuple[list, list[str]]:
 
 
 def write_index(texts: dict[str, dict], folder: Path) -> None:
-    """index.md: every experiment that has results, with its question and its reading."""
+    """Write index.md: every experiment with results, its question and its reading."""
     texts = {name: text for name, text in texts.items() if (folder / f"{name}.md").exists()}
     if not texts:
         return
@@ -320,12 +314,12 @@ def write_index(texts: dict[str, dict], folder: Path) -> None:
             *([text["reading"].strip()] if text.get("reading") else []),
             f"![{text['title']}]({name}.png)",
         ]
-    _save(folder / "index.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "index.md", "\n\n".join(parts) + "\n")
 
 
 def failed_checks(figures: dict, checks: list[dict]) -> list[str]:
-    """What an experiment's `check` expects and does not hold, a line each: {better, than, measure},
-    by a difference above 0 with p < 0.05."""
+    """One line per failed `check`: {better, than, measure} expects a difference above 0 with
+    p < 0.05."""
     arms = {arm["name"]: arm for arm in figures["arms"]}
     problems = []
     for check in checks:

@@ -1,8 +1,8 @@
-"""Rewards that are no model: `--reward_fn experiments.rewards:sentiment`."""
+"""Reward functions without a model: `--reward_fn experiments.rewards:sentiment`."""
 
 
 def sentiment(prompts: list[str], responses: list[str]) -> list[float]:
-    """VADER's sentiment of each response, -1 to 1."""
+    """VADER sentiment of each response, -1 to 1."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()

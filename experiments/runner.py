@@ -1,6 +1,6 @@
-"""Runs a graph of stages with several processes. What is done is kept, whenever one is killed.
+"""Run a graph of stages in several processes; finished stages survive any kill.
 
-work/<key>/   a stage's files; log.txt; then result.json, which says that it is done
+work/<key>/   a stage's files; log.txt; finally result.json, which marks it as done
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from experiments.recipe import Stage
+from rrhf_fast.stages.files import write_text
 
 
 class StageFailed(RuntimeError):
@@ -24,13 +25,13 @@ class StageFailed(RuntimeError):
 
 
 def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
-    """Do all stages that these need and that are not done yet.
+    """Run all stages that these need and that are not done yet.
 
     Raises:
-        StageFailed: a stage failed, after those under way have ended.
+        StageFailed: a stage failed; those under way are finished first.
     """
     todo = all_stages(results, work)
-    # These take longest, and wait for nothing.
+    # These take longest and need no input.
     todo.sort(key=lambda stage: stage.kind != "make")
     waiting, total, started = list(todo), len(todo), time.monotonic()
     if not todo:
@@ -70,36 +71,36 @@ def run_stages(results: Iterable[Stage], work: Path, jobs: int) -> None:
 
 
 def read_result(stage: Stage, work: Path) -> dict:
-    """What a finished stage measured, and what it ran on."""
+    """The measures and the environment of a finished stage."""
     return json.loads((work / stage.key / "result.json").read_text())
 
 
 def all_stages(results: Iterable[Stage], work: Path | None = None) -> list[Stage]:
-    """These and all that they need, each once, inputs first. With the folder `work`, only those
-    that are not done, and what these need."""
-    found: dict[str, Stage] = {}
+    """These stages and their inputs, each once, inputs first. Given the folder `work`, only those
+    that are not done."""
+    stages: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
-        if stage.key in found or (work and (work / stage.key / "result.json").exists()):
+        if stage.key in stages or (work and (work / stage.key / "result.json").exists()):
             return
         for needed in stage.inputs:
             visit(needed)
-        found[stage.key] = stage
+        stages[stage.key] = stage
 
     for stage in results:
         visit(stage)
-    return list(found.values())
+    return list(stages.values())
 
 
 def _work(stage: Stage, work: Path) -> None:
-    """The life of one process."""
+    """Run one stage, in a process of its own."""
     import torch
 
     from experiments.stages import KINDS, build_config
 
     folder = work / stage.key
     folder.mkdir(parents=True, exist_ok=True)
-    # A process that outlived its killed parent may be at the same stage: it ends first.
+    # A process that outlived its killed parent may still run this stage: wait for it.
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "result.json").exists():
@@ -114,9 +115,7 @@ def _work(stage: Stage, work: Path) -> None:
             )
             measures = KINDS[stage.kind].run(build_config(stage.kind, stage.options), folder)
             result = {"environment": _environment(), "measures": measures}
-            staging = folder / "result.saving"
-            staging.write_text(json.dumps(result))
-            os.replace(staging, folder / "result.json")
+            write_text(folder / "result.json", json.dumps(result))
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -127,8 +126,8 @@ def _environment() -> dict[str, str]:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    found = {"device": device}
+    environment = {"device": device}
     for name in ("torch", "transformers", "trl", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            environment[name] = version(name)
+    return environment

@@ -1,8 +1,7 @@
-"""What a stage does: the project's own commands, and a few small helpers between them.
+"""The kinds of stages: the project's own commands, and a few small helpers between them.
 
-Each kind is a config class and a function (config, folder) that writes into the folder. Where a
-kind measures, it also returns measures by prompt, {name: {"prompts", "numerators",
-"denominators"}}.
+Each kind is a config class and a function (config, folder) that writes into the folder. Kinds that
+measure also return measures by prompt, {name: {"prompts", "numerators", "denominators"}}.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from rrhf_fast.sample.config import SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.logprobs import LogProbs
-from rrhf_fast.stages.journal import write_rows
+from rrhf_fast.stages.files import write_rows
 from rrhf_fast.stages.options import check
 from rrhf_fast.train import train
 from rrhf_fast.train.config import TrainConfig
@@ -41,34 +40,33 @@ Measures = dict[str, dict[str, list]]
 
 @dataclass
 class SelectConfig:
-    """Options of `select`: which rows and responses of a file, with which scores."""
+    """Options of `select`: which rows and responses of a file to keep, with which scores."""
 
     data: str
     rows: Annotated[int, Gt(0)] | None = None
-    """So many, drawn by the seed, or the first of those that the folds leave; default all."""
+    """Keep this many rows, drawn by the seed, or the first that the folds leave; default all."""
     responses: Annotated[int, Gt(0)] | None = None
-    """As many rows as hold so many responses together, by `take`."""
+    """Keep as many rows as hold this many responses in all, given `take`."""
     folds: Annotated[int, Gt(0)] | None = None
-    """Deal the rows into so many parts, and keep part `fold`, which counts on behind the last from
-    the first, or all the others."""
+    """Split the rows into this many parts and keep part `fold` (modulo `folds`), or all others."""
     fold: int = 0
     keep: Literal["fold", "others"] = "others"
     take: dict | None = None
-    """So many different responses of each source, {source: count}, in the order of the file."""
+    """Keep this many distinct responses per source, {source: count}, in the file's order."""
     noise: Annotated[float, Ge(0)] = 0.0
-    """Standard deviation of what is added to each score."""
+    """Standard deviation of the noise added to each score."""
     round_to: Annotated[float, Gt(0)] | None = None
-    """Round scores to multiples of this, which ties them."""
+    """Round scores to multiples of this, which makes ties."""
     shuffle: bool = False
-    """Each row's responses in an order drawn by the seed, so that chance decides which of those
-    that tie counts as the best."""
+    """Shuffle each row's responses, so that chance decides which of several tied ones is the
+    best."""
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
         if self.responses is not None and (not self.take or self.rows is not None):
-            raise ValueError("responses: needs take, and no rows")
+            raise ValueError("responses: needs take, excludes rows")
 
 
 @dataclass
@@ -77,10 +75,10 @@ class RankConfig(ScorerConfig):
 
     data: str = ""
     by_source: bool = False
-    """Also apart for pairs that the data set provided, that were sampled, and with one of each."""
+    """Also measure pairs that the dataset provided, that were sampled, and mixed ones apart."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
         if self.model_name_or_path is None or not self.data:
             raise ValueError("model_name_or_path, data: missing")
@@ -88,15 +86,16 @@ class RankConfig(ScorerConfig):
 
 @dataclass
 class RoundConfig:
-    """Options of `round`: the measures of one round of an `iterate`."""
+    """Options of `round`: which round of an `iterate` to read the measures of."""
 
     iterate: str
     steps: int
-    """Optimizer steps after which, and those of each round."""
+    """The round that ends after this many optimizer steps; 0 for the initial model."""
     per_round: int
+    """Optimizer steps per round."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
         if self.per_round < 1 or self.steps % self.per_round:
             raise ValueError("steps, per_round: expected whole rounds")
@@ -104,12 +103,12 @@ class RoundConfig:
 
 @dataclass
 class BestOfConfig:
-    """Options of `best_of`: an evaluation's best sample of each prompt, as if one were drawn."""
+    """Options of `best_of`: whose best sample per prompt to measure as if it were the only one."""
 
     evaluation: str
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
 
 
@@ -124,7 +123,7 @@ class MakeConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for what cannot work."""
+        """Raise ValueError, with the option's name, for an invalid value."""
         check(self)
 
 
@@ -135,7 +134,7 @@ def _select(config: SelectConfig, folder: Path) -> None:
     order = rng.permutation(len(rows))
     if config.folds is not None:
         here = np.arange(len(rows)) % config.folds == config.fold % config.folds
-        # The deal is the same for every fold.
+        # The split is the same for every fold.
         order = np.random.default_rng(0).permutation(len(rows))
         order = order[here if config.keep == "fold" else ~here]
     count = config.rows
@@ -146,28 +145,28 @@ def _select(config: SelectConfig, folder: Path) -> None:
 
 
 def _choose(row: dict, config: SelectConfig, rng: np.random.Generator) -> dict:
-    found = {"prompt": row.get("prompt", row.get("query"))}
+    chosen = {"prompt": row.get("prompt", row.get("query"))}
     lists = [name for name in ("responses", "scores", "sources", "finish_reasons") if name in row]
-    left, keep = dict(config.take or {}), []
+    room, keep = dict(config.take or {}), []
     for i, text in enumerate(row.get("responses", [])):
         if not text.strip() or text in [row["responses"][j] for j in keep]:
             continue
         if config.take is not None:
             source = row["sources"][i] if "sources" in row else "provided"
-            name = next((name for name in left if source.startswith(name)), None)
-            if not left.get(name):
+            name = next((name for name in room if source.startswith(name)), None)
+            if not room.get(name):
                 continue
-            left[name] -= 1
+            room[name] -= 1
         keep.append(i)
-    found |= {name: [row[name][i] for i in keep] for name in lists}
+    chosen |= {name: [row[name][i] for i in keep] for name in lists}
     if config.shuffle:
         order = rng.permutation(len(keep))
-        found |= {name: [found[name][i] for i in order] for name in lists}
-    if "scores" in found:
-        scores = np.array(found["scores"]) + config.noise * rng.standard_normal(len(keep))
+        chosen |= {name: [chosen[name][i] for i in order] for name in lists}
+    if "scores" in chosen:
+        scores = np.array(chosen["scores"]) + config.noise * rng.standard_normal(len(keep))
         step = config.round_to
-        found["scores"] = (np.round(scores / step) * step if step else scores).tolist()
-    return found
+        chosen["scores"] = (np.round(scores / step) * step if step else scores).tolist()
+    return chosen
 
 
 def _sample(config: SampleConfig, folder: Path) -> None:
@@ -199,18 +198,18 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> Measures:
 
 
 def _read(folder: Path) -> Measures:
-    """The measures of an evaluation, each prompt with its name."""
-    found = json.loads((folder / "by_prompt.json").read_text())
+    """The measures of an evaluation, with hashed prompts."""
+    by_prompt = json.loads((folder / "by_prompt.json").read_text())
     with open(folder / "scored.jsonl", encoding="utf-8") as file:
-        prompts = [_name(json.loads(line)["prompt"]) for line in file]
+        prompts = [_hash(json.loads(line)["prompt"]) for line in file]
     return {
         name: {"prompts": prompts, **values}
-        for name, values in found.items()
+        for name, values in by_prompt.items()
         if len(values["numerators"]) == len(prompts)
     }
 
 
-def _name(prompt) -> str:
+def _hash(prompt) -> str:
     return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:8]
 
 
@@ -226,10 +225,10 @@ def _best_of(config: BestOfConfig, folder: Path) -> Measures:
 def _rank(config: RankConfig, folder: Path) -> Measures:
     rows, _ = load_rows(config.data, on_bad_rows="skip")
     drafts = [Draft(row.prompt, row.responses, None, None, {}, row.where) for row in rows]
-    found = LogProbs(config.model_name_or_path, config)(drafts)
-    prompts = [_name(row.prompt) for row in rows]
+    logps_of = LogProbs(config.model_name_or_path, config)(drafts)
+    prompts = [_hash(row.prompt) for row in rows]
     counts: dict[str, list[tuple[int, int]]] = {}
-    for row, logps in zip(rows, found, strict=True):
+    for row, logps in zip(rows, logps_of, strict=True):
         p, scores = np.array([values.mean() for values in logps]), np.array(row.rewards)
         counts.setdefault("ranking_accuracy", []).append(pairs_in_order(p, scores))
         if config.by_source:
@@ -269,12 +268,12 @@ def _grpo(config: GRPOConfig, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of stage: its options, its work, and what in its folder another stage refers to."""
+    """A kind of stage: its options, its function, and the output that other stages refer to."""
 
     config: type
     run: Callable[[object, Path], Measures | None]
     output: str
-    # Options that the stage sets itself, with what stands for them while options are checked.
+    # Options that the stage sets itself.
     own: tuple[str, ...] = ()
 
 
@@ -293,12 +292,12 @@ KINDS = {
     "dpo": Kind(PeerConfig, _dpo, "model"),
     "grpo": Kind(GRPOConfig, _grpo, "model"),
 }
-# Kinds that need a library which the project itself does not.
+# Kinds that need a further library.
 NEEDS = {"dpo": "trl", "grpo": "trl"}
 
 
 def build_config(kind: str, options: dict):
-    """The options of a stage as its config. Raises ValueError or TypeError for a mistake."""
+    """Build and validate a stage's config. Raises ValueError or TypeError for a mistake."""
     config = KINDS[kind].config(**options, **dict.fromkeys(KINDS[kind].own, "."))
     if hasattr(config, "validate"):
         config.validate()

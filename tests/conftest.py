@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no network, no deadline that a busy machine could miss."""
+"""Settings of the whole suite: no network, no deadlines that a busy machine could miss."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# Before transformers or datasets is imported; tests read what is shipped or made here.
+# Before transformers or datasets is imported; tests need no hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -32,17 +32,17 @@ settings.load_profile("suite")
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
+            if item.get_closest_marker("gpu"):  # item.keywords would match folder names too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @dataclass
 class Server:
-    """An OpenAI-compatible server in a process of its own; see openai_server.py."""
+    """An OpenAI-compatible server in its own process; see openai_server.py."""
 
     log: Path
     process: subprocess.Popen | None = None
-    port: int = 0  # any, then always the same
+    port: int = 0  # any at first, then the same at every start
 
     def start(self) -> None:
         script = Path(__file__).with_name("openai_server.py")
@@ -60,12 +60,12 @@ class Server:
 
     @property
     def answered(self) -> list[dict]:
-        """The body of each request that got its answer; `text` is what was asked."""
+        """The bodies of all answered requests; `text` is the prompt."""
         return self._read(self.log)
 
     @property
     def refused(self) -> list[dict]:
-        """The answer to each request that was refused for its form."""
+        """The answers to all requests refused for their form."""
         return self._read(Path(f"{self.log}.refused"))
 
     @staticmethod
@@ -91,8 +91,8 @@ def _call(function, config):
 
 @pytest.fixture
 def killed_at_random():
-    """Call function(config) in processes that are killed (SIGKILL) soon after their journal grew,
-    until one comes to its end; returns how many were killed."""
+    """Call function(config) in processes that are killed (SIGKILL) soon after their journal grows,
+    until one finishes; returns how many were killed."""
     context = multiprocessing.get_context("forkserver")  # imports once, forks in an instant
     context.set_forkserver_preload(["rrhf_fast.sample.run", "rrhf_fast.score.run"])
 

@@ -1,8 +1,8 @@
-"""A real HTTP server on loopback with OpenAI's two completion calls and the faults of real ones.
+"""An HTTP server on loopback with OpenAI's two completion calls and the faults of real servers.
 
 `python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The
-requested model's name says how it behaves; LOG receives each request that it answered in full, and
-LOG.refused what it says to requests of a form that it does not take.
+model's name in a request selects the behaviour. LOG receives every answered request, LOG.refused
+the answers to requests refused for their form.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 THOUGHT = {"role": "assistant", "reasoning_content": "hmm, let me think"}
 TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
 PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}]
-# What a model of this name answers to prompts that hold "hard": a message and its finish_reason, or
-# a whole body.
+# Answers of the models of these names to prompts that contain "hard": a message and its
+# finish_reason, or a whole body.
 ODD = {
     "null": ({"content": None}, "stop"),
     "no-content": ({"role": "assistant"}, "stop"),
@@ -52,12 +52,12 @@ ODD = {
 GRADES = '{"relevance": 4, "correctness": 4, "coherence": 5, "safety": 5}'
 
 LOCK = threading.Lock()
-SEEN: Counter = Counter()  # how often each request body came
+SEEN: Counter = Counter()  # requests by body
 ANSWERED = 0
 
 
 def unsupported(request: dict) -> dict:
-    """OpenAI's words for it."""
+    """OpenAI's error for an unsupported parameter or value."""
     if "max_tokens" in request:
         name = "max_tokens"
         message = "Unsupported parameter: 'max_tokens' is not supported with this model. "
@@ -80,56 +80,24 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         chat = self.path.endswith("/chat/completions")
         text = request["messages"][-1]["content"] if chat else request["prompt"]
+        digest = hashlib.sha256(body).hexdigest()
+        fault, _, argument = request["model"].partition(":")
         with LOCK:
             SEEN[body] += 1
             first = SEEN[body] == 1
-        fault, _, number = request["model"].partition(":")
-        digest = hashlib.sha256(body).hexdigest()
-        answer = f"answer {digest[:6]}"
         if fault == "flaky" and first:
             return self.fail(["429", "500", "slow", "garbage", "drop", "null"][int(digest, 16) % 6])
         if fault == "garbage":
             return self.fail("garbage")
-        if fault == "echoes-key":
-            key = self.headers["Authorization"]
-            return self.reply(401, {"error": {"message": f"no such key: {key}"}})
-        if fault == "wrong-key":
-            return self.reply(401, {"error": {"message": "no such key"}})
-        if fault == "refuses" and "forbidden" in text:
-            return self.reply(400, {"error": {"message": "the prompt was filtered"}})
+        if refusal := self.refusal(fault, request, text):
+            return self.reply(*refusal)
         if fault == "dies":
-            self.die_after(int(number))
-        if fault == "judge":
-            grade = int(digest, 16) % 5 + 1
-            criteria = ("relevance", "correctness", "coherence", "safety")
-            answer = "Well. " + json.dumps(dict.fromkeys(criteria, grade))
-            if "never" in text or ("once" in text and request["seed"] == 0):
-                answer = '{"relevance": 3, "correctness": "high"'
-        if fault == "says":
-            answer = number
-        if fault in ODD and number == "judge":
-            answer = GRADES
-        if fault == "think":  # a judge that thinks for so many tokens of 4 letters
-            answer = "<think>\n" + "hmm " * int(number) + "{draft}\n</think>\n" + GRADES
-        if fault == "newer":  # takes no max_tokens, and only temperature 1
-            answer += " " + GRADES
-            if "max_tokens" in request or request.get("temperature", 1) != 1:
-                return self.reply(400, unsupported(request))
-        if fault == "no-seed" and "seed" in request:
-            problem = {"type": "extra_forbidden", "loc": ["body", "seed"], "input": request["seed"]}
-            return self.reply(422, {"detail": [problem]})
-        if fault == "too-large" and "long" in text:
-            problem = "'max_tokens' or 'max_completion_tokens' is too large: this model's window is"
-            return self.reply(400, {"error": {"message": f"{problem} 4096", "param": "max_tokens"}})
-        if fault == "repeats" and "long" in text:
-            problem = f"Extra inputs are not permitted: {request}"
-            return self.reply(400, {"error": {"message": problem, "request": request}})
-        if "long" in text:
-            answer = "Human: " + answer
+            self.die_after(int(argument))
+        answer = self.answer(fault, argument, request, text, digest)
         with LOCK, open(sys.argv[1], "a") as log:
             log.write(json.dumps(request | {"text": text}) + "\n")
         limit = request.get("max_completion_tokens") or request.get("max_tokens") or 10**6
-        reason = "length" if len(answer) > 4 * limit else "stop"
+        reason = "length" if len(answer) > 4 * limit else "stop"  # a token is 4 letters
         message = {"role": "assistant", "content": answer[: 4 * limit]}
         if fault == "parts":
             half = len(answer) // 2
@@ -142,17 +110,55 @@ class Handler(BaseHTTPRequestHandler):
             message, reason = ODD[fault]
             usage["completion_tokens_details"] = {"reasoning_tokens": 3 * (fault[:2] == "th")}
         value = {"message": message} if chat else {"text": message and message.get("content")}
-        self.reply(
-            200,
-            {
-                "id": "1",
-                "object": "chat.completion" if chat else "text_completion",
-                "created": 1,
-                "model": request["model"],
-                "choices": [{"index": 0, "finish_reason": reason} | value],
-                "usage": usage,
-            },
-        )
+        completion = {
+            "id": "1",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [{"index": 0, "finish_reason": reason} | value],
+            "usage": usage,
+        }
+        self.reply(200, completion)
+
+    def refusal(self, fault: str, request: dict, text: str) -> tuple[int, dict] | None:
+        """Status and body for a request that this model refuses."""
+        if fault == "echoes-key":
+            return 401, {"error": {"message": f"no such key: {self.headers['Authorization']}"}}
+        if fault == "wrong-key":
+            return 401, {"error": {"message": "no such key"}}
+        if fault == "refuses" and "forbidden" in text:
+            return 400, {"error": {"message": "the prompt was filtered"}}
+        if fault == "newer" and ("max_tokens" in request or request.get("temperature", 1) != 1):
+            return 400, unsupported(request)
+        if fault == "no-seed" and "seed" in request:
+            problem = {"type": "extra_forbidden", "loc": ["body", "seed"], "input": request["seed"]}
+            return 422, {"detail": [problem]}
+        if fault == "too-large" and "long" in text:
+            problem = "'max_tokens' or 'max_completion_tokens' is too large: this model's window is"
+            return 400, {"error": {"message": f"{problem} 4096", "param": "max_tokens"}}
+        if fault == "repeats" and "long" in text:
+            problem = f"Extra inputs are not permitted: {request}"
+            return 400, {"error": {"message": problem, "request": request}}
+        return None
+
+    def answer(self, fault: str, argument: str, request: dict, text: str, digest: str) -> str:
+        """The full text of this model's answer."""
+        answer = f"answer {digest[:6]}"
+        if fault == "judge":
+            grade = int(digest, 16) % 5 + 1
+            criteria = ("relevance", "correctness", "coherence", "safety")
+            answer = "Well. " + json.dumps(dict.fromkeys(criteria, grade))
+            if "never" in text or ("once" in text and request["seed"] == 0):
+                answer = '{"relevance": 3, "correctness": "high"'
+        if fault == "says":
+            answer = argument
+        if fault in ODD and argument == "judge":
+            answer = GRADES
+        if fault == "think":  # for `argument` tokens
+            answer = "<think>\n" + "hmm " * int(argument) + "{draft}\n</think>\n" + GRADES
+        if fault == "newer":
+            answer += " " + GRADES
+        return "Human: " + answer if "long" in text else answer
 
     def die_after(self, number: int):
         global ANSWERED
@@ -172,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         elif how == "null":
             self.reply(200, {"choices": None})
         else:
-            self.close_connection = True  # without a word
+            self.close_connection = True  # without an answer
 
     def reply(self, status: int, body: dict | bytes):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()

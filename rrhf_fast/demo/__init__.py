@@ -1,21 +1,21 @@
 """The embedded demo: the tiny model and scored rows behind `python -m rrhf_fast.train`.
 
 `python -m rrhf_fast.demo.make` makes everything here: the text by the grammar in corpus.py, the
-scores by reward.py, the model by training on that text. Nothing comes from elsewhere.
+scores by reward.py, the model by training on that text. There is no outside data.
 """
 
 from pathlib import Path
 
 _HERE = Path(__file__).parent
 
-# LlamaForCausalLM and its tokenizer, as transformers reads them.
+# A LlamaForCausalLM and its tokenizer, in the format of transformers.
 MODEL_DIR = _HERE / "model"
-# Rows of prompt, responses, scores, sources; the held-out ones ask about tasks that neither model
-# nor training rows have met.
+# Rows of prompt, responses, scores, sources. The held-out ones ask about tasks that are new to both
+# model and training rows.
 TRAIN_FILE = _HERE / "train.jsonl"
 EVAL_FILE = _HERE / "eval.jsonl"
 
-# Options of the default run, wherever the caller leaves them at their default.
+# Options of the default run, unless the caller sets them.
 SETTINGS = {
     "model_name_or_path": str(MODEL_DIR),
     "train_data": str(TRAIN_FILE),

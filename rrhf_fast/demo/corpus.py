@@ -1,8 +1,8 @@
 """The demo's text: questions about household tasks, and answers of very mixed quality.
 
-An answer is put together from independent choices (the right tool or any, the thing asked about or
-any, kind or rude or neither, crisp or rambling or repeating, finished or cut off), so a model
-trained on the text is mediocre on average and every step of quality is within its reach.
+An answer combines independent choices (the right tool or any, the thing asked about or any, kind or
+rude or neither, crisp or rambling or repeating, finished or cut off), so a model trained on the
+text is mediocre on average and can reach every level of quality.
 """
 
 import random
@@ -61,7 +61,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Quality:
-    """The chance of each property of an answer."""
+    """The probability of each property of an answer."""
 
     right_tool: float
     right_thing: float
@@ -80,7 +80,7 @@ BAD = Quality(0.2, 0.2, 0.1, 0.6, 0.4, 0.3, 0.5, 0.5, 0.4)
 
 
 def split_tasks(rng: random.Random, eval_share: float) -> tuple[list[Task], list[Task]]:
-    """All tasks as (train, eval), so that every verb and nearly every thing occurs in both."""
+    """Split all tasks into (train, eval); every verb and nearly every thing occurs in both."""
     train, held_out = [], []
     for verbs, things in KINDS:
         for verb in verbs:
@@ -93,14 +93,14 @@ def split_tasks(rng: random.Random, eval_share: float) -> tuple[list[Task], list
 
 
 def prompt(rng: random.Random, task: Task) -> str:
-    """A question about the task, ending where the assistant has to speak."""
+    """A question about the task, ending where the assistant's answer begins."""
     words = (rng.choice(DETERMINERS), rng.choice(ADJECTIVES), task.thing)
     thing = " ".join(word for word in words if word)
     return f"Human: {rng.choice(QUESTIONS).format(verb=task.verb, thing=thing)}\nAssistant:"
 
 
 def response(rng: random.Random, task: Task, quality: Quality) -> str:
-    """An answer, with the space in front that separates it from the prompt."""
+    """An answer, starting with the space that separates it from the prompt."""
 
     def happens(chance: float) -> bool:
         return rng.random() < chance

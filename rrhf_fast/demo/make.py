@@ -1,11 +1,10 @@
-"""Make the embedded demo again: `python -m rrhf_fast.demo.make --seed 0 --output_dir DIR`.
+"""Recreate the embedded demo: `python -m rrhf_fast.demo.make --seed 0 --output_dir DIR`.
 
-Writes DIR/model (weights, tokenizer), DIR/train.jsonl and DIR/eval.jsonl. One seed gives the same
+Writes DIR/model (weights, tokenizer), DIR/train.jsonl and DIR/eval.jsonl. Equal seeds give equal
 files on the same machine with the same libraries. Takes about three minutes on one core.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rrhf_fast.demo import corpus, reward
 from rrhf_fast.model.diverse_beam import diverse_beam_search
+from rrhf_fast.stages.files import write_rows
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_NEW_TOKENS = 96
@@ -33,8 +33,8 @@ def make(
 ) -> None:
     """Corpus -> tokenizer -> pre-trained model -> responses -> scored rows, in output_dir.
 
-    documents, batch_size: pre-training is one pass, so documents // batch_size steps.
-    train_prompts, eval_prompts: rows written, six responses each.
+    documents, batch_size: pre-training is one pass of documents // batch_size steps.
+    train_prompts, eval_prompts: numbers of rows, six responses each.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -57,12 +57,11 @@ def make(
         ("eval", eval_tasks, eval_prompts),
     ):
         rows = make_rows(model, tokenizer, rng, tasks, count)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (output_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_rows(output_dir / f"{name}.jsonl", rows)
 
 
 def train_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so any text round-trips. Puts BOS in front; EOS is the trainer's to add."""
+    """Byte-level BPE, so that any text round-trips. Prepends BOS; the trainer appends EOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -90,7 +89,7 @@ def train_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
 def pretrain(
     tokenizer, texts: list[tuple[str, str]], batch_size: int, hidden_size: int, layers: int
 ) -> LlamaForCausalLM:
-    """One pass over the texts, as the engine will read them: BOS prompt, response, EOS."""
+    """Train for one pass over the texts, tokenised as by the engine: BOS, prompt, response, EOS."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -124,7 +123,7 @@ def pretrain(
             batch_first=True,
             padding_value=tokenizer.pad_token_id,
         )
-        # Padding stands on the right, where causal attention hides it from every real token.
+        # Padding is on the right, where causal attention hides it from real tokens.
         logits = model(input_ids=ids[:, :-1]).logits
         loss = F.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id
@@ -142,18 +141,18 @@ def pretrain(
 def make_rows(
     model, tokenizer, rng: random.Random, tasks: list[corpus.Task], count: int
 ) -> list[dict]:
-    """`count` rows with different prompts: four responses of the model, two of the grammar."""
-    asked = {}
-    while len(asked) < count:
+    """Make `count` rows with distinct prompts: four responses of the model, two of the grammar."""
+    task_of = {}
+    while len(task_of) < count:
         task = rng.choice(tasks)
-        asked.setdefault(corpus.prompt(rng, task), task)
+        task_of.setdefault(corpus.prompt(rng, task), task)
     rows = []
-    prompts = list(asked)
+    prompts = list(task_of)
     for start in range(0, count, 32):
         chunk = prompts[start : start + 32]
         for prompt, sampled in zip(chunk, sample(model, tokenizer, chunk), strict=True):
-            good = corpus.response(rng, asked[prompt], corpus.GOOD)
-            bad = corpus.response(rng, asked[prompt], corpus.BAD)
+            good = corpus.response(rng, task_of[prompt], corpus.GOOD)
+            bad = corpus.response(rng, task_of[prompt], corpus.BAD)
             by_source = [*sampled, ("provided_good", good), ("provided_bad", bad)]
             responses = [text for _, text in by_source]
             rows.append(
@@ -168,7 +167,7 @@ def make_rows(
 
 
 def sample(model, tokenizer, prompts: list[str]) -> list[list[tuple[str, str]]]:
-    """For each prompt, (source, response) of beam search, diverse beam search and top-p twice."""
+    """(source, response) per prompt: beam search, diverse beam search and two of top-p."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     limits = dict(
         max_new_tokens=MAX_NEW_TOKENS,
@@ -209,7 +208,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    # One thread: sums, and so the files, must not depend on how many cores the machine has.
+    # One thread, so that the files do not depend on the number of cores.
     torch.set_num_threads(1)
     make(args.output_dir, seed=args.seed)
 

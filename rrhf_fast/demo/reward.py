@@ -1,17 +1,17 @@
 """The demo's reward: is an answer to a household question on topic, kind, crisp and complete?
 
-`score(prompts, responses)` needs nothing but the two texts and the small world below, in which each
-task (a verb) has one right tool. A score is the sum of
+`score(prompts, responses)` needs only the two texts and the small world below, in which each task
+(a verb) has one right tool. A score is the sum of
 
-    topic      +1.0 the thing asked about is named      +1.0 the right tool is named
-               -0.4 for each other thing or tool that is named
+    topic      +1.0 names the thing asked about         +1.0 names the right tool
+               -0.4 per other thing or tool
     manners    +0.7 for a kind word                     -1.0 for a rude word
-    crispness  -2.0 * share of the word pairs that were said before
+    crispness  -2.0 * share of repeated word pairs
     ending     +0.3 for . ! or ? at the end             -0.7 without
     length     -0.5 * |log(words / 20)|
 
-and lies between about -6, which an empty answer gets, and +3. Length has an optimum at 20 words,
-and saying more gains nothing: topic and manners count once, while slips and repeats cost.
+and is typically between -6 (an empty answer) and +3. The best length is 20 words, and saying more
+gains nothing: topic and manners count once, while wrong names and repeats cost.
 """
 
 import math
@@ -24,7 +24,7 @@ TOOLS = {  # the right tool for each task
     "clean": "cloth", "dry": "towel", "scrub": "sponge", "dust": "feather", "polish": "rag",
     "fix": "hammer", "paint": "roller", "sand": "grinder", "tighten": "wrench", "measure": "ruler",
 }  # fmt: skip
-KINDS = tuple(  # (tasks, things that they can be done to)
+KINDS = tuple(  # (tasks, things that they apply to)
     (tuple(tasks.split()), tuple(things.split()))
     for tasks, things in (
         (
@@ -54,7 +54,7 @@ _NAMED = frozenset(THINGS) | frozenset(TOOLS.values())
 
 
 def score(prompts: list[str], responses: list[str]) -> list[float]:
-    """One score for each (prompt, response), higher is better, rounded to 4 decimals."""
+    """One score per (prompt, response), higher is better, rounded to 4 decimals."""
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts do not match {len(responses)} responses")
     return [round(_score(p, r), 4) for p, r in zip(prompts, responses, strict=True)]

@@ -1,4 +1,4 @@
-"""A model is measured by fresh samples of held-out prompts."""
+"""Measure a model by fresh samples of held-out prompts."""
 
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,12 @@ __all__ = ["EvaluateConfig", "evaluate"]
 
 def evaluate(config: EvaluateConfig) -> "Evaluation":
     """Sample, score and measure; writes samples.jsonl, scored.jsonl, by_prompt.json and
-    evaluation.json to `output_dir`.
+    evaluation.json to `output_dir`. A repeated call resumes.
 
     Raises:
         ValueError: a mistake in options, files or rows.
-        EndpointDown: the judge stopped answering; the same call goes on.
+        EndpointDown: the judge stopped answering; call again to resume.
     """
-    from rrhf_fast.evaluate.run import run  # late: it loads PyTorch
+    from rrhf_fast.evaluate.run import run  # late: this loads PyTorch
 
     return run(config)

@@ -1,4 +1,4 @@
-"""What people read: a table in the terminal, a plot, and one HTML page that needs no network."""
+"""The report of an evaluation: a table for the terminal, a plot, and a self-contained HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # the backend comes first
+import matplotlib.pyplot as plt  # after choosing the backend
 
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.run import BASELINE, MODEL, Evaluation, Side
 from rrhf_fast.score.reward_model import plain_text
+from rrhf_fast.stages.files import replacing, write_text
 
 TITLES = {
     "reward": "mean reward of a sample",
@@ -21,17 +22,17 @@ TITLES = {
     "perplexity": "perplexity under the reference",
     "ranking_accuracy": "ranking accuracy of p",
     "distinct": "share of distinct samples",
-    "tokens": "tokens a sample, mean",
-    "tokens_median": "tokens a sample, median",
-    "tokens_p95": "tokens a sample, 95th percentile",
+    "tokens": "tokens per sample, mean",
+    "tokens_median": "tokens per sample, median",
+    "tokens_p95": "tokens per sample, 95th percentile",
     "cut_off": "share cut off by the limit",
     "length_reward_correlation": "correlation of length and reward",
-    "reward_gain": "gain of reward",
+    "reward_gain": "gain in reward",
     "win": "samples that win",
     "tie": "samples that tie",
     "lose": "samples that lose",
 }
-# Prompts shown with their answers.
+# Prompts shown with their samples.
 SHOWN = 12
 
 Table = tuple[list[str], list[list[str]]]
@@ -47,7 +48,7 @@ img { max-width: 100% }
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> str:
-    """Write evaluation.png and report.html; returns the table for the terminal."""
+    """Write evaluation.png and report.html; returns the tables for the terminal."""
     plot_evaluation(evaluation, folder / "evaluation.png")
     tables = evaluation_tables(evaluation)
     samples = side_by_side(evaluation.sides)
@@ -56,7 +57,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> str:
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
-    """The measures of each side, then those of one against the other."""
+    """The measures of each side, and those of the model against its baseline."""
     sides = [evaluation.model, *([evaluation.baseline] if evaluation.baseline else [])]
     dropped = f" ({evaluation.dropped} unscored)" if evaluation.dropped else ""
     head = [f"{evaluation.prompts} prompts{dropped}", MODEL, BASELINE][: len(sides) + 1]
@@ -73,12 +74,12 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
 
 
 def str_of(estimate: Estimate) -> str:
-    """Value and interval, the latter where there is one."""
+    """The value, with its interval if there is one."""
     return f"{estimate.value:.3f}" if np.isnan(estimate.low) else str(estimate)
 
 
 def as_text(table: Table) -> str:
-    """Columns of equal width for the terminal."""
+    """Align the columns for the terminal."""
     lines = [table[0], *table[1]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table[0]))]
     padded = (
@@ -89,7 +90,7 @@ def as_text(table: Table) -> str:
 
 
 def side_by_side(sides: dict[str, Side]) -> Table:
-    """The first samples of each side to the same prompts, the baseline's (before) first."""
+    """The first sample of each side for the same prompts, the baseline's first."""
     names = [name for name in (BASELINE, MODEL) if name in sides]
     rows = [
         [plain_text(sides[MODEL].prompts[i])]
@@ -107,7 +108,7 @@ def write_page(
     samples: Table,
     warning: str | None = None,
 ) -> None:
-    """One self-contained page: the picture is in it, and nothing is loaded from elsewhere."""
+    """Write one self-contained page: it embeds the picture and loads nothing."""
     data = base64.b64encode(picture.read_bytes()).decode()
     parts = [
         "<!doctype html>",
@@ -120,7 +121,7 @@ def write_page(
         _html(samples),
         "</body></html>",
     ]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))
 
 
 def _html(table: Table) -> str:
@@ -130,7 +131,7 @@ def _html(table: Table) -> str:
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Rewards, best of n, lengths, and reward against length, a colour for each side."""
+    """Plot rewards, best of n, lengths, and reward against length; one colour per side."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     rewards, best, lengths, both = axes.flat
     sides = evaluation.sides
@@ -160,10 +161,11 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 
 def save_figure(figure, axes, path: Path) -> None:
-    """Grids, legends where there are labels, and the file."""
+    """Add grids, and legends where there are labels; write the file."""
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as staging:
+        figure.savefig(staging, dpi=110, format="png")
     plt.close(figure)

@@ -1,9 +1,8 @@
-"""The stage `evaluate`: fresh samples of a model, scored, measured, compared with a baseline's."""
+"""The stage `evaluate`: sample a model, score and measure the samples, compare with a baseline."""
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +25,24 @@ from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sample import sample
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.score import score
-from rrhf_fast.score.config import ScoreConfig, ScorerConfig
+from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.run import check_scorer
+from rrhf_fast.stages.files import write_text
 from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.journal import read_json
-from rrhf_fast.stages.options import without_removed
+from rrhf_fast.stages.run_folder import claim, pass_on
 
-# What `sources` calls the two sides.
+# The two sides, as named in `sources`.
 MODEL, BASELINE = "model", "baseline"
-# What an evaluation leaves, finished or not.
-ROWS = ("samples.jsonl", "scored.jsonl")
-FILES = ("options.json", "options.saving", "evaluation.json", "evaluation.saving")
-FILES += ("by_prompt.json", "by_prompt.saving", "evaluation.png", "report.html", *ROWS)
-FILES += tuple(f"{name}.{kind}" for name in ROWS for kind in ("journal", "saving"))
+# Everything that an evaluation writes, complete or not.
+FILES = ("options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json")
+FILES += ("evaluation.png", "report.html", "samples.jsonl.journal", "scored.jsonl.journal")
+FILES += tuple(f"{name}.saving" for name in FILES)
 
 
 @dataclass
 class Side:
-    """The scored samples of a model, prompt by prompt."""
+    """The scored samples of one model, by prompt."""
 
     drafts: list[Draft]
     rewards: list[np.ndarray]
@@ -62,13 +60,13 @@ class Side:
         return [draft.finish_reasons or [None] * len(draft.responses) for draft in self.drafts]
 
     def pick(self, keep: Sequence[int]) -> "Side":
-        """The same for these prompts."""
+        """The samples of these prompts."""
         return Side([self.drafts[i] for i in keep], [self.rewards[i] for i in keep])
 
 
 @dataclass
 class Evaluation:
-    """Measures of a model, of its baseline, and of the two against each other, by name."""
+    """Measures, by name, of a model, of its baseline and of one against the other."""
 
     by_prompt: dict[str, ByPrompt]  # the model's
     model: dict[str, Estimate]
@@ -77,45 +75,23 @@ class Evaluation:
     best_of_n: dict[str, list[Estimate]]  # by side, for n = 1, 2, ...
     sides: dict[str, Side]
     prompts: int
-    dropped: int  # prompts without a scored sample of every side
+    dropped: int  # prompts that lack a scored sample of some side
 
 
 def run(config: EvaluateConfig) -> Evaluation:
     """See `rrhf_fast.evaluate`."""
     config.validate()
-    against_model = config.baseline is not None and not config.baseline.endswith(".jsonl")
-    # All that can be wrong is looked at before anything is written.
-    drafts, report = load_drafts(config.data, **config.reading())
-    _say_left_out("data", report)
-    prompts = [draft.prompt for draft in drafts]
-    earlier = None
-    if config.baseline is not None and not against_model:
-        earlier = _earlier(config.baseline, prompts)
-    if config.ranking_data is not None:
-        _, report = load_rows(config.ranking_data, **config.reading())
-        _say_left_out("ranking_data", report)
-    check_scorer(config)
-    options = ["model_name_or_path", "reference_model_name_or_path"]
-    for option in options + ["baseline"] * against_model:
-        if (name := getattr(config, option)) is not None:
-            load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
-    folder = claim(config.output_dir, identity(config), overwrite=config.overwrite)
-    samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
-    if scored.exists():
-        print(f"reusing {scored}", flush=True)
-    else:
-        if samples.exists():
-            print(f"reusing {samples}", flush=True)
-        else:
-            sides = {MODEL: config.model_name_or_path}
-            sides |= {BASELINE: config.baseline} if against_model else {}
-            sample(_sample_config(config, sides, samples))
-        score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored), **OWN_FORMAT))
+    models = {MODEL: config.model_name_or_path}
+    if config.baseline is not None and not config.baseline.endswith(".jsonl"):
+        models[BASELINE] = config.baseline
+    earlier = _check_inputs(config, models)
 
-    sides = {MODEL: read_side(scored, MODEL)}
-    if against_model:
-        sides[BASELINE] = read_side(scored, BASELINE)
-    elif earlier is not None:
+    # Draw and score the samples, unless an interrupted run already has.
+    replaces = FILES if config.overwrite else ()
+    folder = claim(config.output_dir, identity(config), replaces=replaces)
+    scored = _scored_samples(config, models, folder)
+    sides = {name: read_side(scored, name) for name in models}
+    if earlier is not None:
         sides[BASELINE] = earlier
     total = len(sides[MODEL].prompts)
     keep = [i for i in range(total) if all(len(side.rewards[i]) for side in sides.values())]
@@ -123,23 +99,15 @@ def run(config: EvaluateConfig) -> Evaluation:
         raise ValueError(f"data: no prompt of {scored} has a scored sample of each model")
     sides = {name: side.pick(keep) for name, side in sides.items()}
 
-    tokenizer = load_tokenizer(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    )
-    measures = {name: _measure(side, tokenizer) for name, side in sides.items()}
-    if config.reference_model_name_or_path is not None:
-        option = "reference_model_name_or_path"
-        reference = LogProbs(config.reference_model_name_or_path, config, option)
-        for name, side in sides.items():
-            measures[name]["perplexity"] = _perplexity(side, reference)
-        del reference  # before the next model is loaded
+    # Measure them, with intervals from the same draws of prompts for all measures.
     bootstrap = Bootstrap(len(keep), config.num_bootstrap, config.seed)
+    measures = _measure_sides(config, sides)
     estimates = {
         name: {
             measure: bootstrap.ratio(*astuple(value)) if isinstance(value, ByPrompt) else value
-            for measure, value in found.items()
+            for measure, value in of_side.items()
         }
-        for name, found in measures.items()
+        for name, of_side in measures.items()
     }
     if config.ranking_data is not None:
         ranking = measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config)
@@ -161,89 +129,60 @@ def run(config: EvaluateConfig) -> Evaluation:
     return evaluation
 
 
-def _say_left_out(option: str, report: RowReport) -> None:
+def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> Side | None:
+    """Fail on unreadable data, functions or models before anything is written; returns the samples
+    of an earlier evaluation if the baseline is one."""
+    drafts, report = load_drafts(config.data, **config.reading())
+    _print_left_out("data", report)
+    earlier = None
+    if config.baseline is not None and BASELINE not in models:
+        earlier = _earlier(config.baseline, [draft.prompt for draft in drafts])
+    if config.ranking_data is not None:
+        _, report = load_rows(config.ranking_data, **config.reading())
+        _print_left_out("ranking_data", report)
+    check_scorer(config)
+    options = ["model_name_or_path", "reference_model_name_or_path"]
+    for option in options + ["baseline"] * (BASELINE in models):
+        if (name := getattr(config, option)) is not None:
+            load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
+    return earlier
+
+
+def _print_left_out(option: str, report: RowReport) -> None:
     if counts := report.left_out():
         parts = (f"{count} {name}" for name, count in counts.items())
         print(f"{option}: {', '.join(parts)}", flush=True)
 
 
-def claim(output_dir: str, options: dict, *, overwrite: bool = False) -> Path:
-    """Make the folder of a run, or find it as the run with these very options left it. What a run
-    left that came to nothing counts for nothing.
-
-    Args:
-        overwrite: remove the files of an earlier evaluation.
-
-    Raises:
-        ValueError: it cannot be written, or holds a run with other options, or something else.
-    """
-    folder, file = Path(output_dir), Path(output_dir, "options.json")
-    text = json.dumps(options, indent=2, sort_keys=True) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (held := _held(folder)) is not None:
-            if not file.exists():
-                problem = f"holds other files, {held} for one (choose another folder)"
-                raise ValueError(f"output_dir: {output_dir} {problem}")
-            before, now = without_removed(read_json(file)), json.loads(text)
-            if overwrite:
-                _empty(folder)
-            elif changed := sorted(
-                name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
-            ):
-                raise ValueError(
-                    f"output_dir: {output_dir} holds a run with another {', '.join(changed)} "
-                    "(choose another folder)"
-                )
-        staging = file.with_suffix(".saving")
-        staging.write_text(text)
-        os.replace(staging, file)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {output_dir} cannot be written ({error.strerror})"
-        ) from error
-    return folder
-
-
-def _held(folder: Path) -> str | None:
-    """A file that says that some work was done here."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.stem != "options")
-    return next((str(path.relative_to(folder)) for path in files if path.stat().st_size), None)
-
-
-def _empty(folder: Path) -> None:
-    """Remove an evaluation, and nothing else."""
-    if strange := [path.name for path in folder.iterdir() if path.name not in FILES]:
-        problem = f"holds more than an evaluation, {strange[0]} for one (choose another folder)"
-        raise ValueError(f"output_dir: {folder} {problem}")
-    for name in FILES:
-        folder.joinpath(name).unlink(missing_ok=True)
-
-
-def pass_on(config: ScorerConfig, target: type, **options):
-    """A `target` config with the options that it shares with `config`, and these."""
-    names = {f.name for f in fields(target)} & {f.name for f in fields(config)} - set(options)
-    return target(**{name: getattr(config, name) for name in names}, **options)
-
-
-def _sample_config(config: EvaluateConfig, sides: dict[str, str], output: Path) -> SampleConfig:
-    policies = [
-        Policy(
-            model=model,
-            source=name,
-            num_responses=config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-        )
-        for name, model in sides.items()
-    ]
-    # What is empty or said twice counts too.
-    return pass_on(config, SampleConfig, output=str(output), policies=policies, keep_all=True)
+def _scored_samples(config: EvaluateConfig, models: dict[str, str], folder: Path) -> Path:
+    """Run the stages `sample` and `score` where their files are missing; returns scored.jsonl."""
+    samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
+    if scored.exists():
+        print(f"reusing {scored}", flush=True)
+        return scored
+    if samples.exists():
+        print(f"reusing {samples}", flush=True)
+    else:
+        policies = [
+            Policy(
+                model=model,
+                source=name,
+                num_responses=config.num_samples,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+            )
+            for name, model in models.items()
+        ]
+        # Empty and repeated samples count too.
+        options = {"output": str(samples), "policies": policies, "keep_all": True}
+        sample(pass_on(config, SampleConfig, **options))
+    score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored), **OWN_FORMAT))
+    return scored
 
 
 def read_side(path: str | Path, source: str) -> Side:
-    """The scored samples of one source, prompt by prompt. Raises ValueError where they are none."""
+    """The scored samples of one source, by prompt. Raises ValueError if the file holds none."""
     drafts, _ = load_drafts(str(path))
     side = Side([], [])
     for draft, record in zip(drafts, _records(path), strict=True):
@@ -265,15 +204,28 @@ def _records(path: str | Path) -> list[dict]:
 
 
 def _earlier(path: str, prompts: list) -> Side:
-    """The samples of the model that an earlier evaluation was about; it must have had the same
-    prompts."""
+    """The samples of the model of an earlier evaluation on the same prompts."""
     try:
         side = read_side(path, MODEL)
     except ValueError as error:
         raise ValueError(f"baseline: {error}") from error
     if side.prompts != prompts:
-        raise ValueError(f"baseline: {path} is about other prompts than data")
+        raise ValueError(f"baseline: {path} has other prompts than data")
     return side
+
+
+def _measure_sides(
+    config: EvaluateConfig, sides: dict[str, Side]
+) -> dict[str, dict[str, ByPrompt | Estimate]]:
+    code = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model_name_or_path, **code)
+    measures = {name: _measure(side, tokenizer) for name, side in sides.items()}
+    if config.reference_model_name_or_path is not None:
+        option = "reference_model_name_or_path"
+        reference = LogProbs(config.reference_model_name_or_path, config, option)
+        for name, side in sides.items():
+            measures[name]["perplexity"] = _perplexity(side, reference)
+    return measures
 
 
 def _measure(side: Side, tokenizer) -> dict[str, ByPrompt | Estimate]:
@@ -303,8 +255,7 @@ def _plain(value: float) -> Estimate:
 
 
 def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
-    """exp of minus the mean log-prob of the samples' tokens under the reference, given the
-    prompt."""
+    """exp(-mean log-prob) of the samples' tokens under the reference, given the prompt."""
     kept = [
         [
             generated(logps, reason)
@@ -322,9 +273,9 @@ def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
     pairs = []
-    for row, found in zip(rows, model(rows), strict=True):
-        keep = [i for i, logps in enumerate(found) if not isinstance(logps, str)]
-        p, scores = [found[i].mean() for i in keep], [row.rewards[i] for i in keep]
+    for row, logps in zip(rows, model(rows), strict=True):
+        keep = [i for i, values in enumerate(logps) if not isinstance(values, str)]
+        p, scores = [logps[i].mean() for i in keep], [row.rewards[i] for i in keep]
         pairs.append(pairs_in_order(np.array(p), np.array(scores)))
     return ByPrompt(*zip(*pairs, strict=True))
 
@@ -340,7 +291,7 @@ def _compare(sides: dict[str, Side], bootstrap: Bootstrap) -> dict[str, Estimate
 
 
 def _best_of_n(side: Side, bootstrap: Bootstrap) -> list[Estimate]:
-    """For n up to the fewest samples that a prompt has."""
+    """The expected best reward of n samples, for n up to the fewest samples of any prompt."""
     fewest = min(len(rewards) for rewards in side.rewards)
     return [
         bootstrap.ratio([best_of(rewards, n) for rewards in side.rewards])
@@ -358,21 +309,16 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         }
         for name, value in evaluation.by_prompt.items()
     }
-    _save(folder / "by_prompt.json", by_prompt)
+    write_text(folder / "by_prompt.json", json.dumps(by_prompt) + "\n")
     names = ("model", "baseline", "comparison", "best_of_n", "prompts", "dropped")
     record = asdict(replace(evaluation, sides={}, by_prompt={}))
-    # The last file: with it, the evaluation is done.
-    _save(folder / "evaluation.json", {name: _finite(record[name]) for name in names}, indent=2)
-
-
-def _save(path: Path, found: dict, indent: int | None = None) -> None:
-    staging = path.with_suffix(".saving")
-    staging.write_text(json.dumps(found, indent=indent) + "\n")
-    os.replace(staging, path)
+    text = json.dumps({name: _finite(record[name]) for name in names}, indent=2)
+    # Written last: it marks the evaluation as done.
+    write_text(folder / "evaluation.json", text + "\n")
 
 
 def _finite(value):
-    """JSON has no nan: null stands for it."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a folder that from_pretrained and vLLM read."""
+"""Turn a checkpoint into a folder that from_pretrained and vLLM read."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ __all__ = ["ExportConfig", "export"]
 
 
 def export(config: ExportConfig) -> Path:
-    """Write what a checkpoint holds to `output_dir`; returns that. Needs memory for one copy of the
-    model in the exported dtype (to merge, in float32), no GPU, and no more than one process.
+    """Write a checkpoint's model or adapters to `output_dir`; returns that. Needs memory for one
+    copy of the model in the exported dtype (in float32 to merge), no GPU, and one process.
 
     Raises:
-        ValueError: there is no complete checkpoint and there are no adapters to merge; output_dir
-            holds a model.
+        ValueError: the checkpoint is incomplete or there are no adapters to merge, or output_dir
+            already holds a model.
         SaveFailed: output_dir cannot be written.
     """
-    from rrhf_fast.export.run import run  # late: it loads PyTorch
+    from rrhf_fast.export.run import run  # late: this loads PyTorch
 
     return run(config)

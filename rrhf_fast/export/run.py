@@ -1,4 +1,4 @@
-"""A checkpoint, or LoRA adapters, as a Hugging Face model."""
+"""The stage `export`: write a checkpoint, or LoRA adapters, as a Hugging Face model."""
 
 import json
 import tempfile
@@ -32,7 +32,8 @@ def run(config: ExportConfig) -> Path:
         raise ValueError(f"output_dir: {output_dir} already holds a model")
     has_adapters = is_adapter or read_state(folder)["config"]["use_peft"]
     if config.merge != has_adapters and (config.merge or is_adapter):
-        problem = "holds no LoRA adapters" if config.merge else "is exported already, unless merged"
+        adapters = "holds adapters in their final form (set --merge true to merge them)"
+        problem = "holds no LoRA adapters" if config.merge else adapters
         raise ValueError(f"merge: {folder} {problem}")
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(str(folder), option="checkpoint", of_adapters=True, **code)
@@ -48,7 +49,7 @@ def run(config: ExportConfig) -> Path:
 
 
 def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> None:
-    """Write a checkpoint's model, or its adapters alone."""
+    """Write the model of a checkpoint, or only its adapters."""
     run = SimpleNamespace(**read_state(folder)["config"])
     options = {"trust_remote_code": config.trust_remote_code}
     dtype = torch.float32
@@ -67,14 +68,14 @@ def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> 
         for name, tensor in named_tensors(lm).items()
         if name in trained or not run.use_peft
     }
-    # The checkpoint is of the module around the decoder.
+    # Checkpoints store the decoder as `lm` of the module around it.
     state = {"model": {f"lm.{name}": tensor for name, tensor in weights.items()}}
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     write_model(lm, tokenizer, output_dir, dtype=dtype, weights=weights)
 
 
 def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
-    """Write the adapters' model with the adapters added to its weights."""
+    """Write the base model with the adapters added to its weights."""
     from peft import PeftModel
 
     base = json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -86,7 +87,7 @@ def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
     _resize(lm, adapters)
     try:
         lm = PeftModel.from_pretrained(lm, adapters).merge_and_unload()
-    except Exception as error:  # peft and safetensors raise what they like
+    except Exception as error:  # peft and safetensors may raise anything
         problem = f"{adapters} do not fit {base} ({one_line(error)})"
         raise ValueError(f"checkpoint: {problem}") from error
     take_generation_config(lm, adapters)
@@ -98,26 +99,24 @@ def _merge(adapters: Path, tokenizer, config: ExportConfig) -> None:
 
 
 def _resize(lm: transformers.PreTrainedModel, adapters: Path) -> None:
-    """Give the model as many tokens as the one that the adapters were trained on. Raises ValueError
-    where these do not hold all that merging needs."""
+    """Give the model the vocabulary size that the adapters were trained with. Raises ValueError if
+    they lack tensors that merging needs."""
     embeddings = (lm.get_input_embeddings(), lm.get_output_embeddings())
     vocab, tied = embeddings[0].num_embeddings, embeddings[0].weight is embeddings[1].weight
     names = [name for name, module in lm.named_modules() if module in embeddings]
-    sizes = {}  # of the embeddings that the adapters hold, by module
+    sizes = {}  # rows of the embeddings in the adapters, by module
     with safe_open(adapters / "adapter_model.safetensors", "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (no dict)
+        for key in tensors.keys():  # noqa: SIM118 (not a dict)
             name = next((name for name in names if f".{name}." in key), None)
             if name and tied and key.endswith("lora_embedding_A"):
-                problem = (
-                    "they adapt embeddings that the head shares, and merging would change both"
-                )
+                problem = "they adapt embeddings that the head shares; merging would change both"
                 raise ValueError(f"checkpoint: {adapters} cannot be merged: {problem}")
             if name and key.endswith(".weight"):
                 sizes[name] = tensors.get_slice(key).get_shape()[0]
     size = max(sizes.values(), default=vocab)
     if size > vocab and not tied and len(sizes) < len(names):
         (missing,) = names - sizes.keys()
-        problem = f"the model that they are for has {size - vocab} tokens more than its base, and "
+        problem = f"their model has {size - vocab} tokens more than its base, and "
         problem += f"they do not hold {missing}"
         raise ValueError(f"checkpoint: {adapters} cannot be merged: {problem}")
     if size != vocab:

@@ -6,13 +6,13 @@ __all__ = ["IterateConfig", "iterate"]
 
 
 def iterate(config: IterateConfig) -> list[dict]:
-    """Run the rounds that are not done yet; returns each round's measures, round 0 first.
+    """Run the rounds that are not done yet; returns the measures per round, round 0 first.
 
     Raises:
         ValueError: a mistake in options, files or rows.
-        EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; the same call goes on.
-        KeyboardInterrupt, Preempted: Ctrl-C, or a signal, after which the round goes on half-way.
+        EndpointDown, NotFinite, OutOfMemory, SaveFailed: a stage failed; call again to resume.
+        KeyboardInterrupt, Preempted: Ctrl-C or a signal; call again to resume within the round.
     """
-    from rrhf_fast.iterate.run import run  # late: it loads PyTorch
+    from rrhf_fast.iterate.run import run  # late: this loads PyTorch
 
     return run(config)

@@ -1,4 +1,4 @@
-"""The report of all rounds: is the reward going up, and at what cost?"""
+"""The report of all rounds: how reward, perplexity and length change from round to round."""
 
 from pathlib import Path
 
@@ -17,16 +17,16 @@ from rrhf_fast.evaluate.report import (
     write_page,
 )
 from rrhf_fast.evaluate.run import BASELINE, MODEL, read_side
-from rrhf_fast.stages.journal import read_json, write_rows
+from rrhf_fast.stages.files import read_json, write_rows
 
 HACKING = (
-    "warning: the reward rose and so did the perplexity, beyond the intervals: the mark of reward "
-    "hacking. Read the samples; kl_coef holds the model nearer to where it started."
+    "warning: reward and perplexity both rose beyond their intervals, a sign of reward hacking. "
+    "Read the samples; kl_coef keeps the model closer to its reference."
 )
 
 
 def read_round(evaluation: Path, number: int) -> dict:
-    """{"round": number, measure: Estimate} from a round's evaluation.json."""
+    """Read {"round": number, measure: Estimate} from a round's evaluation.json."""
     record = read_json(evaluation / "evaluation.json")
     measures = record["model"] | record["comparison"]
     return {"round": number} | {
@@ -70,7 +70,7 @@ def write_rounds(folder: Path, records: list[dict]) -> str:
 
 
 def rounds_table(records: list[dict]) -> Table:
-    """A column for each round."""
+    """A table with one column per round."""
     names = [name for name in TITLES if any(name in record for record in records)]
     head = ["", *(f"round {record['round']}" for record in records)]
     rows = [
@@ -81,19 +81,19 @@ def rounds_table(records: list[dict]) -> Table:
 
 
 def is_hacking(records: list[dict]) -> bool:
-    """Whether reward and perplexity of the last round are both above round 0's, beyond the
+    """Whether reward and perplexity of the last round both exceed round 0's beyond the
     intervals."""
     first, last = records[0], records[-1]
     return all(last[name].low > first[name].high for name in ("reward", "perplexity"))
 
 
 def plot_rounds(records: list[dict], path: Path) -> None:
-    """Reward, perplexity, ranking accuracy and length, a dot for each round."""
+    """Plot reward, perplexity, ranking accuracy and length; one point per round."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     panels = (("reward", "C3"), ("perplexity", "C0"), ("ranking_accuracy", "C2"), ("tokens", "C1"))
     for axis, (name, color) in zip(axes.flat, panels, strict=True):
-        found = [(record["round"], record[name]) for record in records if name in record]
-        numbers, values = [number for number, _ in found], [value for _, value in found]
+        measured = [record for record in records if name in record]
+        numbers, values = [r["round"] for r in measured], [r[name] for r in measured]
         middle = np.array([value.value for value in values])
         error = [middle - [value.low for value in values], [v.high for v in values] - middle]
         axis.errorbar(numbers, middle, yerr=np.maximum(error, 0), fmt="o-", color=color, capsize=4)

@@ -1,4 +1,4 @@
-"""Rows get responses: from models, from an endpoint, or those that they hold."""
+"""Add responses to rows: from models, from an endpoint, or those that the rows hold."""
 
 from collections import Counter
 
@@ -12,17 +12,17 @@ def sample(config: SampleConfig) -> Counter:
 
     A row keeps its fields and gains `responses`, `sources` and `finish_reasons` ("stop", "length"
     or null), `as_generated` where local models answered messages, and `failures` where an endpoint
-    gave no text. A run that was killed goes on where it was.
+    gave no text. A killed run resumes when repeated.
 
     Returns:
-        What happened: rows, responses, duplicates, empty, unfinished, failures, unrankable
-        (rows with fewer than 2 responses), an endpoint's requests, prompt_tokens and
-        completion_tokens, and what was bad: skipped (rows) and bad_responses.
+        Counts: rows, responses, duplicates, empty, unfinished, failures, unrankable (rows with
+        fewer than 2 responses), an endpoint's requests, prompt_tokens and completion_tokens,
+        skipped (bad rows) and bad_responses.
 
     Raises:
         ValueError: a mistake in options, files or rows.
-        EndpointDown: an endpoint stopped answering; the same call goes on.
+        EndpointDown: an endpoint stopped answering; call again to resume.
     """
-    from rrhf_fast.sample.run import run  # late: it loads PyTorch
+    from rrhf_fast.sample.run import run  # late: this loads PyTorch
 
     return run(config)

@@ -18,18 +18,18 @@ from rrhf_fast.stages.journal import fingerprint
 class LocalModel:
     """Weights, tokenizer and tokenised prompts; answers them batch by batch.
 
-    batches: lists of row numbers, of like length; a row that does not fit the window is in none.
+    batches: row numbers of prompts of similar length; rows that exceed the window are left out.
     """
 
     def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig, option: str):
-        """`option` is the one that names the model. Raises ValueError when there is no such model
-        or a prompt does not fit its window."""
+        """Load the model named by `option`. Raises ValueError if there is no such model or a prompt
+        does not fit its window."""
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.name, self.config = name, config
         self.tokenizer = load_tokenizer(name, **code)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.lm = load_model(name, **code).to(device, inference_dtype(config.dtype))
-        # The policy says how to decode: nothing comes from the checkpoint (temperature, penalties).
+        # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
         self.lm.generation_config = GenerationConfig()
         self.max_length = max_positions(self.lm)
         rows = [draft.pick([]).as_row() for draft in drafts]
@@ -56,13 +56,12 @@ class LocalModel:
         ]
 
     def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
-        """For each prompt of this batch its responses, as {"text", "finish_reason",
-        "as_generated"}."""
+        """The responses to each prompt of a batch, as {"text", "finish_reason", "as_generated"}."""
         pad = self.tokenizer.pad_token_id
         stop_strings = self.config.stop_strings
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            found = generate_batch(
+            generated = generate_batch(
                 self.lm,
                 [self.prompts[i] for i in self.batches[batch]],
                 policy,
@@ -72,7 +71,7 @@ class LocalModel:
                 stop_strings=stop_strings,
                 tokenizer=self.tokenizer,
             )
-        return [[self._response(ids) for ids in responses] for responses in found]
+        return [[self._response(ids) for ids in responses] for responses in generated]
 
     def _response(self, ids) -> dict:
         text = decode_response(self.tokenizer, ids, self.end_token_ids)
@@ -83,5 +82,5 @@ class LocalModel:
 
 
 def seed_of(*parts: int) -> int:
-    """A seed of 62 bits for this place in a run, unrelated to those of its neighbours."""
+    """A 60-bit seed for this position in a run, independent of its neighbours' seeds."""
     return int(fingerprint(*parts)[:15], 16)

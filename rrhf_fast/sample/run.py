@@ -1,4 +1,4 @@
-"""The stage `sample`: rows in, the same rows with responses out."""
+"""The stage `sample`: add responses to rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def run(config: SampleConfig) -> Counter:
     config.validate()
     drafts, report = load_drafts(config.data, **config.reading())
     prompts = [asdict(draft) | {"where": None} for draft in drafts]
-    for number, policy in enumerate(config.policies):  # a wrong name shall not cost any work
+    for number, policy in enumerate(config.policies):  # fail early on a bad model name
         if policy.method not in ("openai", "provided"):
             name, option = _model_of(number, config)
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
@@ -51,27 +51,27 @@ def _decode(
     config: SampleConfig,
     local: LocalModel | None,
 ) -> LocalModel | None:
-    """Decode the batches that the journal lacks; returns the model for the policies to come."""
+    """Decode the batches missing in the journal; returns the model, for the next policies."""
     if f"{number}/all" in journal.done:
         return local
     name, option = _model_of(number, config)
     if local is None or local.name != name:
-        local = None  # the old weights go before the new ones come
+        local = None  # free the old weights before loading new ones
         local = LocalModel(name, drafts, config, option)
     title = source_of(policy)
     with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
         for index, batch in enumerate(local.batches):
             key = f"{number}/batch {index}"
             if key not in journal.done:
-                found = local.answer(policy, index, seed_of(config.seed, number, index))
-                journal.write(key, dict(zip(map(str, batch), found, strict=True)))
+                responses = local.answer(policy, index, seed_of(config.seed, number, index))
+                journal.write(key, dict(zip(map(str, batch), responses, strict=True)))
             progress.update(len(batch))
-    journal.write(f"{number}/all", None)  # a run that goes on need not load this model
+    journal.write(f"{number}/all", None)  # a resumed run need not load this model
     return local
 
 
 def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
-    """The model of a policy, and the option that names it."""
+    """The model of a policy and the option that names it."""
     if config.policies[number].model:
         return config.policies[number].model, f"policies[{number}].model"
     return config.model_name_or_path, "model_name_or_path"
@@ -107,10 +107,7 @@ def _ask_endpoint(
         for row in range(len(drafts))
         for copy in range(policy.count)
     }
-    with tqdm(total=len(work), unit="response", desc=source_of(policy), disable=None) as progress:
-        missing = {key: function for key, function in work.items() if key not in journal.done}
-        progress.update(len(work) - len(missing))
-        ask_all(missing, journal, config.max_concurrency, progress)
+    ask_all(work, journal, config.max_concurrency, source_of(policy))
     if all("error" in journal.done[key] for key in work):
         problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
         journal.forget(work)
@@ -118,16 +115,16 @@ def _ask_endpoint(
 
 
 def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
-    """What an endpoint is asked for this row: arguments of `Endpoint.ask`."""
-    # Further fields are not OpenAI's own, but local servers have them.
+    """The arguments of `Endpoint.ask` for this row."""
+    # Fields that OpenAI lacks but local servers support.
     extra = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
     chat, tools = policy.chat or isinstance(draft.prompt, list), None
     if chat:
         tools = draft.tools or None  # some endpoints refuse an empty list
         own = extra.pop("chat_template_kwargs", None)
         kwargs = config.chat_template_kwargs | (own or {}) | (draft.chat_template_kwargs or {})
-        kwargs.pop("chat_template", None)  # a name among the local tokenizer's
-        # An endpoint that refuses them is sent none where the policy has an empty dict.
+        kwargs.pop("chat_template", None)  # names a template of the local tokenizer
+        # An empty dict in the policy suppresses them, for endpoints that refuse them.
         if kwargs and own != {}:
             extra["chat_template_kwargs"] = kwargs
     if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
@@ -146,7 +143,7 @@ def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
 
 
 def source_of(policy: Policy) -> str:
-    """What `sources` records for a new response of this policy."""
+    """The entry in `sources` of a new response of this policy."""
     if policy.source is not None:
         return policy.source
     if policy.method == "openai":
@@ -157,30 +154,15 @@ def source_of(policy: Policy) -> str:
 def _merge(
     journal: Journal, drafts: Sequence[Draft], config: SampleConfig
 ) -> tuple[list[dict], Counter]:
-    """The final rows, in the order of the input, from the journal alone."""
-    found = [[[] for _ in drafts] for _ in config.policies]  # [policy][row] -> results
-    counts = Counter(rows=len(drafts))
-    for key, result in journal.done.items():
-        number, _, unit = key.partition("/")
-        if unit.startswith("batch"):
-            for row, responses in result.items():
-                found[int(number)][int(row)] = responses
-        elif unit != "all":
-            counts.update(result.get("usage", {}))
-    for number, policy in enumerate(config.policies):
-        for row, draft in enumerate(drafts):
-            if policy.method == "openai":
-                keys = [f"{number}/{row}/{copy}" for copy in range(policy.count)]
-                found[number][row] = [journal.done[key] for key in keys]
-            elif policy.method == "provided":
-                found[number][row] = _provided(draft, policy)
-
-    rows = []
+    """The final rows, in input order, from the journal alone."""
+    results = _results(journal, drafts, config)
+    counts, rows = Counter(rows=len(drafts)), []
     for row, draft in enumerate(drafts):
         out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
         failures, as_generated = [], []
         for number, policy in enumerate(config.policies):
-            for result in found[number][row]:
+            for result in results[number][row]:
+                counts.update(result.get("usage", {}))
                 source = result.get("source", source_of(policy))
                 if "error" in result:
                     failures.append({"source": source, "error": result["error"]})
@@ -197,11 +179,34 @@ def _merge(
         out |= {"failures": failures} if failures else {}
         if isinstance(draft.prompt, list) and any(as_generated):
             out["as_generated"] = as_generated
-            # What they were drawn under, so that they are trained behind the same prompt.
+            # Recorded so that training sees the prompt that the responses were drawn for.
             kwargs = config.chat_template_kwargs | (draft.chat_template_kwargs or {})
             out |= {"chat_template_kwargs": kwargs} if kwargs else {}
         rows.append(draft.others | out)
     return rows, counts
+
+
+def _results(
+    journal: Journal, drafts: Sequence[Draft], config: SampleConfig
+) -> list[list[list[dict]]]:
+    """[policy][row] -> responses or failures, from the journal or the row itself."""
+    results = []
+    for number, policy in enumerate(config.policies):
+        if policy.method == "provided":
+            results.append([_provided(draft, policy) for draft in drafts])
+        elif policy.method == "openai":
+            keys = [
+                [f"{number}/{row}/{copy}" for copy in range(policy.count)]
+                for row in range(len(drafts))
+            ]
+            results.append([[journal.done[key] for key in of_row] for of_row in keys])
+        else:
+            by_row: dict[str, list[dict]] = {}
+            for key, batch in journal.done.items():
+                if key.startswith(f"{number}/batch "):
+                    by_row |= batch
+            results.append([by_row.get(str(row), []) for row in range(len(drafts))])
+    return results
 
 
 def _provided(draft: Draft, policy: Policy) -> list[dict]:
@@ -220,7 +225,7 @@ def _provided(draft: Draft, policy: Policy) -> list[dict]:
 
 
 def _problem(result: dict, earlier: list[str], config: SampleConfig) -> str | None:
-    """Why a response is left out, as the name that it is counted by."""
+    """Why a response is left out, as the name of its count."""
     if config.finished_only and result["finish_reason"] == "length":
         return "unfinished"
     if config.keep_all:

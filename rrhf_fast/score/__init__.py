@@ -1,4 +1,4 @@
-"""Responses get scores: by a reward model, a function, a judge or the policy itself."""
+"""Score responses by a reward model, a function, a judge or the policy itself."""
 
 from collections import Counter
 
@@ -12,18 +12,18 @@ def score(config: ScoreConfig) -> Counter:
 
     A row keeps its fields and gains `scores`; with kl_coef also `rewards` (the scores before the
     penalty) and `log_ratios`; from a judge `criteria`. Responses that could not be scored move to
-    `unscored`, each with its source and the reason, so that every response left has a score. A run
-    that was killed goes on where it was.
+    `unscored`, each with its source and the reason, so that every response left has a score. A
+    killed run resumes when repeated.
 
     Returns:
-        What happened: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses),
-        a judge's requests, prompt_tokens and completion_tokens, and what was bad: skipped (rows)
-        and bad_responses.
+        Counts: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses), a
+        judge's requests, prompt_tokens and completion_tokens, skipped (bad rows) and
+        bad_responses.
 
     Raises:
         ValueError: a mistake in options, files or rows, or a reward function that failed.
-        EndpointDown: the judge stopped answering; the same call goes on.
+        EndpointDown: the judge stopped answering; call again to resume.
     """
-    from rrhf_fast.score.run import run  # late: it loads PyTorch
+    from rrhf_fast.score.run import run  # late: this loads PyTorch
 
     return run(config)

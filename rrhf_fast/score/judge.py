@@ -31,8 +31,8 @@ Answer with one JSON object and nothing else, for example
 {{"relevance": 3, "correctness": 2, "coherence": 4, "safety": 5}}"""
 
 
-# Around a thought in front of an answer, which not every server takes out; what opens it may stand
-# in the model's prompt.
+# Marks of a thought before the answer, which some servers leave in. The opening mark may be part of
+# the model's prompt instead.
 _OPENS = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
 _CLOSES = re.compile(r"</(?:think|thinking|thought|reasoning)>")
 _TOO_SHORT = "raise the judge's token limit, judge_max_new_tokens"
@@ -52,9 +52,9 @@ class Judge:
         self.config = config
 
     def judge(self, prompt: Prompt, response: str) -> dict:
-        """{"score", "criteria", "usage"}; or {"error", "usage"}, and "answer" if there is one, for
-        an answer that stays malformed over all retries, or has no text, or a request that is
-        refused. Raises EndpointDown."""
+        """Return {"score", "criteria", "usage"}; or {"error", "usage"}, with "answer" if there is
+        one, if the request is refused or its answer has no text or stays malformed over all
+        retries. Raises EndpointDown."""
         text = RUBRIC.format(prompt=plain_text(prompt), response=response)
         usage: dict[str, int] = {}
         for attempt in range(self.config.max_retries + 1):
@@ -81,7 +81,7 @@ class Judge:
         config = self.config
         temperature = config.judge_temperature
         if attempt and temperature is not None:
-            temperature = 1.0  # what was malformed once gets some chance to differ
+            temperature = 1.0  # gives a malformed answer a chance to differ
         return self.endpoint.ask(
             config.judge_model,
             text,
@@ -97,11 +97,11 @@ def _sum(usage: dict[str, int], more: dict[str, int]) -> dict[str, int]:
 
 
 def parse_judgement(text: str) -> dict[str, float] | None:
-    """The criteria in the last JSON object of an answer; None unless all four are there, from 1 to
-    5."""
-    for found in reversed(re.findall(r"\{[^{}]*\}", text)):
+    """The criteria in the last JSON object of an answer that has all four, each from 1 to 5, or
+    None."""
+    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
-            record = {str(name).lower(): value for name, value in json.loads(found).items()}
+            record = {str(name).lower(): value for name, value in json.loads(candidate).items()}
         except ValueError:
             continue
         values = [record.get(name) for name in CRITERIA]

@@ -14,16 +14,16 @@ from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer,
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.score.config import ScorerConfig
 
-# Of prompt and response, for a model whose config names no window.
+# Tokens of prompt and response, if the model's config has no window.
 DEFAULT_WINDOW = 4096
 
 
 class LogProbs:
-    """A causal LM that rates the responses of rows, token by token."""
+    """A causal LM that gives the log-probs of the responses of rows."""
 
     def __init__(self, name: str, config: ScorerConfig, option: str = "model_name_or_path"):
-        """`option` is the one that names the model. Raises ValueError when there is no such model,
-        or the forest cannot serve it."""
+        """Load the model named by `option`. Raises ValueError if there is no such model or forest
+        packing does not support it."""
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.tokenizer = load_tokenizer(name, **code)
         lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,14 +39,14 @@ class LogProbs:
 
     @torch.no_grad()
     def __call__(self, drafts: Sequence[Draft | Row]) -> list[list[np.ndarray | str]]:
-        """For each row and each of its responses the log-probs [R] of its tokens, the end token
-        last; with `--on_bad_rows skip` the reason where there are none, say because the chat
-        template changes the response.
+        """[row][response] -> the log-probs [R] of its tokens, the end token last; with
+        `--on_bad_rows skip`, the reason if there are none (the chat template changes the response,
+        for example).
 
-        A prompt keeps its tail of half the window, a response what that leaves.
+        A prompt keeps its last half window of tokens, a response the room left.
         """
         rows = [draft.as_row() if isinstance(draft, Draft) else draft for draft in drafts]
-        found: list[list[np.ndarray | str]] = [[""] * len(row.responses) for row in rows]
+        results: list[list[np.ndarray | str]] = [[""] * len(row.responses) for row in rows]
         places = [(number, range(len(row.responses))) for number, row in enumerate(rows)]
         places = [place for place in places if place[1]]
         try:
@@ -54,7 +54,7 @@ class LogProbs:
         except BadRow:
             if self.config.on_bad_rows == "error":
                 raise
-            places = [(number, self._usable(rows[number], found[number])) for number, _ in places]
+            places = [(number, self._usable(rows[number], results[number])) for number, _ in places]
             places = [place for place in places if place[1]]
             queries = self._tokenise([rows[number].pick(keep) for number, keep in places])
         planner = PackPlanner(
@@ -71,8 +71,8 @@ class LogProbs:
             parts = iter(np.split(logps, pack.path_offsets[1:-1].cpu().numpy()))
             for number, keep in (places[i] for i in ids):
                 for i in keep:
-                    found[number][i] = next(parts)
-        return found
+                    results[number][i] = next(parts)
+        return results
 
     def _tokenise(self, rows: Sequence[Row]) -> list[TokenisedQuery]:
         if not rows:
@@ -88,7 +88,7 @@ class LogProbs:
         return queries
 
     def _usable(self, row: Row, reasons: list[np.ndarray | str]) -> list[int]:
-        """The responses of a row that can be tokenised; the others' `reasons` are noted."""
+        """The responses of a row that can be tokenised; notes `reasons` for the others."""
         keep = []
         for i in range(len(row.responses)):
             try:
@@ -100,8 +100,8 @@ class LogProbs:
 
 
 def generated(logps: np.ndarray, finish_reason: str | None) -> np.ndarray:
-    """The log-probs of a response's own tokens: one that was cut off had no end token.
+    """The log-probs of a response's own tokens: without the end token if it was cut off.
 
-    They are the tokens of its text, as in training: those that the sampler drew, but for the rare
-    word that it spelt in other pieces than the tokenizer does."""
+    These are the tokens of its text, as in training. They are the sampled ones, except where the
+    sampler spelt a word in other pieces than the tokenizer does (rare)."""
     return logps[:-1] if finish_reason == "length" else logps

@@ -18,8 +18,7 @@ class RewardModel:
     """A sequence classifier with one label; its logit is the score."""
 
     def __init__(self, config: ScorerConfig):
-        """Raises ValueError where there is no such model, or it has no trained head of one
-        label."""
+        """Raises ValueError if there is no such model or it lacks a trained head of one label."""
         name, code = config.reward_model_name_or_path, config.trust_remote_code
         option = "reward_model_name_or_path"
         where = f"{option}: {name}"
@@ -32,11 +31,11 @@ class RewardModel:
                 trust_remote_code=code,
                 output_loading_info=True,
             )
-        except Exception as error:  # a damaged or foreign checkpoint raises what it likes
-            raise ValueError(f"{where}: no sequence classifier ({one_line(error)})") from error
+        except Exception as error:  # a damaged or foreign checkpoint may raise anything
+            raise ValueError(f"{where}: not a sequence classifier ({one_line(error)})") from error
         if missing := sorted(info["missing_keys"]):
             problem = f"weights are missing and would be random ({', '.join(missing[:3])})"
-            raise ValueError(f"{where}: {problem}, so this is no reward model")
+            raise ValueError(f"{where}: not a reward model: {problem}")
         check_finite(model, name, option)
         if model.config.num_labels != 1:
             problem = f"expected a head of 1 label, found {model.config.num_labels}"
@@ -44,13 +43,13 @@ class RewardModel:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.max_length = config.reward_max_length
         if (window := max_positions(model)) is not None:
-            # RoBERTa's kind counts positions from behind the padding's.
+            # Models like RoBERTa start positions after the padding id.
             offset = (model.config.pad_token_id or 0) + 1 if _counts_from_padding(model) else 0
             self.max_length = min(self.max_length, window - offset)
         self._input = config.reward_input
 
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
-        """What the model reads of each: input_ids, and token_type_ids where it has them.
+        """The inputs of each response: input_ids, and token_type_ids if the tokenizer has them.
 
         Raises ValueError for `reward_input` "chat" without a chat template, or with one that
         rejects the messages.
@@ -64,7 +63,7 @@ class RewardModel:
             has_template = isinstance(prompt, list) and tokenizer.chat_template
             how = "chat" if has_template else "pair" if tokenizer.sep_token else "text"
         if how == "pair":
-            # Of a pair that is too long, the prompt goes first.
+            # Truncate the prompt of a pair that is too long first.
             lengths = [
                 len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
                 for t in (plain_text(prompt), response)
@@ -79,7 +78,7 @@ class RewardModel:
             turns = with_answer(turns, response)
             try:
                 text = tokenizer.apply_chat_template(turns, tokenize=False)
-            except Exception as error:  # a template raises what it likes
+            except Exception as error:  # a template may raise anything
                 problem = f"the reward model's chat template rejects {str(turns)[:80]}... ({error})"
                 raise ValueError(f"reward_input: {problem}") from error
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -91,10 +90,10 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, rows: Sequence[dict]) -> list[float]:
-        """The logit of each encoded row; one batch."""
+        """The logits of one batch of encoded rows."""
         width = max(len(row["input_ids"]) for row in rows)
         pad = self._padding(rows)
-        # A decoder's classifier looks for the last token that is no padding.
+        # A decoder's classifier reads the last token that is not padding.
         self.model.config.get_text_config().pad_token_id = pad
         batch = {"attention_mask": [[1] * len(row["input_ids"]) for row in rows]}
         batch |= {name: [row[name] for row in rows] for name in rows[0] if name != "attention_mask"}
@@ -107,9 +106,9 @@ class RewardModel:
         return self.model(**inputs).logits[:, 0].float().tolist()
 
     def _padding(self, rows: Sequence[dict]) -> int:
-        """The tokenizer's padding token if none of the rows holds it (many tokenizers have none, or
-        name EOS), else any token that none holds: the mask hides it, and it must not be mistaken
-        for a row's own."""
+        """The tokenizer's padding token, or any other token, that no row contains (many tokenizers
+        have no padding token, or use EOS): the classifier must not take a row's own token for
+        padding."""
         used = set().union(*(row["input_ids"] for row in rows))
         pad = self.tokenizer.pad_token_id
         if pad is not None and pad not in used:
@@ -118,7 +117,7 @@ class RewardModel:
 
 
 def plain_text(prompt: Prompt) -> str:
-    """A prompt as one text; messages are parted by empty lines."""
+    """A prompt as one text, with empty lines between messages."""
     return prompt if isinstance(prompt, str) else "\n\n".join(map(plain_content, prompt))
 
 

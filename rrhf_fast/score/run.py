@@ -1,4 +1,4 @@
-"""The stage `score`: rows with responses in, the same rows with scores out."""
+"""The stage `score`: add scores to the responses of rows."""
 
 import math
 from collections import Counter
@@ -29,12 +29,12 @@ def run(config: ScoreConfig) -> Counter:
     drafts, report = load_drafts(config.data, **config.reading())
     for draft in drafts:
         if draft.responses is None:
-            raise ValueError(f"{draft.where}: responses: missing (a list was expected)")
+            raise ValueError(f"{draft.where}: responses: missing (expected a list)")
     texts = [asdict(draft) | {"where": None} for draft in drafts]
-    check_scorer(config)  # a wrong name shall not cost any work
+    check_scorer(config)  # fail early on a bad model name
     for option in ("model_name_or_path", "reference_model_name_or_path"):
         if config.kl_coef:
-            _tokenizer_of(option, config)
+            _check_tokenizer(option, config)
     with Journal(
         config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
     ) as journal:
@@ -65,16 +65,16 @@ def run(config: ScoreConfig) -> Counter:
 
 
 def check_scorer(config: ScorerConfig) -> None:
-    """Raise ValueError, with the option's name, where there is no such function or model."""
+    """Raise ValueError, with the option's name, if there is no such function or model."""
     if config.reward_fn:
         load_reward_fn(config.reward_fn, "reward_fn")
     elif config.reward_model_name_or_path:
-        _tokenizer_of("reward_model_name_or_path", config)
+        _check_tokenizer("reward_model_name_or_path", config)
     elif config.policy_as_reward:
-        _tokenizer_of("model_name_or_path", config)
+        _check_tokenizer("model_name_or_path", config)
 
 
-def _tokenizer_of(option: str, config: ScorerConfig) -> None:
+def _check_tokenizer(option: str, config: ScorerConfig) -> None:
     name, code = getattr(config, option), config.trust_remote_code
     load_tokenizer(name, trust_remote_code=code, option=option)
 
@@ -86,17 +86,17 @@ def _in_batches(
     work: Callable[[Sequence[int]], list],
     unit: str,
 ) -> dict[int, object]:
-    """Results of `work` by item number, a journal entry for each batch that it lacks."""
-    found = {}
+    """Results of `work` by item number; missing batches are computed and journalled."""
+    results = {}
     total = sum(map(len, batches))
     with tqdm(total=total, unit=unit, desc=name, disable=None) as progress:
         for number, batch in enumerate(batches):
             key = f"{name}/{number}"
             if key not in journal.done:
                 journal.write(key, work(batch))
-            found |= dict(zip(batch, journal.done[key], strict=True))
+            results |= dict(zip(batch, journal.done[key], strict=True))
             progress.update(len(batch))
-    return found
+    return results
 
 
 def _chunks(count: int, size: int) -> list[range]:
@@ -106,10 +106,8 @@ def _chunks(count: int, size: int) -> list[range]:
 def _texts(
     drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]]
 ) -> tuple[list[Prompt], list[str]]:
-    return (
-        [drafts[row].prompt for row, _ in pairs],
-        [drafts[row].responses[i] for row, i in pairs],
-    )
+    prompts = [drafts[row].prompt for row, _ in pairs]
+    return prompts, [drafts[row].responses[i] for row, i in pairs]
 
 
 def _reward_model(
@@ -118,13 +116,11 @@ def _reward_model(
     model = RewardModel(config)
     rows = model.encode(*_texts(drafts, pairs))
     batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
-    scores = _in_batches(
-        journal,
-        "reward model",
-        batches,
-        lambda batch: model.score([rows[i] for i in batch]),
-        "response",
-    )
+
+    def work(batch: Sequence[int]) -> list[float]:
+        return model.score([rows[i] for i in batch])
+
+    scores = _in_batches(journal, "reward model", batches, work, "response")
     return [_checked(scores[i]) for i in range(len(pairs))]
 
 
@@ -140,7 +136,7 @@ def _reward_fn(
         except Exception as error:  # whatever the user's function raises
             raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(responses),):
-            expected = f"expected {len(responses)} numbers, one a response"
+            expected = f"expected {len(responses)} numbers, one per response"
             raise ValueError(f"reward_fn: {name}: {expected}, found shape {scores.shape}")
         return scores.tolist()
 
@@ -150,7 +146,7 @@ def _reward_fn(
 
 
 def _checked(value: float | list[float] | str) -> dict:
-    """A score, the first of `_logps`, or the reason why there is none."""
+    """A score (p of `_logps`), or the reason why there is none."""
     if isinstance(value, str):
         return {"error": value}
     value = value[0] if isinstance(value, list) else value
@@ -165,10 +161,7 @@ def _judge(
         f"{row}/{i}": partial(judge.judge, drafts[row].prompt, drafts[row].responses[i])
         for row, i in pairs
     }
-    with tqdm(total=len(work), unit="response", desc="judge", disable=None) as progress:
-        missing = {key: function for key, function in work.items() if key not in journal.done}
-        progress.update(len(work) - len(missing))
-        ask_all(missing, journal, config.max_concurrency, progress)
+    ask_all(work, journal, config.max_concurrency, "judge")
     return [journal.done[key] for key in work]
 
 
@@ -176,15 +169,15 @@ def _logps(
     journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
 ) -> list[list[list[float] | str]]:
     """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model, or
-    the reason why there are none."""
+    the reason why it has none."""
     name, model = getattr(config, option), None
 
     def work(batch: Sequence[int]) -> list:
         nonlocal model
         model = model or LogProbs(name, config, option)
-        found = model([drafts[row] for row in batch])
+        by_row = model([drafts[row] for row in batch])
         out = []
-        for row, responses in zip(batch, found, strict=True):
+        for row, responses in zip(batch, by_row, strict=True):
             reasons = drafts[row].finish_reasons or [None] * len(responses)
             out.append(
                 [
@@ -197,14 +190,14 @@ def _logps(
         return out
 
     batches = _chunks(len(drafts), config.batch_size)
-    found = _in_batches(journal, f"log-probs of {name}", batches, work, "row")
-    return [found[row] for row in range(len(drafts))]
+    by_row = _in_batches(journal, f"log-probs of {name}", batches, work, "row")
+    return [by_row[row] for row in range(len(drafts))]
 
 
 def _log_ratios(
     journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
 ) -> list[list[float | str]]:
-    """[row][response] -> log(policy / reference), or the reason why there is none."""
+    """[row][response] -> log(policy / reference), or the reason why it has none."""
     policy = _logps(journal, "model_name_or_path", drafts, config)
     if config.model_name_or_path == config.reference_model_name_or_path:
         reference = policy
@@ -226,13 +219,14 @@ def _merge(
     ratios: list[list[float]] | None,
     kl_coef: float,
 ) -> tuple[list[dict], Counter]:
+    """The final rows, in input order."""
     by_pair = dict(zip(pairs, results, strict=True))
     counts, rows = Counter(rows=len(drafts)), []
     for row, draft in enumerate(drafts):
-        found = [by_pair[row, i] for i in range(len(draft.responses))]
-        keep = [i for i, result in enumerate(found) if "score" in result]
+        results = [by_pair[row, i] for i in range(len(draft.responses))]
+        keep = [i for i, result in enumerate(results) if "score" in result]
         out = {"prompt": draft.prompt, "responses": [draft.responses[i] for i in keep]}
-        scores = [found[i]["score"] for i in keep]
+        scores = [results[i]["score"] for i in keep]
         if ratios is not None:
             out |= {"rewards": scores, "log_ratios": [ratios[row][i] for i in keep]}
             scores = [
@@ -243,8 +237,8 @@ def _merge(
         for name in ("sources", "finish_reasons", "as_generated"):
             if (values := getattr(draft, name)) is not None:
                 out[name] = [values[i] for i in keep]
-        if any("criteria" in found[i] for i in keep):
-            out["criteria"] = [found[i]["criteria"] for i in keep]
+        if any("criteria" in results[i] for i in keep):
+            out["criteria"] = [results[i]["criteria"] for i in keep]
         unscored = [
             {
                 "response": draft.responses[i],
@@ -252,11 +246,11 @@ def _merge(
                 "error": result["error"],
             }
             | ({"answer": result["answer"]} if "answer" in result else {})
-            for i, result in enumerate(found)
+            for i, result in enumerate(results)
             if "error" in result
         ]
         rows.append(draft.others | out | ({"unscored": unscored} if unscored else {}))
-        for result in found:
+        for result in results:
             counts.update(result.get("usage", {}))
         counts["scored"] += len(keep)
         counts["unscored"] += len(unscored)

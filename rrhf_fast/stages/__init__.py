@@ -1,1 +1,1 @@
-"""What the commands share: options and errors, journal, endpoint, reward functions, run folders."""
+"""Code that the commands share: options, errors, journal, run folders, endpoints, rewards."""

@@ -1,8 +1,8 @@
-"""The answer of an OpenAI-compatible endpoint: its text, or the reason why there is none.
+"""Answers of OpenAI-compatible endpoints: the text, or the reason why there is none.
 
-An answer may lack what the protocol promises: its text (refused, filtered, a tool called instead,
-the token limit reached while the model thought), its message, all choices. So answers are read as
-plain JSON, and nothing but text is taken for text.
+An answer may lack parts that the protocol promises: its text (refused, filtered, replaced by a tool
+call, cut off while the model was thinking), its message or all choices. So it is read as plain JSON
+and every field is checked.
 """
 
 import json
@@ -14,14 +14,14 @@ from rrhf_fast.data.checks import one_line
 # Endings, other than a token limit, of an answer that is not whole.
 _BROKEN_OFF = {
     "content_filter": "a content filter ended the answer",
-    "abort": "the server gave the answer up",
+    "abort": "the server aborted the answer",
     "error": "the server failed during the answer",
 }
 
 
 class Refused(ValueError):
-    """The endpoint has no text for this request, and would have none again: it is too long, say, or
-    filtered. usage: what it took to learn this, as in `Answer`."""
+    """The endpoint gives no text for this request, and a retry would not help: it is too long or
+    filtered, for example. usage: what the request cost, as in `Answer`."""
 
     def __init__(self, reason: str, usage: dict[str, int] | None = None):
         super().__init__(reason)
@@ -33,12 +33,12 @@ class EndedThinking(Refused):
 
 
 class NoCompletion(ValueError):
-    """JSON of another shape than a completion's, which another try may mend."""
+    """JSON that is not a completion; a retry may help."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and what it took to get it."""
+    """A text and what it cost."""
 
     text: str
     finish_reason: str | None
@@ -46,14 +46,15 @@ class Answer:
 
 
 def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
-    """The answer in the body of a response of status 200, which it took `requests` to get.
+    """Read the answer in the body of a response with status 200.
 
     Args:
-        chat: whether it is one of /chat/completions, else of /completions.
+        chat: the response is from /chat/completions, else from /completions.
+        requests: requests sent to get it.
 
     Raises:
-        Refused: a completion without a whole text.
-        NoCompletion: JSON that is no completion.
+        Refused: a completion without a complete text.
+        NoCompletion: JSON that is not a completion.
         ValueError, RecursionError: not JSON.
     """
     record = json.loads(body)
@@ -70,7 +71,7 @@ def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
     if reason in _BROKEN_OFF:
         raise Refused(f"{_BROKEN_OFF[reason]} (finish_reason {reason})", usage)
     if not text and (message.get("tool_calls") or message.get("function_call")):
-        raise Refused("answered by a tool call", usage)
+        raise Refused("answered with a tool call", usage)
     if not text and _thought(message, record):
         if reason == "length":
             raise EndedThinking("ended while thinking", usage)
@@ -78,13 +79,13 @@ def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
     if text is None:
         raise Refused(f"an answer without text (finish_reason {reason})", usage)
     if text != _encodable(text):
-        raise Refused("an answer that is no Unicode text", usage)
+        raise Refused("an answer that is not valid Unicode", usage)
     return Answer(text, reason, usage)
 
 
 def _first_choice(record: Any) -> dict:
     if not isinstance(record, dict):
-        raise NoCompletion("an answer that is no JSON object")
+        raise NoCompletion("an answer that is not a JSON object")
     if error := record.get("error"):
         message = error.get("message") if isinstance(error, dict) else error
         raise NoCompletion(f"an error for an answer: {one_line(message or error)}")
@@ -95,7 +96,7 @@ def _first_choice(record: Any) -> dict:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a content, which may be a list of parts; None where it holds none."""
+    """The text of a message's content, which may be a list of parts; None if there is none."""
     if isinstance(content, list):
         texts = [part if isinstance(part, str) else _field(part, "text") for part in content]
         texts = [text for text in texts if isinstance(text, str)]
@@ -104,7 +105,7 @@ def _text(content: Any) -> str | None:
 
 
 def _field(part: Any, kind: str) -> Any:
-    """What a part of a content holds, if it is of this kind."""
+    """The value of a content part, if it is of this kind."""
     own_kind = isinstance(part, dict) and part.get("type", kind) in (kind, f"output_{kind}")
     return part.get(kind) if own_kind else None
 
@@ -112,12 +113,12 @@ def _field(part: Any, kind: str) -> Any:
 def _refusal(message: dict) -> str | None:
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    found = [message.get("refusal"), *(_field(part, "refusal") for part in parts)]
-    return next((refusal for refusal in found if isinstance(refusal, str) and refusal), None)
+    refusals = [message.get("refusal"), *(_field(part, "refusal") for part in parts)]
+    return next((text for text in refusals if isinstance(text, str) and text), None)
 
 
 def _thought(message: dict, record: dict) -> bool:
-    """Whether the model reasoned. Some endpoints tell it by the tokens that they count alone."""
+    """Whether the model reasoned. Some endpoints show it only in their token counts."""
     content, usage = message.get("content"), record.get("usage")
     parts = content if isinstance(content, list) else []
     details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
@@ -129,10 +130,9 @@ def _thought(message: dict, record: dict) -> bool:
 
 
 def _usage(record: dict) -> dict[str, int]:
-    found = record.get("usage")
-    counts = {}
+    usage, counts = record.get("usage"), {}
     for name in ("prompt_tokens", "completion_tokens"):
-        count = found.get(name) if isinstance(found, dict) else None
+        count = usage.get(name) if isinstance(usage, dict) else None
         counts[name] = count if type(count) is int and 0 <= count < 2**53 else 0
     return counts
 

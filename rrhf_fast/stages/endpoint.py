@@ -1,4 +1,4 @@
-"""OpenAI-compatible endpoints: ask, try again, count; and many requests at once into a journal."""
+"""OpenAI-compatible endpoints: ask, retry, count; and journal many concurrent requests."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rrhf_fast.data.checks import one_line
 from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
 
-# How endpoints say that they do not take a parameter, whatever is asked.
+# How endpoints report that they do not support a parameter at all.
 _UNSUPPORTED = re.compile(
     "unsupported|not support|only the default|unknown|unrecognized|unexpected|not permitted|"
     "not allowed|extra_forbidden|deprecated|cannot both",
@@ -43,12 +43,12 @@ class EndpointConfig:
 
 
 class EndpointDown(RuntimeError):
-    """No answer after all retries, or one that no retry can mend (a wrong key or model). What was
-    done before is in the journal."""
+    """No answer after all retries, or an error that no retry fixes (a wrong key or model). Earlier
+    results are in the journal."""
 
 
 class Endpoint:
-    """One server, asked through the openai client, by as many threads as like."""
+    """One server, asked through the openai client; threads may share it."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class Endpoint:
     ):
         """
         Args:
-            cures: for each parameter of a request that some endpoints do not take, the option to
-                change, and what to set it to.
+            cures: for each request parameter that some endpoints do not support, the option to
+                change and its new value.
 
         Raises:
-            ValueError: the openai package or the key is missing, or no header can hold the key.
+            ValueError: the openai package or the key is missing, or the key is not printable ASCII.
         """
         try:
             import openai
@@ -74,14 +74,15 @@ class Endpoint:
         if not self._key and base_url is None:
             raise ValueError(f"api_key_env: the environment variable {api_key_env} is not set")
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"api_key_env: {api_key_env} holds what no HTTP header can")
+            problem = f"{api_key_env} does not fit into an HTTP header (expected printable ASCII)"
+            raise ValueError(f"api_key_env: {problem}")
         self._openai, self._max_retries = openai, config.max_retries
         self._cures = cures or {}
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=self._key or "none",
             timeout=config.timeout,
-            # The client waits and tries again for time-outs, lost connections, 408, 409, 429, 5xx.
+            # The client waits and retries after time-outs, lost connections, 408, 409, 429, 5xx.
             max_retries=config.max_retries,
         )
         self._find_limit = config.token_limit_parameter == "auto"
@@ -97,17 +98,17 @@ class Endpoint:
         chat: bool = True,
         **options,
     ) -> Answer:
-        """The answer to messages, or to a string (as one user message; with `chat` false by
-        /completions).
+        """Ask for the answer to messages, or to a string (sent as one user message, or to
+        /completions if `chat` is false).
 
         Args:
-            max_tokens: of the answer; sent by the name that the endpoint takes.
-            options: further parameters; those that are None are not sent.
+            max_tokens: of the answer; sent under the name that the endpoint supports.
+            options: further parameters; None is not sent.
 
         Raises:
-            Refused: there is no text for this request.
-            EndpointDown: no answer came.
-            ValueError: the endpoint takes a parameter for no request, and `cures` says what to do.
+            Refused: no text for this request.
+            EndpointDown: no answer.
+            ValueError: the endpoint does not support a parameter; says which option to change.
         """
         options = {name: value for name, value in options.items() if value is not None}
         options["model"] = model
@@ -130,12 +131,12 @@ class Endpoint:
             except NoCompletion as error:
                 problem = Refused(self._hide_key(str(error)), {"requests": requests})
             except (ValueError, RecursionError) as error:
-                what = f"an answer that is no completion ({self._reason(error)})"
+                what = f"an answer that is not a completion ({self._reason(error)})"
                 problem = EndpointDown(f"{self.name}: {what}, {self._max_retries + 1} times")
         raise problem
 
     def _post(self, chat: bool, max_tokens: int, options: dict) -> Any:
-        """The response to a request; for any other status than 200 it raises as `ask` does."""
+        """Send a request; raises as `ask` does for any status other than 200."""
         openai = self._openai
         try:
             return self._send(chat, max_tokens, options)
@@ -150,8 +151,8 @@ class Endpoint:
             raise EndpointDown(f"{self.name}: {self._reason(error)}{cause}") from error
 
     def _send(self, chat: bool, max_tokens: int, options: dict) -> Any:
-        """The response to a request with the limit under the name that the endpoint takes."""
-        if not chat:  # there it has one name
+        """Send a request with its token limit under the name that the endpoint supports."""
+        if not chat:  # /completions has only one name for it
             create = self._client.completions.with_raw_response.create
             return create(max_tokens=max_tokens, **options)
         create = self._client.chat.completions.with_raw_response.create
@@ -160,58 +161,60 @@ class Endpoint:
             return create(**{name: max_tokens}, **options)
         except self._openai.BadRequestError as error:
             newer = "max_completion_tokens"
-            named = "max_tokens" in _said(error) or newer in _said(error)
+            named = "max_tokens" in _error_body(error) or newer in _error_body(error)
             if not (self._find_limit and named) or name == newer:
                 raise
             response = create(**{newer: max_tokens}, **options)
-            self._limit = newer  # for the rest of the run, as it made the difference
+            self._limit = newer  # it worked: use it from now on
             return response
 
     def _refusal(self, error: Any) -> ValueError:
-        """What a response of status 400 or 422 comes to."""
-        reason, said = self._reason(error), _said(error)
+        """Turn a response with status 400 or 422 into an exception."""
+        reason, body = self._reason(error), _error_body(error)
         for parameter, (option, cure) in self._cures.items():
-            # In quotes, and no key of a request that the server repeats.
-            named = re.search(rf"['\"`]{parameter}\\?['\"`](?!\s*:)", said)
-            if named and _UNSUPPORTED.search(said):
-                problem = f"the endpoint does not take this {parameter}: {reason}"
+            # In quotes, and not as a key of our own request echoed by the server.
+            named = re.search(rf"['\"`]{parameter}\\?['\"`](?!\s*:)", body)
+            if named and _UNSUPPORTED.search(body):
+                problem = f"the endpoint does not support this {parameter}: {reason}"
                 return ValueError(f"{option}: {problem} (set it to {cure})")
         return Refused(reason)
 
     def _reason(self, error: BaseException) -> str:
         text = one_line(error)
         if re.fullmatch(r"Error code: \d+", text) and getattr(error, "body", None):
-            text += f" - {_said(error)[:300]}"  # a body that is not in OpenAI's form
+            text += f" - {_error_body(error)[:300]}"  # the body is not in OpenAI's format
         return self._hide_key(text)
 
     def _hide_key(self, text: str) -> str:
-        # A shorter one is a local server's, and no secret.
+        # Shorter keys belong to local servers and are not secret.
         return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
-def _said(error: Any) -> str:
-    """What the body of an error response says, in one line."""
+def _error_body(error: Any) -> str:
+    """The body of an error response, as one line."""
     return json.dumps(error.body)[:2000]
 
 
 def ask_all(
-    work: Mapping[str, Callable[[], Any]],
-    journal: Journal,
-    max_concurrency: int,
-    progress: tqdm,
+    work: Mapping[str, Callable[[], Any]], journal: Journal, max_concurrency: int, title: str
 ) -> None:
-    """Run the functions of `work` in threads and journal each result under its key.
+    """Run those functions of `work` whose keys the journal lacks in threads; journal each result.
 
-    At the first exception nothing new begins, what is under way is finished and journalled, and the
-    exception is raised.
+    After an exception no further function starts; those under way are finished and journalled, then
+    the exception is raised.
     """
 
     def run(key: str) -> None:
         journal.write(key, work[key]())
 
-    with ThreadPoolExecutor(max_concurrency) as pool:
+    missing = [key for key in work if key not in journal.done]
+    bar = {"total": len(work), "initial": len(work) - len(missing), "unit": "response"}
+    with (
+        tqdm(**bar, desc=title, disable=None) as progress,
+        ThreadPoolExecutor(max_concurrency) as pool,
+    ):
         try:
-            for future in as_completed([pool.submit(run, key) for key in work]):
+            for future in as_completed([pool.submit(run, key) for key in missing]):
                 future.result()
                 progress.update()
         except BaseException:

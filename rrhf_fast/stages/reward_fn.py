@@ -1,4 +1,4 @@
-"""Reward functions that users name as package.module:function."""
+"""Reward functions named as package.module:function."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -7,7 +7,7 @@ RewardFn = Callable[[list, list[str]], list[float]]
 
 
 def load_reward_fn(name: str, option: str = "eval_reward_fn") -> RewardFn:
-    """Import package.module:function. Raises ValueError, with the option's name, when there is no
+    """Import package.module:function. Raises ValueError, with the option's name, if there is no
     such function."""
     module_name, _, attribute = name.partition(":")
     try:

@@ -1,6 +1,4 @@
-"""The embedded demo: its reward, its rows, its model, and that it can be made again."""
-
-import json
+"""The embedded demo: its reward, rows and model, and that it can be recreated."""
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_fast.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE, corpus, reward
 from rrhf_fast.demo.make import make
+from tests.jsonl import read
 
 PROMPT = "Human: How do I fix my old chair?\nAssistant:"
 GOOD = (
@@ -21,15 +20,11 @@ def score(response, prompt=PROMPT):
     return reward.score([prompt], [response])[0]
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize(
     "worse",
     [
-        GOOD.replace("chair", "lamp"),  # another thing
-        GOOD.replace("hammer", "sponge"),  # another tool
+        GOOD.replace("chair", "lamp"),  # wrong thing
+        GOOD.replace("hammer", "sponge"),  # wrong tool
         GOOD.replace("Sure!", "Ugh."),  # rude
         GOOD.replace("Sure!", "Well.").replace(
             "I hope that helps!", "That is all there is."
@@ -50,12 +45,12 @@ def test_saying_more_gains_nothing():
     details = " ".join(corpus.DETAILS)
     assert score(f"{GOOD} {details}") < score(GOOD)
     assert score(GOOD * 3) < score(GOOD)
-    assert score(GOOD + " sure glad happy welcome luck") < score(GOOD)  # no prize for kind words
+    assert score(GOOD + " sure glad happy welcome luck") < score(GOOD)  # kind words count once
     naming = " Sure! " + ", ".join(reward.THINGS + tuple(reward.TOOLS.values())) + "."
     assert score(naming) < 0
 
 
-def test_reward_depends_on_the_prompt_and_takes_any_text():
+def test_reward_depends_on_the_prompt_and_accepts_any_text():
     assert score(GOOD, PROMPT.replace("chair", "lamp")) < score(GOOD)
     assert score(GOOD, "Bonjour") < score(GOOD)
     assert score("?!", "") == -6.0
@@ -83,7 +78,7 @@ def test_rows_are_valid_and_their_scores_reproduce(path, count):
         assert row["scores"] == reward.score([row["prompt"]] * 6, row["responses"])
 
 
-def test_rewards_are_graded_and_not_bought_by_length():
+def test_rewards_rarely_tie_and_hardly_depend_on_length():
     rows = read(TRAIN_FILE)
     pairs = [(a, b) for row in rows for i, a in enumerate(row["scores"]) for b in row["scores"][:i]]
     assert sum(a == b for a, b in pairs) < 0.02 * len(pairs)
@@ -135,7 +130,7 @@ def test_model_loads_and_ends_its_answers():
     assert (new == tokenizer.eos_token_id).any(dim=1).float().mean() > 0.8
 
 
-def test_prompt_and_response_tokenise_apart_as_together():
+def test_prompt_and_response_tokenise_the_same_apart_and_together():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     for row in read(EVAL_FILE)[:32]:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -149,7 +144,7 @@ def test_prompt_and_response_tokenise_apart_as_together():
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_making_it_twice_gives_the_same_files(tmp_path):
+def test_equal_seeds_make_equal_files(tmp_path):
     tiny = dict(
         documents=256, batch_size=32, train_prompts=3, eval_prompts=2, hidden_size=32, layers=1
     )

@@ -1,4 +1,4 @@
-"""Measures against slow definitions, intervals against what they promise."""
+"""Measures against slow definitions, intervals against their nominal coverage."""
 
 from itertools import combinations
 
@@ -43,9 +43,8 @@ def test_ranking_counts_pairs_with_different_scores(items):
     assert pairs_in_order(p, scores) == (sum(p[i] > p[j] for i, j in pairs), len(pairs))
 
 
-def test_correlation_looks_within_prompts():
-    # Longer prompts' answers are longer and better, but among the answers of one prompt it is the
-    # shorter that is better.
+def test_correlation_is_within_prompts():
+    # Across prompts longer answers are better, within each prompt the shorter one is.
     lengths = [np.array([1.0, 2.0]), np.array([11.0, 12.0])]
     rewards = [np.array([1.0, 0.0]), np.array([9.0, 8.0])]
     assert within_correlation(lengths, rewards) == pytest.approx(-1)
@@ -63,7 +62,7 @@ def test_values_are_ratios_of_sums():
     assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_have_about_their_nominal_coverage():
     rng = np.random.default_rng(0)
     hits = 0
     for seed in range(200):
@@ -72,7 +71,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_the_seed_decides():
+def test_equal_seeds_give_equal_intervals():
     values = np.random.default_rng(0).normal(size=20)
     one, same, other = (Bootstrap(20, 100, seed).ratio(values) for seed in (0, 0, 1))
     assert one == same != other

@@ -1,4 +1,4 @@
-"""The stage `evaluate` on the embedded model, and the page it writes."""
+"""The stage `evaluate` on the embedded model, and its page."""
 
 import json
 import re
@@ -19,24 +19,17 @@ from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.__main__ import main
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.report import write_report
-from rrhf_fast.evaluate.run import claim, read_side
+from rrhf_fast.evaluate.run import read_side
+from rrhf_fast.stages.run_folder import claim
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 FILES = {"options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json"}
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def worse(tmp_path_factory):
-    """The embedded model with blunt logits, as the baseline."""
+    """The embedded model with flattened logits, as the baseline."""
     folder = tmp_path_factory.mktemp("worse")
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     with torch.no_grad():
@@ -60,16 +53,16 @@ def config(tmp_path):
     )
 
 
-def test_every_measure_is_what_its_files_say(config, worse):
+def test_every_measure_agrees_with_its_files(config, worse):
     config = replace(config, baseline=worse, reference_model_name_or_path=MODEL)
     config.ranking_data = config.data
-    found = evaluate(config)
+    evaluation = evaluate(config)
     rows = read(Path(config.output_dir, "scored.jsonl"))
     assert {path.name for path in Path(config.output_dir).iterdir()} == FILES
-    assert found.prompts == len(rows) == 8 and found.dropped == 0
+    assert evaluation.prompts == len(rows) == 8 and evaluation.dropped == 0
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    for name, measures in (("model", found.model), ("baseline", found.baseline)):
+    for name, measures in (("model", evaluation.model), ("baseline", evaluation.baseline)):
         samples = [
             (row["prompt"], text, score, reason)
             for row in rows
@@ -78,7 +71,8 @@ def test_every_measure_is_what_its_files_say(config, worse):
             )
             if source == name
         ]
-        assert len(samples) == 24  # three a prompt, though some may be the same
+        assert len(samples) == 24  # three per prompt, duplicates included
+        # Reward, length and share of cut-off samples.
         assert measures["reward"].value == pytest.approx(np.mean([s[2] for s in samples]))
         assert measures["reward"].low < measures["reward"].value < measures["reward"].high
         lengths = [
@@ -87,6 +81,7 @@ def test_every_measure_is_what_its_files_say(config, worse):
         assert measures["tokens"].value == pytest.approx(np.mean(lengths))
         cut = np.mean([reason == "length" for *_, reason in samples])
         assert measures["cut_off"].value == pytest.approx(cut)
+        # Perplexity, with log-probs by the reference implementation.
         total = count = 0
         for prompt, text, _, reason in samples:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -95,61 +90,63 @@ def test_every_measure_is_what_its_files_say(config, worse):
             total += reference.response_logps(model, prompt_ids, torch.tensor(ids)).sum().item()
             count += len(ids)
         assert measures["perplexity"].value == pytest.approx(np.exp(-total / count), rel=1e-3)
-    assert found.baseline["perplexity"].value > found.model["perplexity"].value
-    gain = found.model["reward"].value - found.baseline["reward"].value
-    assert found.comparison["reward_gain"].value == pytest.approx(gain)
-    assert sum(found.comparison[name].value for name in ("win", "tie", "lose")) == pytest.approx(1)
-    curve = [point.value for point in found.best_of_n["model"]]
+    # One side against the other.
+    assert evaluation.baseline["perplexity"].value > evaluation.model["perplexity"].value
+    gain = evaluation.model["reward"].value - evaluation.baseline["reward"].value
+    assert evaluation.comparison["reward_gain"].value == pytest.approx(gain)
+    shares = [evaluation.comparison[name].value for name in ("win", "tie", "lose")]
+    assert sum(shares) == pytest.approx(1)
+    curve = [point.value for point in evaluation.best_of_n["model"]]
     assert curve == sorted(curve) and len(curve) == 3
-    assert curve[0] == pytest.approx(found.model["reward"].value)
-    assert curve[-1] == pytest.approx(found.model["best_of_n"].value)
+    assert curve[0] == pytest.approx(evaluation.model["reward"].value)
+    assert curve[-1] == pytest.approx(evaluation.model["best_of_n"].value)
 
+    # Ranking accuracy, with p by the reference implementation.
     correct = pairs = 0
     for row in load_rows(config.data)[0]:
         prompt_ids = torch.tensor(tokenizer(row.prompt)["input_ids"])
         p = []
         for text in row.responses:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            p.append(
-                reference.score(
-                    reference.response_logps(model, prompt_ids, torch.tensor(ids))
-                ).item()
-            )
+            logps = reference.response_logps(model, prompt_ids, torch.tensor(ids))
+            p.append(reference.score(logps).item())
         better = [(i, j) for i in range(6) for j in range(6) if row.rewards[i] > row.rewards[j]]
         correct, pairs = correct + sum(p[i] > p[j] for i, j in better), pairs + len(better)
-    assert found.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
+    assert evaluation.model["ranking_accuracy"].value == pytest.approx(correct / pairs)
 
+    # The terms by prompt.
     by_prompt = json.loads(Path(config.output_dir, "by_prompt.json").read_text())
-    assert len(by_prompt) == 7 and set(by_prompt) < set(found.model)
+    assert len(by_prompt) == 7 and set(by_prompt) < set(evaluation.model)
     for name, sums in by_prompt.items():
         assert len(sums["numerators"]) == len(sums["denominators"]) == 8
         ratio = sum(sums["numerators"]) / sum(sums["denominators"])
         value = np.exp(-ratio) if name == "perplexity" else ratio
-        assert found.model[name].value == pytest.approx(value)
+        assert evaluation.model[name].value == pytest.approx(value)
 
 
 def test_a_model_ties_with_its_own_earlier_evaluation(config):
     first = evaluate(config)
     again = replace(config, output_dir=config.output_dir + "2")
     again.baseline = str(Path(config.output_dir, "scored.jsonl"))
-    found = evaluate(again)
-    assert str(found.model) == str(first.model) == str(found.baseline)  # nan is not nan
-    assert found.comparison["reward_gain"].value == 0
-    assert found.comparison["win"].value == found.comparison["lose"].value
+    evaluation = evaluate(again)
+    # As text, because NaN != NaN.
+    assert str(evaluation.model) == str(first.model) == str(evaluation.baseline)
+    assert evaluation.comparison["reward_gain"].value == 0
+    assert evaluation.comparison["win"].value == evaluation.comparison["lose"].value
     other = replace(again, output_dir=config.output_dir + "3")
     other.data = write(Path(config.data), read(config.data)[:-1])
-    with pytest.raises(ValueError, match="baseline: .* is about other prompts"):
+    with pytest.raises(ValueError, match="baseline: .* has other prompts"):
         evaluate(other)
 
 
-def test_samples_that_repeat_count(config):
-    found = evaluate(replace(config, top_p=1e-9))  # only the likeliest token
-    assert found.model["distinct"].value == pytest.approx(1 / 3)
-    assert found.model["best_of_n"].value == pytest.approx(found.model["reward"].value)
-    assert len(found.best_of_n["model"]) == 3
+def test_repeated_samples_count(config):
+    evaluation = evaluate(replace(config, top_p=1e-9))  # only the likeliest token
+    assert evaluation.model["distinct"].value == pytest.approx(1 / 3)
+    assert evaluation.model["best_of_n"].value == pytest.approx(evaluation.model["reward"].value)
+    assert len(evaluation.best_of_n["model"]) == 3
 
 
-def test_it_goes_on_where_it_was_and_refuses_other_options(config):
+def test_it_resumes_and_refuses_other_options(config):
     evaluate(config)
     before = (Path(config.output_dir, "evaluation.json")).read_text()
     Path(config.output_dir, "evaluation.json").unlink()
@@ -160,7 +157,7 @@ def test_it_goes_on_where_it_was_and_refuses_other_options(config):
         evaluate(replace(config, seed=1, num_samples=2))
 
 
-def test_samples_of_a_model_that_changed_are_not_reported(tmp_path, config, worse, capsys):
+def test_samples_of_a_changed_model_are_not_reused(tmp_path, config, worse, capsys):
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     config = replace(config, model_name_or_path=str(folder), num_samples=1)
     before = evaluate(config).model["reward"]
@@ -179,15 +176,17 @@ def test_overwrite_removes_an_evaluation_and_nothing_else(config):
     config = replace(config, num_samples=1, data=write(Path(config.data), read(config.data)[:1]))
     evaluate(config)
     Path(config.output_dir, "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds more than an evaluation, mine.txt"):
+    with pytest.raises(ValueError, match="holds other files, for example mine.txt"):
         evaluate(replace(config, overwrite=True))
     assert {path.name for path in Path(config.output_dir).iterdir()} > FILES
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, config):
+def test_a_folder_with_other_files_is_left_alone(tmp_path, config):
     Path(config.output_dir).mkdir()
     samples = write(Path(config.output_dir, "samples.jsonl"), [{"prompt": "a"}])
-    with pytest.raises(ValueError, match="output_dir: .* holds other files, samples.jsonl"):
+    with pytest.raises(
+        ValueError, match="output_dir: .* holds other files, for example samples.jsonl"
+    ):
         evaluate(config)
     assert [str(path) for path in Path(config.output_dir).iterdir()] == [samples]
 
@@ -203,13 +202,13 @@ def test_damaged_options_are_named(config):
 @pytest.mark.parametrize(
     "option", ["model_name_or_path", "reference_model_name_or_path", "baseline"]
 )
-def test_a_wrong_name_locks_nothing(config, option):
+def test_a_bad_model_name_claims_no_folder(config, option):
     problem = f"^{option}: /no/such/model: no such folder, and no such model on the hub"
     with pytest.raises(ValueError, match=problem):
         evaluate(replace(config, **{option: "/no/such/model"}))
     assert not Path(config.output_dir).exists()
     claim(config.output_dir, {"seed": 1})
-    claim(config.output_dir, {"seed": 2})  # nothing came of the first
+    claim(config.output_dir, {"seed": 2})  # the first has no results
 
 
 BASELINES = {
@@ -230,38 +229,38 @@ def test_a_baseline_is_read_before_anything_is_sampled(tmp_path, config, name):
     assert not Path(config.output_dir).exists()
 
 
-def test_blank_lines_of_a_baseline_do_not_matter(tmp_path):
+def test_blank_lines_of_a_baseline_are_skipped(tmp_path):
     row = {"prompt": "a", "responses": ["b"], "scores": [1], "sources": ["model"]}
     (tmp_path / "base.jsonl").write_text(f"\n{json.dumps(row)}\n\n")
     assert read_side(tmp_path / "base.jsonl", "model").rewards[0].tolist() == [1]
 
 
 class Loads(HTMLParser):
-    """Everything that a page would load from elsewhere."""
+    """Collect the addresses that a page would load."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.addresses = []
 
     def handle_starttag(self, tag, attributes):
-        self.found += [
+        self.addresses += [
             value
             for name, value in attributes
             if name in ("src", "href") and not value.startswith("data:")
         ]
 
 
-def test_the_page_stands_alone_and_shows_what_was_said(tmp_path, config):
+def test_the_page_is_self_contained_and_escapes_texts(tmp_path, config):
     rows = [{"prompt": "Is 1 < 2 & 3 > 2?\nAssistant:"}, {"prompt": read(config.data)[0]["prompt"]}]
     config.data = write(tmp_path / "escaped.jsonl", rows)
     evaluation = evaluate(config)
     table = write_report(evaluation, Path(config.output_dir))
-    assert "mean reward of a sample" in table and "tokens a sample, median" in table
+    assert "mean reward of a sample" in table and "tokens per sample, median" in table
     page = Path(config.output_dir, "report.html")
     text = page.read_text()
     parser = Loads()
     parser.feed(text)
-    assert parser.found == [] and "url(" not in text
+    assert parser.addresses == [] and "url(" not in text
     assert "Is 1 &lt; 2 &amp; 3 &gt; 2?" in text
     assert Path(config.output_dir, "evaluation.png").stat().st_size > 10_000
 

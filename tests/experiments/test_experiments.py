@@ -1,4 +1,4 @@
-"""Experiments: the statistics by simulation, the stages' graph, and runs that are killed."""
+"""Experiments: statistics by simulation, the graph of stages, and killed runs."""
 
 import importlib.util
 import json
@@ -23,8 +23,9 @@ from experiments.__main__ import EXPERIMENTS, main
 from experiments.recipe import CONFIGS, load_experiment
 from experiments.runner import all_stages
 from experiments.stages import KINDS, build_config
-from experiments.statistics import Table, _student, estimate, holm, swap_test
+from experiments.statistics import Table, estimate, holm, swap_test
 from rrhf_fast.train.config import TrainConfig
+from tests import jsonl
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -48,12 +49,12 @@ def draw(rng, shape=(5, 60), seeds=0.0, prompts=0.0, noise=1.0):
     [{}, {"seeds": 1.0, "noise": 0.5}, {"prompts": 1.0}, {"seeds": 0.2, "prompts": 0.5}],
     ids=str,
 )
-def test_intervals_hold_what_they_promise(effects):
+def test_intervals_have_their_nominal_coverage(effects):
     rng, trials = np.random.default_rng(0), 400
-    found = [estimate(table(draw(rng, **effects)), draws=300) for _ in range(trials)]
-    assert np.mean([e.low <= 0 <= e.high for e in found]) >= 0.93
-    # And are not wider than needed: some must miss.
-    assert not all(e.low <= 0 <= e.high for e in found)
+    intervals = [estimate(table(draw(rng, **effects)), draws=300) for _ in range(trials)]
+    assert np.mean([e.low <= 0 <= e.high for e in intervals]) >= 0.93
+    # Not wider than needed: some must miss.
+    assert not all(e.low <= 0 <= e.high for e in intervals)
 
 
 def test_a_paired_difference_is_narrower_than_its_sides():
@@ -66,10 +67,10 @@ def test_a_paired_difference_is_narrower_than_its_sides():
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_no_difference_is_none(seed):
+def test_equal_arms_do_not_differ(seed):
     values = draw(np.random.default_rng(seed), shape=(3, 8))
-    found = estimate(table(values), table(values.copy()), draws=50)
-    assert found.low == found.value == found.high == 0
+    gain = estimate(table(values), table(values.copy()), draws=50)
+    assert gain.low == gain.value == gain.high == 0
     assert swap_test(table(values), table(values), draws=100) == 1
 
 
@@ -86,7 +87,7 @@ def test_order_does_not_matter(seed):
     assert one.high - one.low == pytest.approx(other.high - other.low, rel=0.25)
 
 
-def test_the_permutation_test_is_uniform_under_the_null_and_sees_a_difference():
+def test_p_is_uniform_under_the_null_and_small_for_a_difference():
     rng = np.random.default_rng(0)
     p_values = []
     for _ in range(300):
@@ -109,16 +110,15 @@ def test_a_ratio_of_sums_counts_cells_by_their_denominators():
     assert estimate(Table(above, below)).value == pytest.approx(0.6)
 
 
-def test_students_quantiles():
-    for freedom, expected in (
-        (1, 12.706),
-        (2, 4.303),
-        (3, 3.182),
-        (4, 2.776),
-        (10, 2.228),
-        (100, 1.984),
-    ):
-        assert _student(freedom) == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (100, 1.984)],
+)
+def test_few_seeds_widen_the_interval_by_students_quantile(freedom, expected):
+    values = np.random.default_rng(0).standard_normal((freedom + 1, 1))
+    interval = estimate(table(values), draws=40_000)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    assert interval.high - interval.value == pytest.approx(expected * error, rel=0.02)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
@@ -136,9 +136,9 @@ def test_holm_by_hand():
 
 def select(folder, rows, **options):
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl.write(data, rows)
     KINDS["select"].run(build_config("select", {"data": str(data), **options}), folder)
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return jsonl.read(folder / "rows.jsonl")
 
 
 def test_select(tmp_path):
@@ -151,10 +151,10 @@ def test_select(tmp_path):
         }
         for i in range(10)
     ]
-    (found,) = select(tmp_path, rows[:1], take={"beam": 2, "provided": 1}, round_to=1.0)
-    assert found == {
+    (row,) = select(tmp_path, rows[:1], take={"beam": 2, "provided": 1}, round_to=1.0)
+    assert row == {
         "prompt": "q0",
-        "responses": ["a", "b", "c"],  # nothing twice, nothing empty
+        "responses": ["a", "b", "c"],  # no duplicates, no empty ones
         "scores": [1.0, 0.0, 2.0],
         "sources": ["beam", "beam", "provided_good"],
     }
@@ -170,8 +170,8 @@ def test_select(tmp_path):
     assert len({tuple(row["responses"]) for row in shuffled}) > 1
     for row in shuffled:
         given = zip(rows[0]["responses"], rows[0]["scores"], rows[0]["sources"], strict=True)
-        found = zip(row["responses"], row["scores"], row["sources"], strict=True)
-        assert set(found) <= set(given) and len(row["responses"]) == 4
+        kept = zip(row["responses"], row["scores"], row["sources"], strict=True)
+        assert set(kept) <= set(given) and len(row["responses"]) == 4
     noisy = select(tmp_path, rows, noise=1.0, seed=3)
     assert noisy == select(tmp_path, rows, noise=1.0, seed=3)
     assert noisy != select(tmp_path, rows, noise=1.0, seed=4)
@@ -230,15 +230,18 @@ def test_equal_stages_are_one_stage(tmp_path):
     kinds = [stage.kind for stage in all_stages(results)]
     # Two seeds' rows, the held-out rows, two trainings; the initial model is evaluated once.
     assert [kinds.count(k) for k in ("select", "train", "evaluate", "rank")] == [3, 2, 5, 3]
-    # Nor is a default that is spelled out another option.
-    spelt = SMALL["arms"] | {"RRHF": {"train.rank_weight": 1.0}, "SFT": {"train.rank_weight": 0.0}}
-    changes = {"title": "u", "seeds": [1], "arms": spelt}
+    # A default that is spelled out changes nothing.
+    explicit = SMALL["arms"] | {
+        "RRHF": {"train.rank_weight": 1.0},
+        "SFT": {"train.rank_weight": 0.0},
+    }
+    changes = {"title": "u", "seeds": [1], "arms": explicit}
     other = load_experiment(write(tmp_path / "other.yaml", **changes), tmp_path, roots)
     assert other.arms[1].results[1] == arms["RRHF"].results[1] != other.arms[-1].results[1]
 
 
-def test_a_stage_is_known_by_its_defaults(tmp_path, monkeypatch):
-    """A default that changes makes another stage of one that does not name it."""
+def test_defaults_are_part_of_a_stages_key(tmp_path, monkeypatch):
+    """A changed default changes the key of a stage that does not set the option."""
 
     @dataclass
     class Changed(TrainConfig):
@@ -254,8 +257,8 @@ def test_a_stage_is_known_by_its_defaults(tmp_path, monkeypatch):
     assert key() != before
 
 
-def test_a_stage_is_known_by_what_its_files_hold(tmp_path):
-    found = []
+def test_the_content_of_files_is_part_of_a_stages_key(tmp_path):
+    stages_of_files = []
     for text in ("a", "b"):
         folder = tmp_path / text
         folder.mkdir()
@@ -264,12 +267,13 @@ def test_a_stage_is_known_by_what_its_files_hold(tmp_path):
             stages = {**SMALL["stages"], "rows": {"select": {"data": file}}}
             path = write(tmp_path / "own.yaml", stages=stages)
             arms = load_experiment(path, tmp_path, {"models": None, "data": folder}).arms
-            found.append(arms[1].results[0][0])
-    assert found[0] == found[1] != found[2] == found[3]
+            stages_of_files.append(arms[1].results[0][0])
+    first, same, other, same_as_other = stages_of_files
+    assert first == same != other == same_as_other
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
-def test_every_recipe_is_sound(name, tmp_path):
+def test_every_recipe_is_valid(name, tmp_path):
     for folder in ("stories260k", "smollm2"):
         (tmp_path / folder).mkdir()
     for file in ("pandalm_human.jsonl", "vicuna_bench_gpt4.jsonl"):
@@ -285,13 +289,13 @@ def test_every_recipe_is_sound(name, tmp_path):
     [
         ({"tilte": "x"}, "tilte: no such field"),
         ({"question": ""}, "question: missing"),
-        ({"baseline": "none"}, "baseline: none is no arm"),
+        ({"baseline": "none"}, "baseline: none is not an arm"),
         ({"results": ["evalute"]}, "evalute: expected a stage"),
         ({"arms": {"initial": {"trane.max_steps": 1}}}, "there is no stage trane"),
         ({"arms": {"a": {"train.learning_rat": 1.0}}}, "learning_rat"),
         ({"arms": {"a": {"train.learning_rate": "high"}}}, "learning_rate: expected float"),
         ({"arms": {"a": {"train.train_data": "{train}"}}}, "train: depends on itself"),
-        ({"arms": {"a": {"train.train_data": "{rws}"}}}, "{rws} is no stage, file or seed"),
+        ({"arms": {"a": {"train.train_data": "{rws}"}}}, "{rws} is not a stage, file or seed"),
         ({"series": {"a": None}, "points": {1: None}}, "expected arms, or series and points"),
         ({"arms": ["initial"]}, "arms: expected a mapping"),
         ({"arms": {"a": 5}}, "arms: a: expected a mapping, found 5"),
@@ -328,7 +332,7 @@ def test_a_file_where_a_folder_belongs_is_one_line(option, tmp_path, capsys):
     assert f"error: {option}: {tmp_path / 'file'} cannot be a folder" in line
 
 
-def test_what_is_no_yaml_is_one_line_too(tmp_path, capsys):
+def test_invalid_yaml_is_one_line_too(tmp_path, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text("title: [")
     assert main([str(path)]) == main([str(tmp_path / "none.yaml")]) == 2
@@ -336,7 +340,7 @@ def test_what_is_no_yaml_is_one_line_too(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path, capsys):
+def test_a_killed_run_resumes_and_ends_with_the_same_figures(tmp_path, capsys):
     path = write(tmp_path / "small.yaml")
 
     def arguments(name):
@@ -355,7 +359,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path, capsys):
         done = {p: p.stat().st_mtime_ns for p in work.glob("*/result.json")}
         assert done
     assert main(arguments("killed")) == main(arguments("whole")) == 0
-    # What was done before the kill was not done again.
+    # Stages finished before the kill were not repeated.
     assert all(p.stat().st_mtime_ns == at for p, at in done.items())
     names = ("small.json", "small.md")
     one, other = ([(tmp_path / r / n).read_text() for n in names] for r in ("killed-r", "whole-r"))
@@ -375,7 +379,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path, capsys):
     assert "expected initial above initial in reward" in line
 
 
-def test_committed_pages_say_what_their_figures_and_recipes_say(tmp_path):
+def test_committed_pages_agree_with_their_figures_and_recipes(tmp_path):
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
     assert names
     for name in names:
@@ -385,8 +389,8 @@ def test_committed_pages_say_what_their_figures_and_recipes_say(tmp_path):
         assert (tmp_path / page).read_text() == (RESULTS / page).read_text(), page
 
 
-def test_a_plot_of_series_names_each_once_and_beside_its_panels(tmp_path, monkeypatch):
-    """A series of one point is a level."""
+def test_a_plot_of_series_has_one_legend_beside_its_panels(tmp_path, monkeypatch):
+    """A series of one point is drawn as a level."""
     drawn = []
     measures = {
         "reward": {"value": 1.0, "low": 0.5, "high": 1.5},
@@ -420,27 +424,27 @@ def test_a_stage_that_fails_is_one_line_and_exit_code_1(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_stage_that_is_killed_says_so(tmp_path):
+def test_a_killed_stage_is_reported(tmp_path):
     deadly = "import os\n\n\ndef score(prompts, responses):\n    os.kill(os.getpid(), 9)\n"
     (tmp_path / "deadly.py").write_text(deadly)
     arms = {"initial": SMALL["arms"]["initial"] | {"evaluate.reward_fn": "deadly:score"}, "a": {}}
     path = write(tmp_path / "deadly.yaml", arms=arms, seeds=[0], results=["evaluate"])
     command = [sys.executable, "-m", "experiments", str(path), "--jobs", "1"]
-    found = subprocess.run(
+    done = subprocess.run(
         [*command, "--work", str(tmp_path / "work")],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 1
-    (line,) = [x for x in found.stderr.splitlines() if "experiments: error" in x]
+    assert done.returncode == 1
+    (line,) = [x for x in done.stderr.splitlines() if "experiments: error" in x]
     assert "killed by signal 9 (see" in line
 
 
 @pytest.mark.slow
-def test_the_smallest_experiment_holds(tmp_path):
-    """RRHF pays: the same check as `python -m experiments smallest`."""
+def test_the_smallest_experiment_passes_its_check(tmp_path):
+    """The same check as `python -m experiments smallest`."""
     folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     assert main(["smallest", *folders]) == 0
     figures = json.loads((tmp_path / "results" / "smallest.json").read_text())

@@ -1,4 +1,4 @@
-"""The export command: a checkpoint's model has the logits of the trained one."""
+"""The export command: an exported model has the logits of the trained one."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rrhf_fast.export.__main__ import main
 
 
 def make_model(folder, *, tied, dtype=torch.float32):
-    """A random model with a chat template and settings of its own for generation."""
+    """A random model with a chat template and its own generation settings."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=576, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -29,7 +29,7 @@ def make_model(folder, *, tied, dtype=torch.float32):
 
 
 def trained(folder, model, **options):
-    """Two steps with a checkpoint after the second."""
+    """Train for two steps with a checkpoint after the second."""
     lines = demo.TRAIN_FILE.read_text().splitlines(keepends=True)[:8]
     (folder / "rows.jsonl").write_text("".join(lines))
     return train(
@@ -70,11 +70,11 @@ def test_a_checkpoint_becomes_a_model(tmp_path, tied):
         for folder in (source, model)
     )
     learned = {"eos_token_id": [before["eos_token_id"], 1], "pad_token_id": 2}
-    assert after == before | learned  # the tokenizer's, which the config did not name
+    assert after == before | learned  # from the tokenizer; the config lacked them
     assert sorted(p.name for p in model.iterdir()) == sorted(p.name for p in Path(source).iterdir())
 
 
-def test_the_dtype_is_that_of_the_source_unless_told_otherwise(tmp_path):
+def test_the_dtype_is_the_sources_by_default(tmp_path):
     trained(tmp_path, make_model(tmp_path / "source", tied=True, dtype=torch.bfloat16))
     exact = export(tmp_path, dtype="float32", output_dir=str(tmp_path / "exact"))
     for folder, dtype in (
@@ -89,14 +89,14 @@ def test_the_dtype_is_that_of_the_source_unless_told_otherwise(tmp_path):
     assert 0 < (rounded - logits(exact)).abs().max() < 0.05
 
 
-def test_adapters(tmp_path):
+def test_adapters_are_exported_alone_or_merged(tmp_path):
     source = make_model(tmp_path / "source", tied=False)
     result = trained(tmp_path, source, use_peft=True, lora_r=4)
     out = result.output_dir
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == source and settings["r"] == 4
     assert not (out / "model.safetensors").exists()
-    expected = logits(out)  # transformers puts the adapters on their model
+    expected = logits(out)  # transformers loads them with their base model
     assert not torch.allclose(expected, logits(source), atol=1e-2)
     alone = export(tmp_path)
     name = "adapter_model.safetensors"
@@ -108,7 +108,7 @@ def test_adapters(tmp_path):
         assert torch.allclose(logits(folder), expected, atol=1e-5)
 
 
-def test_mistakes(tmp_path, capsys):
+def test_a_mistake_has_its_exit_code_and_line(tmp_path, capsys):
     trained(tmp_path, make_model(tmp_path / "source", tied=True))
     checkpoint = tmp_path / "out/checkpoint-2"
     cases = {
@@ -129,7 +129,7 @@ def test_mistakes(tmp_path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-HOLDS_TOKENS = {
+TOKENS_KEPT_AS = {
     "whole embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "saved with the adapters": {},
     "single tokens": {"trainable_token_indices": [576, 577]},
@@ -137,7 +137,7 @@ HOLDS_TOKENS = {
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", HOLDS_TOKENS)
+@pytest.mark.parametrize("kind", TOKENS_KEPT_AS)
 def test_adapters_of_a_model_with_added_tokens(kind, tied, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_model(tmp_path / "base", tied=tied)
@@ -146,7 +146,7 @@ def test_adapters_of_a_model_with_added_tokens(kind, tied, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(lm, peft.LoraConfig(**settings | HOLDS_TOKENS[kind]))
+    model = peft.get_peft_model(lm, peft.LoraConfig(**settings | TOKENS_KEPT_AS[kind]))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -157,12 +157,12 @@ def test_adapters_of_a_model_with_added_tokens(kind, tied, tmp_path):
     assert main(["--checkpoint", str(adapters), *options]) == 0
     with torch.no_grad():
         expected = model.eval()(torch.arange(538, 578)[None]).logits
-        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-        torch.testing.assert_close(found(torch.arange(538, 578)[None]).logits, expected)
+        lm = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        torch.testing.assert_close(lm(torch.arange(538, 578)[None]).logits, expected)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_adapters_of_embeddings_that_cannot_be_merged(tied, tmp_path, capsys):
+def test_adapters_of_embeddings_without_their_weights_are_refused(tied, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     lm = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "base", tied=tied))
     lm.resize_token_embeddings(578, mean_resizing=False)
@@ -177,7 +177,7 @@ def test_adapters_of_embeddings_that_cannot_be_merged(tied, tmp_path, capsys):
     assert not (tmp_path / "merged").exists()
 
 
-def test_adapters_that_do_not_fit(tmp_path, capsys):
+def test_adapters_of_another_model_are_refused(tmp_path, capsys):
     pytest.importorskip("peft")
     model = make_model(tmp_path / "base", tied=False)
     trained(tmp_path, model, use_peft=True)

@@ -1,6 +1,5 @@
-"""Rounds of the whole method: the demo learns, a killed run goes on, OP-k carries on."""
+"""Rounds of the whole method: the demo learns, killed runs resume, OP-k keeps its optimizer."""
 
-import json
 import shutil
 import signal
 from dataclasses import replace
@@ -16,6 +15,7 @@ from rrhf_fast.iterate.config import IterateConfig, with_demo
 from rrhf_fast.iterate.report import is_hacking
 from rrhf_fast.sample.config import Policy
 from rrhf_fast.train import trainer as engine
+from tests.jsonl import read, write
 
 STAGES = ("samples.jsonl", "scored.jsonl", "trained.json", "evaluation/evaluation.json")
 
@@ -46,7 +46,7 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_reward_rises_and_every_file_is_there(config):
+def test_the_reward_rises_and_every_file_is_written(config):
     config.ranking_data = config.eval_data
     records = iterate(config)
     out = Path(config.output_dir)
@@ -58,14 +58,14 @@ def test_the_reward_rises_and_every_file_is_there(config):
     for number in (1, 2):
         assert all((out / f"round-{number}" / name).exists() for name in STAGES)
         assert (out / f"round-{number}" / "model" / "model.safetensors").exists()
-    rows = [json.loads(line) for line in (out / "round-2/scored.jsonl").read_text().splitlines()]
+    rows = read(out / "round-2/scored.jsonl")
     assert all(len(row["scores"]) == len(row["responses"]) for row in rows)
     assert {source for row in rows for source in row["sources"]} == {
         "sample",
         "provided_good",
         "provided_bad",
     }
-    written = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    written = read(out / "rounds.jsonl")
     assert [record["reward"][0] for record in written] == rewards
     page = (out / "report.html").read_text()
     assert "mean reward of a sample" in page and "round 2" in page
@@ -73,13 +73,13 @@ def test_the_reward_rises_and_every_file_is_there(config):
 
 
 @pytest.mark.slow
-def test_a_round_taken_up_at_any_stage_ends_the_same(tmp_path, config):
+def test_a_round_resumed_at_any_stage_ends_the_same(tmp_path, config):
     config.rounds, config.train.max_steps = 1, 2
     iterate(config)
     out = Path(config.output_dir)
     whole = {name: (out / "round-1" / name).read_bytes() for name in STAGES}
     report = (out / "rounds.jsonl").read_bytes()
-    for done in range(len(STAGES)):  # as if killed after so many stages
+    for done in range(len(STAGES)):  # as if killed after this many stages
         for name in STAGES[done:]:
             (out / "round-1" / name).unlink()
         if done <= 2:
@@ -93,11 +93,11 @@ def test_a_round_taken_up_at_any_stage_ends_the_same(tmp_path, config):
 
 
 @pytest.mark.parametrize("steps_per_round", [None, 1])
-def test_columns_are_those_of_the_callers_files(config, steps_per_round, capsys):
+def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
     for path in (config.data, config.eval_data):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        others = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in others))
+        rows = read(path)
+        rows = [{"q": row["prompt"], "a": row["responses"], "s": row["sources"]} for row in rows]
+        write(Path(path), rows)
     shared = Path(config.eval_data).read_text().splitlines()[0]
     Path(config.data).write_text(Path(config.data).read_text() + shared)
     config = replace(config, rounds=1, steps_per_round=steps_per_round)
@@ -107,8 +107,7 @@ def test_columns_are_those_of_the_callers_files(config, steps_per_round, capsys)
     config.columns = "{prompt: q, responses: a, sources: s}"
     assert len(iterate(config)) == 2
     assert "warning: 1 of 6 rows of eval_data have a prompt of data" in capsys.readouterr().out
-    scored = Path(config.output_dir, "round-1", "scored.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in scored]
+    rows = read(Path(config.output_dir, "round-1", "scored.jsonl"))
     assert all(
         row.keys() <= {"prompt", "responses", "sources", "finish_reasons", "scores"} for row in rows
     )
@@ -117,7 +116,7 @@ def test_columns_are_those_of_the_callers_files(config, steps_per_round, capsys)
         iterate(config)
 
 
-def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
+def test_only_missing_rounds_are_run(config, monkeypatch):
     def refuse(*_):
         raise AssertionError("this stage was done")
 
@@ -132,7 +131,7 @@ def test_only_the_rounds_that_are_missing_are_run(config, monkeypatch):
 
 
 @pytest.mark.parametrize("steps_per_round", [None, 2])
-def test_a_signal_while_training_is_exit_code_75_and_the_round_goes_on(
+def test_a_signal_while_training_is_exit_code_75_and_the_round_resumes(
     steps_per_round, config, monkeypatch, capsys
 ):
     step, taken = engine.take_step, []
@@ -157,12 +156,11 @@ def test_a_signal_while_training_is_exit_code_75_and_the_round_goes_on(
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_the_penalty_compares_with_the_first_model(config):
+def test_the_penalty_compares_with_the_initial_model(config):
     config.rounds, config.kl_coef, config.train.max_steps = 2, 0.1, 2
     iterate(config)
     for number in (1, 2):
-        path = Path(config.output_dir, f"round-{number}", "scored.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read(Path(config.output_dir, f"round-{number}", "scored.jsonl"))
         ratios = [ratio for row in rows for ratio in row["log_ratios"]]
         assert all(ratio == 0 for ratio in ratios) == (number == 1)
         for row in rows:
@@ -170,12 +168,12 @@ def test_the_penalty_compares_with_the_first_model(config):
             assert all(s == pytest.approx(r - 0.1 * ratio) for s, r, ratio in parts)
 
 
-def test_rounds_of_steps_walk_through_the_prompts(tmp_path, config):
+def test_rounds_of_steps_cycle_through_the_prompts(tmp_path, config):
     config.steps_per_round, config.train.train_batch_size = 2, 10
     seen = []
-    for number in range(1, 6):  # 20 of 32 prompts a round: three passes and a bit
+    for number in range(1, 6):  # 20 of 32 prompts per round: a little more than three passes
         path = rounds._slice(config, number, tmp_path / "prompts.jsonl")
-        seen.append([json.loads(line) for line in path.read_text().splitlines()])
+        seen.append(read(path))
         assert len(seen[-1]) == 20
     prompts = [row["prompt"] for rows in seen for row in rows]
     assert len(set(prompts[:32])) == len(set(prompts[32:64])) == len(set(prompts[64:96])) == 32
@@ -186,7 +184,7 @@ def test_rounds_of_steps_walk_through_the_prompts(tmp_path, config):
 @pytest.mark.skipif(
     not hasattr(TrainConfig, "init_optimizer_from"), reason="the trainer saves no optimizer state"
 )
-def test_the_optimizer_goes_on_from_round_to_round(config, monkeypatch):
+def test_the_optimizer_state_passes_from_round_to_round(config, monkeypatch):
     configs, train = [], rounds.train
     monkeypatch.setattr(rounds, "train", lambda config: configs.append(config) or train(config))
     config.steps_per_round, config.rounds = 2, 2
@@ -198,7 +196,7 @@ def test_the_optimizer_goes_on_from_round_to_round(config, monkeypatch):
     assert [config.init_optimizer_from for config in configs] == [None, str(checkpoint)]
 
 
-def test_reward_hacking_is_named(config):
+def test_reward_hacking_is_detected(config):
     def record(reward, perplexity):
         return {
             name: Estimate(value, value - 0.1, value + 0.1)
@@ -210,7 +208,7 @@ def test_reward_hacking_is_named(config):
     assert not is_hacking([record(1, 10), record(0, 20)])
 
 
-def test_the_demo_leaves_what_was_asked_for():
+def test_the_demo_keeps_options_that_were_set():
     config = with_demo(IterateConfig(rounds=5, train=TrainConfig(seed=3)))
     assert (config.rounds, config.train.seed, config.train.learning_rate) == (5, 3, 1e-3)
     assert config.data == str(demo.TRAIN_FILE) and len(config.policies) == 3

@@ -1,6 +1,4 @@
-"""A chat model's own samples: they come back from rows as the tokens that the model drew."""
-
-import json
+"""Samples of a chat model are read back from rows as the tokens that the model drew."""
 
 import numpy as np
 import pytest
@@ -13,11 +11,12 @@ from rrhf_fast.sample import sample
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import LocalModel
 from tests.data.test_chat import CHANNELS, SPECIAL, chatml, make_tokenizer, user
+from tests.jsonl import write
 
 
 @pytest.fixture(params=[CHANNELS, chatml("{{ m.content.split('</think>')[-1] }}", "<think>\n")])
 def folder(request, tmp_path):
-    """A model with random weights, which likes special tokens as much as letters."""
+    """A model with random weights, which draws special tokens as often as letters."""
     tokenizer = make_tokenizer(request.param)
     torch.manual_seed(0)
     config = PhiConfig(
@@ -31,14 +30,14 @@ def folder(request, tmp_path):
     )
     lm = AutoModelForCausalLM.from_config(config)
     for token in range(len(tokenizer)):
-        if not tokenizer.decode([token]).isascii():  # a byte that is no letter
+        if not tokenizer.decode([token]).isascii():  # a byte of no letter
             lm.lm_head.bias.data[token] = -1e4
     lm.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path
 
 
-def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
+def test_training_sees_the_tokens_that_were_drawn(folder, monkeypatch):
     drawn, response = {}, LocalModel._response
 
     def record(self, ids):
@@ -56,10 +55,9 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
         }
         for i in range(4)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policies = [Policy(num_responses=8, max_new_tokens=12), Policy(method="provided")]
     config = SampleConfig(
-        data=str(folder / "rows.jsonl"),
+        data=write(folder / "rows.jsonl", rows),
         output=str(folder / "sampled.jsonl"),
         model_name_or_path=str(folder / "model"),
         policies=policies,
@@ -81,7 +79,7 @@ def test_samples_are_trained_as_they_were_drawn(folder, monkeypatch):
             if tokenizer.decode(expected[-1:]) in ("<eos>", "<|im_end|>", "<|return|>"):
                 expected = expected[:-1]
             if len(tokenizer(text)["input_ids"]) != len(expected):
-                continue  # letters that the tokenizer would join
+                continue  # the tokenizer joins letters that were drawn apart
             np.testing.assert_array_equal(ids[:-1], expected)
             with_special += bool(set(expected) & special)
     assert with_special > 8

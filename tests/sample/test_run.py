@@ -1,6 +1,5 @@
-"""The stage `sample`: every policy on the embedded model, endpoints with faults, kills."""
+"""The stage `sample`: every policy on the embedded model, faulty endpoints, kills."""
 
-import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -19,20 +18,11 @@ from rrhf_fast.sample import local, sample
 from rrhf_fast.sample.__main__ import main
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.stages.endpoint import EndpointDown
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
-PROMPTS = [json.loads(line)["prompt"] for line in demo.EVAL_FILE.read_text().splitlines()[:10]]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+PROMPTS = [row["prompt"] for row in read(demo.EVAL_FILE)[:10]]
 
 
 @pytest.fixture
@@ -55,7 +45,7 @@ def lm():
     return AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
-def test_greedy_and_beam_are_what_generate_gives_one_by_one(config, lm):
+def test_greedy_and_beam_equal_generate_on_single_prompts(config, lm):
     config.policies = policies({"method": "greedy"}, {"method": "beam", "num_responses": 3})
     sample(config)
     model, tokenizer = lm
@@ -73,7 +63,7 @@ def test_greedy_and_beam_are_what_generate_gives_one_by_one(config, lm):
         assert row["sources"][:2] == ["greedy", "beam"]
 
 
-def test_a_response_says_whether_the_model_ended_it(config, lm):
+def test_finish_reasons_tell_whether_the_model_ended_the_response(config, lm):
     config.policies = policies({"method": "greedy"})
     sample(config)
     model, tokenizer = lm
@@ -114,11 +104,11 @@ def test_diverse_beams_give_more_distinct_responses_than_beams(config):
     assert openings["diverse_beam"] > openings["beam"]
 
 
-def test_sampling_depends_on_the_seed_alone(config):
+def test_sampling_depends_only_on_the_seed(config):
     config.policies = policies({"temperature": 0.9, "top_p": 0.9, "top_k": 50})
     outputs = []
     for number, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(number)  # the caller's random state has no say, and is left alone
+        torch.manual_seed(number)  # the caller's random state is neither used nor changed
         before = torch.get_rng_state()
         run = replace(config, seed=seed, output=f"{config.output}-{number}")
         sample(run)
@@ -127,16 +117,16 @@ def test_sampling_depends_on_the_seed_alone(config):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the model stories260K is not there")
-def test_the_text_of_a_sample_has_the_tokens_that_were_drawn(config, monkeypatch):
-    """SentencePiece, whose decoder drops a space and whose encoder adds one. A model may also draw
-    a word in other pieces than the tokenizer cuts it into; that no text can hold."""
+@pytest.mark.skipif(not STORIES.exists(), reason="the model stories260K is missing")
+def test_the_text_of_a_sample_has_the_sampled_tokens(config, monkeypatch):
+    """SentencePiece's decoder drops a space and its encoder adds one. The model may also spell a
+    word in other pieces than the tokenizer does, which no text can preserve."""
     drawn = []
 
     def keep(*arguments, **options):
-        found = generate_batch(*arguments, **options)
-        drawn.extend(ids.tolist() for responses in found for ids in responses)
-        return found
+        generated = generate_batch(*arguments, **options)
+        drawn.extend(ids.tolist() for responses in generated for ids in responses)
+        return generated
 
     monkeypatch.setattr(local, "generate_batch", keep)
     rows = [{"prompt": prompt} for prompt in ("One day, Lily", 'He said: "I', "They went home.")]
@@ -146,15 +136,15 @@ def test_the_text_of_a_sample_has_the_tokens_that_were_drawn(config, monkeypatch
     sample(config)
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     texts = sorted(text for row in read(config.output) for text in row["responses"])
-    found = sorted(encode_responses(tokenizer, texts))
-    same = Counter(map(tuple, found)) & Counter(
+    encoded = sorted(encode_responses(tokenizer, texts))
+    same = Counter(map(tuple, encoded)) & Counter(
         tuple(token for token in ids if token not in tokenizer.all_special_ids) for ids in drawn
     )
     assert len(drawn) == 150 and same.total() >= 0.95 * 150
     assert {text[:1] == " " for text in texts} == {True, False}
 
 
-def test_each_batch_draws_anew(tmp_path, config):
+def test_rows_batches_and_policies_draw_independently(tmp_path, config):
     config.data = write(tmp_path / "same.jsonl", [{"prompt": PROMPTS[0]}] * 4)
     config.batch_size, config.policies = 2, policies({}, {"source": "again"})
     sample(config)
@@ -177,26 +167,27 @@ def test_provided_responses_and_their_sources(tmp_path, config):
     config = replace(config, data=write(tmp_path / "p.jsonl", rows))
     config.policies = [Policy(method="provided")]
     counts = sample(config)
-    assert (counts["responses"], counts["duplicates"], counts["empty"], counts["unrankable"]) == (
-        7,
-        1,
-        1,
-        1,
-    )
-    found = read(config.output)
-    assert [row["responses"] for row in found] == [["1", "2"], ["good", "bad"], ["x", "y", "z"], []]
-    assert [row["sources"] for row in found] == [
+    names = ("responses", "duplicates", "empty", "unrankable")
+    assert [counts[name] for name in names] == [7, 1, 1, 1]
+    sampled = read(config.output)
+    assert [row["responses"] for row in sampled] == [
+        ["1", "2"],
+        ["good", "bad"],
+        ["x", "y", "z"],
+        [],
+    ]
+    assert [row["sources"] for row in sampled] == [
         ["provided", "provided"],
         ["chosen", "rejected"],
         ["beam", "provided_good", "human"],
         [],
     ]
-    assert not any({"scores", "chosen", "query"} & set(row) for row in found)
+    assert not any({"scores", "chosen", "query"} & set(row) for row in sampled)
     config = replace(config, output=config.output + "2", keep_all=True)
     config.policies = [Policy(method="provided", use_responses="provided")]
     sample(config)
-    found = [row["responses"] for row in read(config.output)]
-    assert found == [["", "1"], ["good", "bad"], ["y"], []]
+    responses = [row["responses"] for row in read(config.output)]
+    assert responses == [["", "1"], ["good", "bad"], ["y"], []]
 
 
 def test_stop_strings_cut_and_count_as_an_end(config):
@@ -235,7 +226,7 @@ def test_several_models_in_one_yaml(tmp_path, config, lm):
     model, tokenizer = lm
     folder = tmp_path / "other"
     model.save_pretrained(folder)
-    # How to decode is the policy's to say, not the checkpoint's.
+    # Only the policy decides how to decode, not the checkpoint.
     GenerationConfig(repetition_penalty=9.0, eos_token_id=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = tmp_path / "config.yaml"
@@ -253,7 +244,7 @@ def test_several_models_in_one_yaml(tmp_path, config, lm):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_file(config, killed_at_random):
+def test_killed_runs_end_with_the_same_file(config, killed_at_random):
     config.policies = policies(
         {"method": "diverse_beam", "num_responses": 2}, {"method": "sample"}, {"method": "provided"}
     )
@@ -283,7 +274,7 @@ def test_an_endpoint_is_asked_for_each_response_once(remote, openai_server):
     assert [row["prompt"] for row in rows] == PROMPTS
 
 
-def test_requests_carry_what_the_policy_says(remote, openai_server):
+def test_requests_follow_the_policy(remote, openai_server):
     remote.stop_strings = ["\n\n"]
     options = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 9}
     remote.policies = [replace(remote.policies[0], **options, extra_body={"min_p": 0.1})]
@@ -293,14 +284,14 @@ def test_requests_carry_what_the_policy_says(remote, openai_server):
         assert (asked["max_tokens"], asked["stop"], asked["min_p"]) == (9, ["\n\n"], 0.1)
 
 
-def test_completions_get_the_prompt_as_it_is(remote, openai_server):
+def test_completions_get_the_prompt_unchanged(remote, openai_server):
     remote.policies[0].chat = False
     sample(remote)
     assert {request["prompt"] for request in openai_server.answered} == set(PROMPTS)
 
 
 @pytest.mark.slow
-def test_every_fault_is_overcome_and_nothing_is_asked_twice(remote, openai_server):
+def test_every_fault_is_retried_and_nothing_is_answered_twice(remote, openai_server):
     remote.policies[0].model, remote.timeout = "flaky", 5.0  # the server sleeps longer
     counts = sample(remote)
     assert counts["responses"] == len(openai_server.answered) == 20
@@ -308,8 +299,8 @@ def test_every_fault_is_overcome_and_nothing_is_asked_twice(remote, openai_serve
     assert counts["failures"] == 0
 
 
-def test_a_server_that_dies_costs_nothing(remote, openai_server):
-    remote.policies[0].model = "dies:7"  # each time it is started
+def test_a_dying_server_loses_no_answer(remote, openai_server):
+    remote.policies[0].model = "dies:7"  # after each start
     remote.max_retries = 0
     kept, deaths = set(), 0
     while True:
@@ -322,19 +313,19 @@ def test_a_server_that_dies_costs_nothing(remote, openai_server):
         deaths += 1
         journal = read(remote.output + ".journal")[1:]
         texts = {record["result"]["text"] for record in journal}
-        assert kept < texts  # nothing is lost, and every life of the server was of use
-        # At most the answers that were on their way when the server died are asked for again.
+        assert kept < texts  # nothing is lost, and every start makes progress
+        # Only answers under way when the server died are asked for again.
         assert len(texts - kept) <= len(openai_server.answered) - asked <= 7
         kept = texts
         openai_server.stop()
         openai_server.start()
     assert deaths >= 2
-    found = [text for row in read(remote.output) for text in row["responses"]]
-    assert len(found) == len(set(found)) == 20 and kept < set(found)
+    texts = [text for row in read(remote.output) for text in row["responses"]]
+    assert len(texts) == len(set(texts)) == 20 and kept < set(texts)
     assert len(openai_server.answered) - asked == 20 - len(kept)
 
 
-def test_refusals_are_recorded_and_the_rest_goes_on(tmp_path, remote):
+def test_refusals_are_recorded_and_other_rows_proceed(tmp_path, remote):
     rows = [{"prompt": "fine"}, {"prompt": "forbidden"}, {"prompt": "fine too"}]
     remote.data = write(tmp_path / "refused.jsonl", rows)
     remote.policies[0].model = "refuses"
@@ -348,9 +339,9 @@ def test_refusals_are_recorded_and_the_rest_goes_on(tmp_path, remote):
 
 @pytest.mark.parametrize(
     "model, problem",
-    [("wrong-key", "no such key"), ("garbage", "an answer that is no completion")],
+    [("wrong-key", "no such key"), ("garbage", "an answer that is not a completion")],
 )
-def test_a_hopeless_endpoint_ends_the_run(remote, model, problem, capsys):
+def test_an_unusable_endpoint_ends_the_run(remote, model, problem, capsys):
     remote.policies[0].model, remote.max_retries = model, 1
     with pytest.raises(EndpointDown, match=problem):
         sample(remote)
@@ -364,8 +355,8 @@ def test_an_endpoint_that_refuses_everything_writes_no_rows(tmp_path, remote):
     assert not os.path.exists(remote.output)
 
 
-def test_refusals_alone_are_not_kept(tmp_path, remote, openai_server):
-    """Everything is asked again once the server is set right; other policies' work is kept."""
+def test_if_all_requests_are_refused_none_is_kept(tmp_path, remote, openai_server):
+    """All are asked again once the server is fixed; results of other policies are kept."""
     remote.data = write(tmp_path / "refused.jsonl", [{"prompt": "forbidden"}])
     remote.policies[0].model = "refuses"
     remote.policies = [*policies({"method": "greedy"}), *remote.policies]
@@ -378,7 +369,7 @@ def test_refusals_alone_are_not_kept(tmp_path, remote, openai_server):
     assert [r["key"] for r in records if "key" in r].count("0/batch 0") == 1
 
 
-def test_a_wrong_name_locks_nothing(tmp_path, config, capsys):
+def test_a_bad_model_name_locks_nothing(tmp_path, config, capsys):
     arguments = ["--data", config.data, "--output", config.output]
     wrong = "[{method: greedy, max_new_tokens: 4}, {method: greedy, model: /no/such/model}]"
     right = ["--model_name_or_path", MODEL, "--policies"]
@@ -460,13 +451,13 @@ def test_prompts_that_fill_the_window_are_left_out_or_stop_the_run(tmp_path, con
     assert [len(row["responses"]) for row in read(config.output)] == [1, 1]
 
 
-def test_batches_hold_items_of_like_length():
+def test_batches_hold_items_of_similar_length():
     batches = batches_by_length([5, 1, 9, 1, 7], 2)
     assert batches == [[1, 3], [0, 4], [2]]
     assert batches_by_length([], 2) == []
 
 
-def test_other_fields_pass_and_drafts_read_back(config):
+def test_other_fields_are_kept_and_rows_read_back_as_drafts(config):
     config.policies = policies({"method": "sample"})
     sample(config)
     drafts, report = load_drafts(config.output)

@@ -1,13 +1,11 @@
-"""Sampling and judging through the server that transformers brings."""
+"""Sampling and judging through `transformers serve`."""
 
-import json
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,13 +15,14 @@ from rrhf_fast.sample import sample
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig
+from tests.jsonl import read, write
 
-PROMPTS = [json.loads(line)["prompt"] for line in demo.EVAL_FILE.read_text().splitlines()[:4]]
+PROMPTS = [row["prompt"] for row in read(demo.EVAL_FILE)[:4]]
 
 
 @pytest.fixture
 def model(tmp_path):
-    """The embedded model with a chat template, which samples unless it is told otherwise."""
+    """The embedded model with a chat template; it samples by default."""
     lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
     lm.generation_config.do_sample = True
     lm.save_pretrained(tmp_path / "model")
@@ -58,11 +57,9 @@ def url():
 
 @pytest.mark.slow
 def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url):
-    data = tmp_path / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     policy = Policy(method="openai", model=model, base_url=url, num_responses=3, max_new_tokens=48)
     config = SampleConfig(
-        data=str(data),
+        data=write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]),
         output=str(tmp_path / "sampled.jsonl"),
         policies=[policy, replace(policy, chat=False, num_responses=1, source="raw")],
         max_concurrency=2,
@@ -70,11 +67,11 @@ def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url
     counts = sample(config)
     assert counts["requests"] == 16 and counts["failures"] == 0
     assert counts["responses"] + counts["duplicates"] + counts["empty"] == 16
-    rows = [json.loads(line) for line in Path(config.output).read_text().splitlines()]
+    rows = read(config.output)
     assert [row["prompt"] for row in rows] == PROMPTS
     texts = [text for row in rows for text in row["responses"]]
     assert len(set(texts)) > 8  # it sampled
-    assert "the" in " ".join(texts).split()  # and the demo's model, at that
+    assert "the" in " ".join(texts).split()  # from the demo's model
     judging = ScoreConfig(
         data=config.output,
         output=str(tmp_path / "scored.jsonl"),
@@ -82,6 +79,6 @@ def test_the_server_samples_and_its_judgements_are_recorded(tmp_path, model, url
         base_url=url,
         max_retries=0,
     )
-    # The tiny model cannot judge, or even read the rubric in its window.
+    # The tiny model cannot judge; the rubric does not even fit its window.
     with pytest.raises(ValueError, match="no response could be scored: malformed judgement"):
         score(judging)

@@ -1,4 +1,4 @@
-"""Judges as they are: they think, refuse, and take other parameters than their forerunners."""
+"""Real judges: they think, refuse, and support other parameters than older ones."""
 
 import json
 from dataclasses import replace
@@ -10,6 +10,7 @@ from rrhf_fast.score import score
 from rrhf_fast.score.__main__ import main
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.stages.identity import identity
+from tests.jsonl import write
 from tests.openai_server import GRADES, ODD
 
 CURE = "(raise the judge's token limit, judge_max_new_tokens)"
@@ -18,10 +19,8 @@ ROW = {"prompt": "Why?", "responses": ["easy", "hard", "easy too"], "sources": [
 
 @pytest.fixture
 def judged(tmp_path, openai_server):
-    data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps(ROW) + "\n")
     return ScoreConfig(
-        data=str(data),
+        data=write(tmp_path / "rows.jsonl", [ROW]),
         output=str(tmp_path / "scored.jsonl"),
         judge_model="judge",
         base_url=openai_server.url,
@@ -31,7 +30,7 @@ def judged(tmp_path, openai_server):
 
 
 def scored(config):
-    """The row that scoring gives."""
+    """Score the row and return it."""
     score(config)
     return json.loads(Path(config.output).read_text())
 
@@ -47,21 +46,21 @@ def test_a_judgement_without_text_leaves_its_response_unscored(kind, judged):
         assert unscored["error"] == f"ended while thinking {CURE}"
 
 
-def test_where_every_judgement_lacks_its_text_the_reason_is_said(judged):
-    judged.data = str(Path(judged.data).with_name("hard.jsonl"))
-    Path(judged.data).write_text(json.dumps({"prompt": "Why?", "responses": ["hard"]}) + "\n")
-    with pytest.raises(ValueError, match="no response could be scored: answered by a tool call"):
+def test_if_no_judgement_has_text_the_error_says_why(judged):
+    rows = [{"prompt": "Why?", "responses": ["hard"]}]
+    judged.data = write(Path(judged.data).with_name("hard.jsonl"), rows)
+    with pytest.raises(ValueError, match="no response could be scored: answered with a tool call"):
         score(replace(judged, judge_model="tool:judge"))
     assert not Path(judged.output).exists()
 
 
-def test_a_judgement_stands_behind_the_thought(judged, openai_server):
-    judged.judge_model = "think:300"  # and 300 tokens
+def test_a_judgement_follows_the_thought(judged, openai_server):
+    judged.judge_model = "think:300"  # for 300 tokens
     judged.max_retries = 3
     with pytest.raises(ValueError, match="could be scored: ended while thinking") as error:
         score(judged)
     assert CURE in str(error.value)
-    assert len(openai_server.answered) == 3  # asking again would end alike
+    assert len(openai_server.answered) == 3  # a retry would end alike
     row = scored(replace(judged, judge_max_new_tokens=400))
     assert row["scores"] == [18, 18, 18] and "unscored" not in row
     assert [asked["max_tokens"] for asked in openai_server.answered] == [256] * 3 + [400] * 3
@@ -75,7 +74,7 @@ def test_a_judgement_stands_behind_the_thought(judged, openai_server):
         (f"<thinking>hmm</thinking>{GRADES}", 18),
         (f"{GRADES} <think>", 18),
         (f"<think>{GRADES}</think>", None),
-        # What opens the thought may stand in the judge's prompt.
+        # The opening mark may be in the judge's prompt.
         (f"hmm {GRADES}</think>\n\n{GRADES}", 18),
         (f"The format is {GRADES}, hmm</think>\n\nI cannot judge this.", None),
         (f"<think>{GRADES}</think> 5 out of 5", None),
@@ -84,7 +83,7 @@ def test_a_judgement_stands_behind_the_thought(judged, openai_server):
         ("<think>", "ended while thinking " + CURE),
     ],
 )
-def test_thoughts_are_no_judgement(answer, total, judged):
+def test_thoughts_are_not_judgements(answer, total, judged):
     judged.judge_model = "says:" + answer
     if isinstance(total, int):
         assert scored(judged)["scores"] == [total] * 3
@@ -97,8 +96,8 @@ def test_thoughts_are_no_judgement(answer, total, judged):
 @pytest.mark.parametrize(
     ("more", "is_judged"), [("", True), (" " * 999, True), ("so " * 999, False)]
 )
-def test_what_is_cut_off_is_a_judgement_only_at_its_end(more, is_judged, judged):
-    """A thought without its marks, cut off, may have named grades in passing."""
+def test_an_answer_cut_off_counts_only_if_it_ends_with_a_judgement(more, is_judged, judged):
+    """An unmarked thought may mention grades before it is cut off."""
     judged.judge_model = f"says:hmm {GRADES}" + more
     if is_judged:
         assert scored(judged)["scores"] == [18] * 3
@@ -107,13 +106,13 @@ def test_what_is_cut_off_is_a_judgement_only_at_its_end(more, is_judged, judged)
             score(judged)
 
 
-def test_a_judgement_that_was_cut_off_says_so(judged):
+def test_a_truncated_judgement_is_reported_as_cut_off(judged):
     judged.judge_model, judged.judge_max_new_tokens = "judge", 3
     with pytest.raises(ValueError, match="scored: malformed judgement, cut off .raise the judge's"):
         score(judged)
 
 
-def test_a_judge_gets_what_the_options_say(judged, openai_server):
+def test_requests_to_the_judge_follow_the_options(judged, openai_server):
     body = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
     scored(replace(judged, judge_extra_body=body, judge_temperature=0.5, send_seed=False))
     for asked in openai_server.answered:
@@ -121,7 +120,7 @@ def test_a_judge_gets_what_the_options_say(judged, openai_server):
         assert {name: asked[name] for name in body} == body
 
 
-def test_a_newer_judge_is_asked_as_it_likes(judged, openai_server):
+def test_parameters_suit_a_newer_judge(judged, openai_server):
     judged.judge_model = "newer"
     with pytest.raises(ValueError, match=r"judge_temperature: .*\(set it to null\)"):
         score(judged)
@@ -140,7 +139,7 @@ def test_null_on_the_command_line_sends_no_temperature(judged, openai_server):
     assert not any("temperature" in asked for asked in openai_server.answered)
 
 
-def test_what_changes_answers_is_part_of_the_identity(judged):
+def test_options_that_change_answers_are_part_of_the_identity(judged):
     changes = {
         "judge_max_new_tokens": 7,
         "judge_temperature": None,
@@ -164,7 +163,7 @@ def test_what_changes_answers_is_part_of_the_identity(judged):
         ),
     ],
 )
-def test_options_that_cannot_work(options, problem, judged):
+def test_invalid_options_are_refused(options, problem, judged):
     with pytest.raises(ValueError, match=problem):
         replace(judged, **options).validate()
 

@@ -1,6 +1,4 @@
-"""Responses that the chat template changes: they alone are left without log-probs."""
-
-import json
+"""Only responses that the chat template changes have no log-probs."""
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rrhf_fast.score.__main__ import main
 from tests.data.test_chat import chatml, make_tokenizer, user
+from tests.jsonl import read, write
 
 
 @pytest.fixture
@@ -24,11 +23,10 @@ def model(tmp_path):
 
 
 def score(tmp_path, responses, *arguments):
-    row = {"prompt": user(), "responses": responses}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = write(tmp_path / "rows.jsonl", [{"prompt": user(), "responses": responses}])
     out = tmp_path / "out.jsonl"
-    code = main(["--data", str(tmp_path / "rows.jsonl"), "--output", str(out), *arguments])
-    return code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    code = main(["--data", data, "--output", str(out), *arguments])
+    return code, read(out) if out.exists() else []
 
 
 def letters(prompts, responses):
@@ -36,7 +34,7 @@ def letters(prompts, responses):
 
 
 @pytest.mark.parametrize("by", ["policy", "kl"])
-def test_they_are_unscored_and_the_others_keep_their_scores(by, model, tmp_path, capsys):
+def test_changed_responses_are_unscored_and_others_keep_their_scores(by, model, tmp_path, capsys):
     how = ["--policy_as_reward", "true", "--model_name_or_path", model]
     if by == "kl":
         how = ["--reward_fn", f"{__name__}:letters", "--kl_coef", "0.1"]

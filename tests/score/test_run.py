@@ -1,4 +1,4 @@
-"""The stage `score`: reward models, functions, judges with faults, the policy itself, kills."""
+"""The stage `score`: reward models, functions, faulty judges, the policy itself, kills."""
 
 import importlib
 import json
@@ -35,6 +35,7 @@ from rrhf_fast.score.logprobs import LogProbs
 from rrhf_fast.score.reward_model import RewardModel
 from rrhf_fast.stages.endpoint import EndpointDown
 from rrhf_fast.stages.identity import identity
+from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
 ROWS = [
@@ -43,16 +44,6 @@ ROWS = [
     {"prompt": "When?", "responses": []},
     {"prompt": [{"role": "user", "content": "Where?"}], "responses": ["Here."]},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
 
 
 @pytest.fixture
@@ -98,7 +89,7 @@ def test_a_function_scores_every_response(config):
     assert rows[0]["id"] == 1 and rows[1]["sources"] == ["a", "b"]
 
 
-def test_what_cannot_be_scored_is_set_apart_with_its_reason(config):
+def test_responses_without_a_score_are_set_apart_with_the_reason(config):
     config.reward_fn = f"{__name__}:some_bad"
     assert score(config)["unscored"] == 1
     row = read(config.output)[0]
@@ -109,9 +100,9 @@ def test_what_cannot_be_scored_is_set_apart_with_its_reason(config):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_function_that_was_mended_is_called_again(tmp_path, config, monkeypatch, overwrite):
+def test_a_fixed_function_is_called_again(tmp_path, config, monkeypatch, overwrite):
     monkeypatch.syspath_prepend(tmp_path)
-    name = f"mended{overwrite}"
+    name = f"fixed{overwrite}"
     (tmp_path / f"{name}.py").write_text("def fn(prompts, responses): return [float('nan')] * 2")
     config = replace(config, reward_fn=f"{name}:fn", data=write(tmp_path / "two.jsonl", ROWS[1:2]))
     with pytest.raises(ValueError, match="no response could be scored: a score of nan"):
@@ -123,7 +114,7 @@ def test_a_function_that_was_mended_is_called_again(tmp_path, config, monkeypatc
     assert read(config.output)[0]["scores"] == [2, 1]
 
 
-def test_a_function_in_a_package_that_is_broken_has_an_identity(tmp_path, monkeypatch):
+def test_a_function_of_a_broken_package_has_an_identity(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "__init__.py").write_text("1 +")
@@ -143,7 +134,7 @@ def test_scores_of_two_functions_are_not_mixed(tmp_path, config, monkeypatch):
         score(config)
 
 
-def test_a_wrong_name_locks_nothing(config, capsys):
+def test_a_bad_model_name_locks_nothing(config, capsys):
     arguments = ["--data", config.data, "--output", config.output]
     kl = ["--reward_fn", f"{__name__}:count_letters", "--kl_coef", "1"]
     kl += ["--model_name_or_path", MODEL]
@@ -163,7 +154,7 @@ def test_a_wrong_name_locks_nothing(config, capsys):
     assert main([*arguments, "--reward_fn", f"{__name__}:count_letters"]) == 0
 
 
-def test_scoring_again_leaves_nothing_of_the_first_scores(tmp_path, config):
+def test_scoring_again_replaces_everything_of_the_first_scores(tmp_path, config):
     row = {"prompt": "Who?", "responses": ["a", "bc"], "scores": [1, 2], "rewards": [3, 4]}
     row |= {"log_ratios": [5, 6], "criteria": [{}, {}], "unscored": [{"error": "x"}], "id": 7}
     config = replace(config, data=write(tmp_path / "again.jsonl", [row]))
@@ -177,12 +168,12 @@ def test_scoring_again_leaves_nothing_of_the_first_scores(tmp_path, config):
 @pytest.mark.parametrize(
     "name, problem",
     [
-        ("too_few", "expected 2 numbers, one a response, found shape (1,)"),
+        ("too_few", "expected 2 numbers, one per response, found shape (1,)"),
         ("raises", "raised KeyError: 'oops'"),
         ("nothing", "expected package.module:function"),
     ],
 )
-def test_a_function_that_fails_is_one_line(config, name, problem, capsys):
+def test_a_failing_function_is_one_line(config, name, problem, capsys):
     arguments = ["--data", config.data, "--output", config.output, "--batch_size", "2"]
     assert main([*arguments, "--reward_fn", f"{__name__}:{name}"]) == 2
     error = capsys.readouterr().err
@@ -191,7 +182,7 @@ def test_a_function_that_fails_is_one_line(config, name, problem, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_file(tmp_path, config, killed_at_random):
+def test_killed_runs_end_with_the_same_file(tmp_path, config, killed_at_random):
     rows = [{"prompt": str(i), "responses": ["x" * i, "y" * (2 * i)]} for i in range(30)]
     config = replace(config, data=write(tmp_path / "many.jsonl", rows))
     config.reward_fn = "rrhf_fast.demo.reward:score"
@@ -239,12 +230,12 @@ def tiny(kind, vocab, pad):
     return model(config(**sizes)).eval()
 
 
-# pad None, pad == eos and a pad of its own; RoBERTa counts its positions from behind the pad's.
+# No pad, pad == eos, a separate pad; RoBERTa starts its positions after the padding id.
 KINDS = [("llama", None), ("llama", 1), ("llama", 2), ("gpt2", 1), ("bert", 2), ("roberta", 2)]
 
 
 @pytest.mark.parametrize("kind, pad", KINDS)
-def test_a_batch_of_the_reward_model_is_its_rows_alone(tmp_path, kind, pad):
+def test_the_reward_model_scores_a_batch_like_single_rows(tmp_path, kind, pad):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     if kind in ("bert", "roberta"):
@@ -284,7 +275,7 @@ def test_the_reward_model_reads_messages_through_its_template(tmp_path, config):
     assert main(["--data", config.data, "--output", config.output, "--policy_as_reward", "x"]) == 2
 
 
-def test_a_chat_template_that_rejects_is_one_line(tmp_path, config, capsys):
+def test_a_rejection_by_the_chat_template_is_one_line(tmp_path, config, capsys):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.chat_template = "{{ raise_exception('users only') }}"
     tokenizer.save_pretrained(tmp_path / "rm")
@@ -294,10 +285,10 @@ def test_a_chat_template_that_rejects_is_one_line(tmp_path, config, capsys):
     assert re.search("reward_input: .* template rejects .*users only", capsys.readouterr().err)
 
 
-def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path):
-    with pytest.raises(ValueError, match="score.weight.* so this is no reward model"):
+def test_a_model_without_a_trained_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a reward model: .*score.weight"):
         RewardModel(ScorerConfig(reward_model_name_or_path=MODEL))
-    with pytest.raises(ValueError, match="no tokenizer|no sequence classifier"):
+    with pytest.raises(ValueError, match="no tokenizer|not a sequence classifier"):
         RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.save_pretrained(tmp_path)
@@ -327,13 +318,13 @@ def test_the_policy_scores_by_its_length_normalised_log_prob(config, packing):
     config.packing, config.max_tokens_per_pack = packing, 16
     assert score(config)["scored"] == 5
     for row in read(config.output):
-        for response, found in zip(row["responses"], row["scores"], strict=True):
-            assert found == pytest.approx(
+        for response, p in zip(row["responses"], row["scores"], strict=True):
+            assert p == pytest.approx(
                 reference.score(oracle(row["prompt"], response)).item(), abs=1e-5
             )
 
 
-def test_the_penalty_is_the_log_ratio_of_the_tokens_drawn(tmp_path, config):
+def test_the_penalty_is_the_log_ratio_of_the_sampled_tokens(tmp_path, config):
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     with torch.no_grad():
@@ -346,21 +337,21 @@ def test_the_penalty_is_the_log_ratio_of_the_tokens_drawn(tmp_path, config):
     config.model_name_or_path = str(tmp_path / "policy")
     config.reference_model_name_or_path = MODEL
     score(config)
-    (found,) = read(config.output)
+    (row,) = read(config.output)
     drafts, _ = load_drafts(config.data)
     policy = LogProbs(str(tmp_path / "policy"), config)(drafts)[0]
     expected = [
         (policy[0].sum() - oracle("Why?", "Because.").sum()).item(),
         (policy[1][:-1].sum() - oracle("Why?", "No")[:-1].sum()).item(),  # cut off: no end token
     ]
-    assert found["log_ratios"] == pytest.approx(expected, abs=1e-3)
+    assert row["log_ratios"] == pytest.approx(expected, abs=1e-3)
     assert min(map(abs, expected)) > 0.1
-    assert found["rewards"] == [8, 2]
+    assert row["rewards"] == [8, 2]
     scores = [8 - 0.5 * expected[0], 2 - 0.5 * expected[1]]
-    assert found["scores"] == pytest.approx(scores, abs=1e-3)
+    assert row["scores"] == pytest.approx(scores, abs=1e-3)
 
 
-def test_without_a_difference_there_is_no_penalty(config):
+def test_equal_models_give_no_penalty(config):
     config.reward_fn, config.kl_coef = f"{__name__}:count_letters", 0.5
     config.data = write(Path(config.data), ROWS[:2])
     config.model_name_or_path = config.reference_model_name_or_path = MODEL
@@ -388,20 +379,20 @@ def test_a_judge_gives_the_sum_of_four_criteria(judged, openai_server):
             assert value == sum(criteria.values()) and 4 <= value <= 20
 
 
-def test_malformed_judgements_are_asked_again_and_then_recorded(tmp_path, judged, openai_server):
+def test_malformed_judgements_are_retried_and_then_recorded(tmp_path, judged, openai_server):
     row = {"prompt": "a", "responses": ["once", "never", "fine"], "sources": ["x", "y", "z"]}
     judged = replace(judged, data=write(tmp_path / "malformed.jsonl", [row]))
     counts = score(judged)
     assert (counts["scored"], counts["unscored"]) == (2, 1)
     assert counts["requests"] == len(openai_server.answered) == 1 + 2 + 4
-    (found,) = read(judged.output)
-    assert found["responses"] == ["once", "fine"] and found["sources"] == ["x", "z"]
-    (unscored,) = found["unscored"]
+    (scored,) = read(judged.output)
+    assert scored["responses"] == ["once", "fine"] and scored["sources"] == ["x", "z"]
+    (unscored,) = scored["unscored"]
     assert unscored["error"] == "malformed judgement" and unscored["source"] == "y"
     assert unscored["response"] == "never" and "high" in unscored["answer"]
 
 
-def test_a_judge_that_is_never_understood_writes_no_rows(tmp_path, judged):
+def test_a_judge_whose_answers_are_all_malformed_writes_no_rows(tmp_path, judged):
     row = {"prompt": "a", "responses": ["never"]}
     judged = replace(judged, data=write(tmp_path / "never.jsonl", [row]))
     with pytest.raises(ValueError, match="no response could be scored: malformed judgement"):
@@ -409,7 +400,7 @@ def test_a_judge_that_is_never_understood_writes_no_rows(tmp_path, judged):
     assert not os.path.exists(judged.output)
 
 
-def test_a_judge_that_was_mended_is_asked_again(tmp_path, judged, openai_server):
+def test_a_fixed_judge_is_asked_again(tmp_path, judged, openai_server):
     rows = [{"prompt": "a", "responses": []}, {"prompt": "a", "responses": ["never"]}]
     judged = replace(judged, data=write(tmp_path / "never.jsonl", rows), max_retries=0)
     for asked in (1, 2):
@@ -418,7 +409,7 @@ def test_a_judge_that_was_mended_is_asked_again(tmp_path, judged, openai_server)
         assert len(openai_server.answered) == asked
 
 
-def test_a_dead_judge_is_taken_up_again_without_judging_twice(tmp_path, judged, openai_server):
+def test_after_a_judge_died_nothing_is_judged_twice(tmp_path, judged, openai_server):
     rows = [{"prompt": str(i), "responses": ["a", "b"]} for i in range(10)]
     judged = replace(judged, data=write(tmp_path / "many.jsonl", rows), max_retries=0)
     whole = replace(judged, output=judged.output + "-whole")
@@ -454,7 +445,7 @@ def test_a_dead_judge_is_taken_up_again_without_judging_twice(tmp_path, judged, 
         ("", None),
     ],
 )
-def test_judgements_are_read_strictly(answer, total):
+def test_judgements_are_parsed_strictly(answer, total):
     criteria = parse_judgement(answer)
     assert (None if criteria is None else sum(criteria.values())) == total
 

@@ -1,4 +1,4 @@
-"""Endpoints whose answers hold no text, or which do not take what they are sent."""
+"""Endpoints that answer without text or reject what they are sent."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.run import _ask_endpoint
 from rrhf_fast.stages.answer import NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
+from tests.jsonl import read, write
 from tests.openai_server import ODD
 
 ROWS = [{"prompt": f"{kind} {i}"} for i, kind in enumerate(["easy", "hard", "easy", "long"])]
@@ -32,7 +33,7 @@ REASONS = {
     "refusal-part": "the model refused: I can't.",
     "filter": FILTERED,
     "filter-midway": FILTERED,
-    "abort": "the server gave the answer up (finish_reason abort)",
+    "abort": "the server aborted the answer (finish_reason abort)",
     "thought": ENDED,
     "thought-newer": ENDED,
     "thought-bare": ENDED,
@@ -40,27 +41,18 @@ REASONS = {
     "thought-parts": ENDED,
     "thought-only": "thought, but gave no answer",
     "thought-hidden": ENDED,
-    "tool": "answered by a tool call",
-    "surrogate": "an answer that is no Unicode text",
+    "tool": "answered with a tool call",
+    "surrogate": "an answer that is not valid Unicode",
     "no-message": "an answer without a message",
     "no-choices": "an answer without choices",
     "null-choices": "an answer without choices",
     "odd-choices": "an answer without choices",
     "nothing": "an answer without choices",
-    "list": "an answer that is no JSON object",
-    "error": "an error for an answer: the provider is overloaded",
-    "error-string": "an error for an answer: out of order",
+    "list": "an answer that is not a JSON object",
+    "error": "an error instead of an answer: the provider is overloaded",
+    "error-string": "an error instead of an answer: out of order",
 }
 OF_COMPLETIONS = {"null": TEXTLESS, "filter-midway": FILTERED, "no-choices": REASONS["no-choices"]}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -76,7 +68,7 @@ def remote(tmp_path, openai_server):
 
 
 def asking(remote, **options):
-    """`remote` with a policy of these options."""
+    """`remote` with these options of its policy."""
     return replace(remote, policies=[replace(remote.policies[0], **options)])
 
 
@@ -106,7 +98,7 @@ def test_a_completion_without_text_is_a_failure_of_its_row(kind, remote):
 
 
 @pytest.mark.parametrize("kind", ["thought", "error"])
-def test_where_every_answer_lacks_its_text_the_reason_is_said(kind, tmp_path, remote):
+def test_if_no_answer_has_text_the_error_says_why(kind, tmp_path, remote):
     remote.data = write(tmp_path / "hard.jsonl", [{"prompt": "hard"}])
     with pytest.raises(ValueError, match=r"policies\[0\]: every request was refused: ") as error:
         sample(asking(remote, model=kind))
@@ -114,7 +106,7 @@ def test_where_every_answer_lacks_its_text_the_reason_is_said(kind, tmp_path, re
     assert not Path(remote.output).exists()
 
 
-def test_only_what_another_try_may_mend_is_asked_for_again(remote, openai_server):
+def test_only_answers_that_a_retry_may_fix_are_retried(remote, openai_server):
     remote.max_retries = 1
     for kind, tries in (("thought", 1), ("refusal", 1), ("error", 2), ("no-choices", 2)):
         config = replace(asking(remote, model=kind), output=f"{remote.output}-{kind}")
@@ -125,20 +117,20 @@ def test_only_what_another_try_may_mend_is_asked_for_again(remote, openai_server
         assert counts["requests"] == len(asked) == 3 + tries
 
 
-def test_texts_of_a_list_of_parts_are_joined(remote):
+def test_text_parts_are_joined(remote):
     sample(asking(remote, model="parts"))
     for row in read(remote.output):
         assert len(row["responses"][0].removeprefix("Human: ")) == len("answer 123456")
 
 
-def test_thoughts_in_a_text_are_kept(remote):
+def test_thoughts_in_the_text_are_kept(remote):
     sample(asking(remote, model="think:3"))
     for row in read(remote.output):
         assert "<think>\nhmm hmm hmm " in row["responses"][0]
 
 
 @pytest.mark.parametrize("stop, reason", [([], "length"), (["s"], "stop")])
-def test_what_a_stop_string_cuts_has_ended(stop, reason, remote):
+def test_a_response_cut_at_a_stop_string_has_ended(stop, reason, remote):
     remote.stop_strings = stop
     sample(asking(remote, model="echo", max_new_tokens=1))
     first = read(remote.output)[0]
@@ -175,15 +167,15 @@ def sent(openai_server, *names):
     return [{name: asked.get(name) for name in names} for asked in openai_server.answered]
 
 
-def test_a_model_that_takes_max_completion_tokens_gets_it(remote, openai_server):
+def test_max_completion_tokens_is_sent_where_needed(remote, openai_server):
     remote.max_concurrency = 1
     sample(asking(remote, model="newer", max_new_tokens=50))
     limits = {"max_tokens": None, "max_completion_tokens": 50}
     assert sent(openai_server, *limits) == [limits] * 4
-    assert len(openai_server.refused) == 1  # found out once
+    assert len(openai_server.refused) == 1  # tried once
 
 
-def test_a_limit_that_is_too_large_is_no_matter_of_its_name(remote, openai_server):
+def test_a_limit_that_is_too_large_keeps_its_name(remote, openai_server):
     remote.max_concurrency = 1
     counts = sample(asking(remote, model="too-large"))
     assert (counts["responses"], counts["failures"]) == (3, 1)
@@ -198,7 +190,7 @@ def test_the_name_of_the_limit_can_be_set(remote, openai_server):
     assert sent(openai_server, *limits) == [limits] * 4
 
 
-def test_null_is_not_sent(remote, openai_server):
+def test_null_parameters_are_not_sent(remote, openai_server):
     remote.send_seed = False
     sample(asking(remote, model="no-seed", temperature=None, top_p=None))
     names = {"temperature", "top_p", "seed", "stop", "tools"}
@@ -206,7 +198,7 @@ def test_null_is_not_sent(remote, openai_server):
     assert not any(names & set(asked) for asked in openai_server.answered)
 
 
-def test_zero_is_a_temperature_of_endpoints(remote, openai_server):
+def test_endpoints_accept_temperature_zero(remote, openai_server):
     sample(asking(remote, model="echo", temperature=0.0))
     assert sent(openai_server, "temperature") == [{"temperature": 0.0}] * 4
 
@@ -218,7 +210,7 @@ def test_zero_is_a_temperature_of_endpoints(remote, openai_server):
         ({"model": "no-seed"}, "send_seed: .*extra_forbidden.*(set it to false)"),
     ],
 )
-def test_a_parameter_that_no_request_may_have_names_its_option(options, problem, remote):
+def test_an_unsupported_parameter_names_its_option(options, problem, remote):
     option, _, cure = problem.partition(".*")
     with pytest.raises(ValueError) as error:
         sample(asking(remote, **options))
@@ -226,19 +218,19 @@ def test_a_parameter_that_no_request_may_have_names_its_option(options, problem,
     assert not Path(remote.output + ".journal").exists()
 
 
-def test_a_request_that_is_repeated_names_no_option(remote):
+def test_a_request_echoed_in_an_error_names_no_option(remote):
     counts = sample(asking(remote, model="repeats"))
     assert (counts["responses"], counts["failures"]) == (3, 1)
 
 
-def test_a_limit_by_the_wrong_name_names_its_option(remote):
+def test_a_limit_under_the_wrong_name_names_its_option(remote):
     remote.token_limit_parameter = "max_tokens"
     with pytest.raises(ValueError, match=r"token_limit_parameter: .*\(set it to auto\)"):
         sample(asking(remote, model="newer"))
 
 
 @pytest.mark.parametrize("name, value", [("temperature", None), ("top_p", None)])
-def test_null_is_for_endpoints(name, value):
+def test_null_is_only_for_endpoints(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a number"):
         Policy(**{name: value}).validate()
     with pytest.raises(ValueError, match="temperature: expected 0 or more"):
@@ -259,7 +251,7 @@ def draft(prompt, **fields):
     return Draft(prompt, None, None, None, {}, "test", **fields)
 
 
-def test_tools_and_arguments_of_the_template_are_sent(tmp_path, remote, openai_server):
+def test_tools_and_template_arguments_are_sent(tmp_path, remote, openai_server):
     tools = [{"type": "function", "function": {"name": "look_up"}}]
     own = {"enable_thinking": True}
     remote.chat_template_kwargs = {
@@ -273,7 +265,7 @@ def test_tools_and_arguments_of_the_template_are_sent(tmp_path, remote, openai_s
     assert second["chat_template_kwargs"] == {"enable_thinking": True, "language": "fr"}
 
 
-def test_a_policy_can_send_no_arguments_of_the_template(tmp_path, remote, openai_server):
+def test_a_policy_can_suppress_template_arguments(tmp_path, remote, openai_server):
     remote.chat_template_kwargs = {"enable_thinking": False}
     config = asking(remote, model="echo", extra_body={"chat_template_kwargs": {}})
     ask(tmp_path, config, draft("0", chat_template_kwargs={"a": 1}))
@@ -281,14 +273,14 @@ def test_a_policy_can_send_no_arguments_of_the_template(tmp_path, remote, openai
     assert "chat_template_kwargs" not in asked
 
 
-def test_completions_get_nothing_for_a_template(tmp_path, remote, openai_server):
+def test_completions_get_no_template_arguments(tmp_path, remote, openai_server):
     config = asking(remote, model="echo", chat=False)
     ask(tmp_path, config, draft("0", tools=[{}], chat_template_kwargs={"a": 1}))
     (asked,) = openai_server.answered
     assert not {"tools", "chat_template_kwargs", "messages"} & set(asked)
 
 
-def test_an_answer_that_was_begun_is_continued(tmp_path, remote, openai_server):
+def test_an_answer_begun_in_the_prompt_is_continued(tmp_path, remote, openai_server):
     user, begun = ({"role": role, "content": "0"} for role in ("user", "assistant"))
     config = asking(remote, model="echo")
     ask(tmp_path, config, draft([user]), draft([user, begun]), draft("0"))
@@ -320,24 +312,24 @@ def test_any_json_is_an_answer_or_a_failure(choice, body, chat):
 
 
 @pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"prompt_tokens": True}, []])
-def test_usage_that_counts_nothing_counts_for_nothing(usage):
+def test_malformed_usage_counts_as_zero(usage):
     body = {"choices": [{"message": {"content": "a"}, "finish_reason": 3}], "usage": usage}
     answer = read_answer(json.dumps(body).encode(), True, 2)
     assert answer.usage == {"requests": 2, "prompt_tokens": 0, "completion_tokens": 0}
     assert answer.finish_reason is None
 
 
-def test_a_key_is_not_repeated(remote, monkeypatch, capsys):
+def test_the_key_is_not_printed(remote, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
     with pytest.raises(RuntimeError, match=r"no such key: Bearer \[key\]"):
         sample(asking(remote, model="echoes-key"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very\nsecret")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY holds what no HTTP header can"):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY does not fit into an HTTP header"):
         sample(asking(remote, model="echo"))
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_file(tmp_path, remote, killed_at_random):
+def test_killed_runs_end_with_the_same_file(tmp_path, remote, killed_at_random):
     rows = [{"prompt": f"{'hard' if i % 3 else 'easy'} {i}"} for i in range(40)]
     config = replace(asking(remote, model="thought"), data=write(tmp_path / "many.jsonl", rows))
     config.max_concurrency = 1

@@ -1,4 +1,4 @@
-"""What a stage's results depend on: the content of its rows, wherever they are."""
+"""A stage's identity includes the content of its rows."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ def write(path, text):
 
 @pytest.mark.parametrize("name", ["one.jsonl", "two.jsonl.gz"])
 @pytest.mark.parametrize("kind", ["file", "folder", "pattern", "split", "list"])
-def test_rows_that_change_are_other_rows(kind, name, tmp_path):
+def test_changed_rows_change_the_identity(kind, name, tmp_path):
     file = tmp_path / "rows" / name
     write(file, "Why?")
     sources = {
@@ -34,7 +34,7 @@ def test_rows_that_change_are_other_rows(kind, name, tmp_path):
     assert identity(config) != before
 
 
-def test_a_name_on_the_hub_has_no_content():
+def test_a_dataset_of_the_hub_has_no_content():
     assert not [
         key for key in identity(SampleConfig(data="someone/rows:train")) if "content" in key
     ]

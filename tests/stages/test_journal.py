@@ -1,4 +1,4 @@
-"""A journal loses nothing, wherever the process that wrote it was cut off."""
+"""The journal loses no finished unit, wherever its process is killed."""
 
 import json
 import multiprocessing
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrhf_fast.stages.journal import Journal, fingerprint, write_rows
+from rrhf_fast.stages.files import write_rows
+from rrhf_fast.stages.journal import Journal, fingerprint
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -19,7 +20,7 @@ JSON = st.recursive(
 
 
 def work(output, results):
-    """Do what is missing; returns what was done in this call."""
+    """Do the missing units; returns the keys done in this call."""
     done = []
     with Journal(output, "f") as journal:
         for key, result in results.items():
@@ -31,11 +32,11 @@ def work(output, results):
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=6), st.lists(st.floats(0, 1), max_size=3))
-def test_cuts_anywhere_end_in_the_same_file(results, cuts):
+def test_a_cut_anywhere_ends_with_the_same_file(results, cuts):
     with TemporaryDirectory() as folder:
         whole, cut = Path(folder, "whole.jsonl"), Path(folder, "cut.jsonl")
         work(whole, results)
-        kept = -1  # lines, less the first
+        kept = -1  # lines after the first
         for where in cuts:
             with Journal(cut, "f") as journal:
                 assert len(journal.done) == max(kept, 0)
@@ -49,16 +50,16 @@ def test_cuts_anywhere_end_in_the_same_file(results, cuts):
         assert sorted(path.name for path in Path(folder).iterdir()) == ["cut.jsonl", "whole.jsonl"]
 
 
-def test_a_crash_between_the_last_two_steps_is_harmless(tmp_path):
+def test_a_crash_before_the_journal_is_deleted_is_harmless(tmp_path):
     output = tmp_path / "rows.jsonl"
     with Journal(output, "f") as journal:
         journal.write("a", 1)
-        write_rows(output, [{"result": 1}])  # finish() without its last step
+        write_rows(output, [{"result": 1}])  # finish() without deleting the journal
     assert work(output, {"a": 1}) == []
     assert output.read_text() == '{"result": 1}\n' and not journal.path.exists()
 
 
-def test_what_is_not_ours_is_refused(tmp_path):
+def test_files_of_other_runs_are_refused(tmp_path):
     output = tmp_path / "rows.jsonl"
     with Journal(output, "f") as journal:
         journal.write("a", 1)
@@ -79,7 +80,7 @@ def test_what_is_not_ours_is_refused(tmp_path):
         Journal(output / "below.jsonl", "g")
 
 
-def test_overwrite_starts_anew_even_with_the_same_options(tmp_path):
+def test_overwrite_discards_the_journal_of_the_same_options(tmp_path):
     with Journal(tmp_path / "rows.jsonl", "f") as journal:
         journal.write("a", 1)
     with Journal(tmp_path / "rows.jsonl", "f", overwrite=True) as journal:
@@ -88,7 +89,7 @@ def test_overwrite_starts_anew_even_with_the_same_options(tmp_path):
     assert Journal(tmp_path / "rows.jsonl", "f").done == {"a": 2}
 
 
-def test_what_is_forgotten_can_be_done_again(tmp_path):
+def test_forgotten_units_can_be_redone(tmp_path):
     with Journal(tmp_path / "rows.jsonl", "f") as journal:
         for key in "abc":
             journal.write(key, 1)
@@ -97,24 +98,24 @@ def test_what_is_forgotten_can_be_done_again(tmp_path):
     with Journal(tmp_path / "rows.jsonl", "f") as journal:
         assert journal.done == {"b": 1, "a": 2}
         journal.forget(["a", "b"])
-    Journal(tmp_path / "rows.jsonl", "g").__exit__(None)  # nothing is left to lose
+    Journal(tmp_path / "rows.jsonl", "g").__exit__(None)  # no results recorded
 
 
-def test_a_run_that_came_to_nothing_is_in_nobodys_way(tmp_path):
+def test_a_run_without_results_blocks_no_other(tmp_path):
     output = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError), Journal(output, "f"):
         raise ValueError
     assert not list(tmp_path.iterdir())
     Journal(output, "f").__exit__(None)  # killed
     write_rows(output, [])
-    with pytest.raises(ValueError, match="exists already"):  # another run's consent is not ours
+    with pytest.raises(ValueError, match="exists already"):  # not this run's output
         Journal(output, "g")
     output.unlink()
     with Journal(output, "g") as journal:
         assert journal.done == {}
 
 
-def test_threads_write_whole_lines(tmp_path):
+def test_threads_write_complete_lines(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     with Journal(tmp_path / "rows.jsonl", "f") as journal, ThreadPoolExecutor(8) as pool:
@@ -122,12 +123,12 @@ def test_threads_write_whole_lines(tmp_path):
     assert len([json.loads(line) for line in journal.path.read_text().splitlines()]) == 51
 
 
-def test_fingerprints_tell_values_apart():
+def test_different_values_have_different_fingerprints():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert len({fingerprint(1), fingerprint(2), fingerprint("1"), fingerprint(1, 2)}) == 4
 
 
-def _lock(path, ready, leave):
+def _hold_lock(path, ready, leave):
     with Journal(path, "f"):
         ready.set()
         leave.wait()
@@ -136,7 +137,7 @@ def _lock(path, ready, leave):
 def test_a_killed_process_leaves_no_lock(tmp_path):
     context = multiprocessing.get_context("forkserver")
     ready, leave = context.Event(), context.Event()
-    process = context.Process(target=_lock, args=(tmp_path / "rows.jsonl", ready, leave))
+    process = context.Process(target=_hold_lock, args=(tmp_path / "rows.jsonl", ready, leave))
     process.start()
     assert ready.wait(60)
     with pytest.raises(ValueError, match="another process is writing"):

@@ -95,7 +95,7 @@ MISTAKES = {
         "save_steps, optim: the moments of adamw_8bit cannot be saved",
     ),
     "latest of nowhere": (["--resume_from_checkpoint", "latest"], "latest needs an output_dir"),
-    "dropout": (["--lora_dropout", "0.1"], "lora_dropout: expected 0"),
+    "dropout": (["--lora_dropout", "0.1"], "lora_dropout: no such option"),
     "no such schedule": (["--lr_scheduler_type", "wave"], "lr_scheduler_type: 'wave' is unknown"),
     "no such reward": (["--eval_reward_fn", "rrhf_fast.demo.reward:best"], "eval_reward_fn: rrhf"),
     "no held-out rows to sample for": (

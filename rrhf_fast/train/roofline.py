@@ -38,12 +38,17 @@ class Roofline:
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """The best of many runs of one large product and of one large pass over memory, with PyTorch's
     threads; about two seconds."""
-    size, count = (8192, 2**28) if device.type == "cuda" else (1536, 2**26)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = _best("torch.mm(a, b, out=c)", a=a, b=b, c=torch.empty_like(a))
     # In place: a CPU's copy reads what it is about to overwrite, too.
-    x = torch.ones(count, device=device)
-    return Roofline(dtype, 2 * size**3 / product, 2 * x.nbytes / _best("x.mul_(1.5)", x=x))
+    x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    speed = 2 * x.nbytes / _best("x.mul_(1.5)", x=x)
+    return Roofline(dtype, measure_peak(device, dtype), speed)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of one large matrix product, the best of many; takes about a second."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _best("torch.mm(a, b, out=c)", a=a, b=b, c=torch.empty_like(a))
 
 
 def _best(statement: str, **names: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import Given, Rows, prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
 from rrhf_fast.train.resume import first_evaluation, start, was_left_out
+from rrhf_fast.train.roofline import measure_peak
 from rrhf_fast.train.save import save_model
 from rrhf_fast.train.show import shown_rows
 from rrhf_fast.train.signals import Signals, uninterrupted
@@ -276,7 +278,8 @@ class RRHFTrainer:
         started: float,
     ) -> dict[str, float]:
         """The metrics of the step that was just taken."""
-        speed = totals.num_tokens / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        speed = totals.num_tokens / seconds
         record = {"step": self.step, "epoch": self.step / self.run.steps_per_epoch}
         record |= totals.means() | {
             "grad_norm": grad_norm,
@@ -289,6 +292,9 @@ class RRHFTrainer:
         if progress.skipped:
             record["skipped"] = progress.skipped
         if self.world.device.type == "cuda":
+            if self.run.config.packing == "forest":
+                peak = self._peak_flops * self.world.size
+                record["mfu"] = sum(totals.flops) / seconds / peak
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.run.model.compiled:
             record["compiled_graphs"] = count_graphs()
@@ -300,6 +306,10 @@ class RRHFTrainer:
             f"{speed:,.0f} tokens/s"
         )
         return record
+
+    @cached_property
+    def _peak_flops(self) -> float:
+        return measure_peak(self.world.device, self.run.model.compute_dtype)
 
     def _is_due(self, what: str) -> bool:
         """Whether logging, evaluation or saving is due after this step."""

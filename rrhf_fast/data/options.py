@@ -25,7 +25,7 @@ class RowsConfig:
 
     def reading(self) -> dict[str, Any]:
         """These options as arguments of load_rows and load_drafts. Raises ValueError, with the
-        option's name, for what cannot work."""
+        option's name, for columns or a field name that cannot be used."""
         columns = parse_paths(self.columns)
         Columns(columns)
         if self.group_by is not None and not self.group_by.strip():
@@ -38,5 +38,5 @@ class RowsConfig:
         }
 
 
-# These options for rows that a stage of our own wrote.
+# These options for rows that another stage wrote.
 OWN_FORMAT = {"columns": None, "group_by": None, "apply_chat_template": False}

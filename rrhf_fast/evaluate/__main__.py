@@ -1,17 +1,17 @@
-"""Measure a model by fresh samples of held-out prompts, alone or against a baseline.
+"""Evaluate a model by fresh samples of held-out prompts, alone or against a baseline.
 
 python -m rrhf_fast.evaluate --model_name_or_path M --data held_out.jsonl --output_dir eval \\
     --reward_fn package.module:function --baseline M0 --reference_model_name_or_path M0
 
 Prints a table; writes samples.jsonl, scored.jsonl, evaluation.json, evaluation.png and report.html.
-Killed? The same command goes on where it was.
+If it is killed, the same command resumes.
 """
 
 import sys
 from pathlib import Path
 
 from rrhf_fast.evaluate import EvaluateConfig, evaluate
-from rrhf_fast.stages.command import fail, go_on, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def _run(config: EvaluateConfig) -> int:
     try:
         evaluation = evaluate(config)
     except EndpointDown as error:
-        return fail("evaluate", f"{error}; {go_on(config)}", 1)
+        return fail("evaluate", f"{error}; {how_to_resume(config)}", 1)
     print(write_report(evaluation, Path(config.output_dir)))
     print(f"report.html is in {config.output_dir}")
     return 0

@@ -27,8 +27,7 @@ class EvaluationOptions(ScorerConfig):
     """Seed of the samples and the intervals."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         if self.policy_as_reward:
             raise ValueError(
@@ -58,8 +57,7 @@ class EvaluateConfig(RowsConfig, EvaluationOptions):
     """Drop the evaluation that output_dir holds."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         self.reading()
         for name in ("model_name_or_path", "data", "output_dir"):

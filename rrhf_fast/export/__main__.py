@@ -1,7 +1,7 @@
 """Turn a checkpoint of a run into a folder that from_pretrained and vLLM read.
 
 python -m rrhf_fast.export --checkpoint out/checkpoint-100 --output_dir model
-python -m rrhf_fast.export --checkpoint adapters --output_dir model --merge true   # LoRA
+python -m rrhf_fast.export --checkpoint out --output_dir model --merge true   # out: LoRA adapters
 """
 
 import sys

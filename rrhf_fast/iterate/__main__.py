@@ -1,11 +1,11 @@
-"""The whole method in rounds: sample, score, train, evaluate, and again with the new model.
+"""Run the whole method in rounds: sample, score, train, evaluate, and again with the new model.
 
 python -m rrhf_fast.iterate                                # the embedded demo, offline
 python -m rrhf_fast.iterate --model_name_or_path M --data rows.jsonl --eval_data held_out.jsonl \\
     --reward_model_name_or_path R --rounds 3 --output_dir out --train.learning_rate 1e-5
 python -m rrhf_fast.iterate --config rounds.yaml --kl_coef 0.01 --steps_per_round 32
 
-Killed? The same command, with its --output_dir, goes on where it was.
+If it is killed, the same command with its --output_dir resumes.
 """
 
 import sys

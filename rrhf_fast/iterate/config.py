@@ -66,17 +66,12 @@ class IterateConfig(RowsConfig, EvaluationOptions):
     """Options of the trainer; the rounds set its model, data and output_dir."""
 
     def __post_init__(self):
-        # A file or a command line gives plain dicts.
-        if isinstance(self.policies, list):
-            self.policies = [
-                as_config(Policy, policy, f"policies[{i}]")
-                for i, policy in enumerate(self.policies)
-            ]
+        # Files and command lines give plain dicts.
+        self.policies = as_config(Policy, self.policies, "policies")
         self.train = as_config(TrainConfig, self.train, "train")
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         self.reading()
         for name in ("model_name_or_path", "data", "eval_data"):

@@ -1,17 +1,17 @@
-"""Add responses to rows: from models, from an endpoint, or those that the rows hold.
+"""Add responses to rows: from models, from an endpoint, or those that the rows already hold.
 
 python -m rrhf_fast.sample --data rows.jsonl --output sampled.jsonl --model_name_or_path M
 python -m rrhf_fast.sample --config policies.yaml          # several policies and models
 python -m rrhf_fast.sample --data rows.jsonl --output sampled.jsonl --model_name_or_path M \\
     --policies '[{method: diverse_beam, temperature: 0.8}, {method: provided}]'
 
-Killed? The same command goes on where it was.
+If it is killed, the same command resumes.
 """
 
 import sys
 
 from rrhf_fast.sample import SampleConfig, sample
-from rrhf_fast.stages.command import fail, go_on, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def _run(config: SampleConfig) -> int:
     try:
         counts = sample(config)
     except EndpointDown as error:
-        return fail("sample", f"{error}; {go_on(config)}", 1)
+        return fail("sample", f"{error}; {how_to_resume(config)}", 1)
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
     print(f"rows are in {config.output}")
     return 0

@@ -65,8 +65,7 @@ class Policy:
         return self.num_responses or (1 if self.method in ("greedy", "openai") else 4)
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
         remote = self.method == "openai"
         for name in ("temperature", "top_p"):
@@ -127,16 +126,11 @@ class SampleConfig(RowsConfig, EndpointConfig):
     """Seed of the run, from which each batch and each request derives its own."""
 
     def __post_init__(self):
-        # A file or a command line gives plain dicts.
-        if isinstance(self.policies, list):
-            self.policies = [
-                as_config(Policy, policy, f"policies[{i}]")
-                for i, policy in enumerate(self.policies)
-            ]
+        # Files and command lines give plain dicts.
+        self.policies = as_config(Policy, self.policies, "policies")
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
         self.reading()
         for name in ("data", "output", "policies"):

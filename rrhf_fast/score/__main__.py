@@ -6,13 +6,13 @@ python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --judge_mod
 python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --model_name_or_path M \\
     --policy_as_reward true
 
-Killed? The same command goes on where it was.
+If it is killed, the same command resumes.
 """
 
 import sys
 
 from rrhf_fast.score import ScoreConfig, score
-from rrhf_fast.stages.command import fail, go_on, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def _run(config: ScoreConfig) -> int:
     try:
         counts = score(config)
     except EndpointDown as error:
-        return fail("score", f"{error}; {go_on(config)}", 1)
+        return fail("score", f"{error}; {how_to_resume(config)}", 1)
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
     print(f"rows are in {config.output}")
     return 0

@@ -84,8 +84,7 @@ class ScorerConfig(RewardConfig, LogProbsConfig, JudgeConfig, EndpointConfig):
     """Run Python code that comes with a model. Only for models whose author you trust."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
         kinds = ("reward_model_name_or_path", "reward_fn", "judge_model", "policy_as_reward")
         named = [name for name in kinds if getattr(self, name)]
@@ -115,8 +114,7 @@ class ScoreConfig(RowsConfig, ScorerConfig):
     does not drift far from the reference model. The paper's online runs use 0.01."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         self.reading()
         for name in ("data", "output"):

@@ -24,9 +24,9 @@ def run_command(
     *,
     many_processes: bool = False,
 ) -> int:
-    """Parse and run; returns the exit code: that of `run`, 2 for a mistake in options or data (a
-    ValueError), 1 where the device's memory does not suffice, 130 for Ctrl-C. A launcher of several
-    processes is refused, unless the command shares its work among `many_processes`."""
+    """Parse the options and run; returns the exit code: that of `run`, 2 for a mistake in options
+    or data (a ValueError), 1 if the device runs out of memory, 130 for Ctrl-C. A launcher of
+    several processes is refused unless the command shares its work among `many_processes`."""
     try:
         if not many_processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
@@ -35,8 +35,8 @@ def run_command(
             )
         return run(parse_config(config_class, arguments, name, description))
     except (ArgumentError, ValueError) as error:
-        # A mistake is nearly always every rank's, and the first rank's line says it: the launcher
-        # then ends the others while they wait.
+        # Nearly always every rank makes the same mistake. The first one reports it, and the
+        # launcher then ends the others while they wait.
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(10)
         return fail(name, error, 2)
@@ -49,8 +49,8 @@ def run_command(
         return fail(name, "interrupted", 130)
 
 
-def go_on(config: object) -> str:
-    """What to do after a stage stopped half-way: the work that is done is kept."""
+def how_to_resume(config: object) -> str:
+    """What to do after a stage stopped half-way, for its error line."""
     how = ", without --overwrite" if config.overwrite else ""
     return f"what is done is kept: run the same command again{how}"
 
@@ -62,8 +62,8 @@ def fail(name: str, problem: object, code: int) -> int:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """End the process with main's exit code. One of several ranks that failed does so at once:
-    waiting for the others, who wait for it, would keep the launcher from ending the job."""
+    """End the process with the exit code of `main`. With several ranks it ends at once: a failed
+    rank that waits for the others, which wait for it, keeps the launcher from ending the job."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(main())
     try:

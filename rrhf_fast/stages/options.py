@@ -61,7 +61,10 @@ def check_names(config_class: type, options: dict, where: str = "") -> None:
 
 
 def as_config(config_class: type, options: object, name: str) -> object:
-    """The mapping that the option `name` holds as a config; another value as it is, for `check`."""
+    """The mapping that the option `name` holds as a config, or each one in its list; another value
+    as it is, for `check` to refuse."""
+    if isinstance(options, list):
+        return [as_config(config_class, item, f"{name}[{i}]") for i, item in enumerate(options)]
     if not isinstance(options, dict):
         return options
     check_names(config_class, options, f"{name}.")

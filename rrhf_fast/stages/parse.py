@@ -7,7 +7,7 @@ import textwrap
 from argparse import SUPPRESS, Action
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
@@ -82,14 +82,12 @@ def parse_config(
     return config
 
 
-class _Parser(ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(
-            formatter_class=_HelpFormatter,
-            exit_on_error=False,
-            allow_abbrev=False,  # a later option could change what an abbreviation means
-            **options,
-        )
+_Parser = partial(
+    ArgumentParser,
+    formatter_class=_HelpFormatter,
+    exit_on_error=False,
+    allow_abbrev=False,  # a later option could change what an abbreviation means
+)
 
 
 def _add_options(parser: ArgumentParser, config_class: type, prefix: str = "") -> None:
@@ -129,7 +127,7 @@ def _groups(config_class: type) -> Iterator[tuple[str, list[tuple]]]:
             options = []
             for name in names:
                 default = _default(config_class.__dataclass_fields__[name])
-                text = _help(docs[name], kinds[name], default)
+                text = _help(docs.get(name, ""), kinds[name], default)
                 options.append((name, kinds[name], default, text))
             yield owner.__doc__.strip().rstrip("."), options
 
@@ -186,7 +184,7 @@ def _help(text: str, kind: Any, default: Any) -> str:
     """The docstring of an option, with its limits and its default."""
     details = [", ".join(limits(kind))] if limits(kind) else []
     if isinstance(default, str | int | float):
-        details.append(f"default: {str(default).lower() if default in (True, False) else default}")
+        details.append(f"default: {str(default).lower() if default is bool(default) else default}")
     return f"{text} ({'; '.join(details)})" if details else text
 
 

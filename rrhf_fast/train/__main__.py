@@ -1,10 +1,12 @@
-"""Train a causal language model by RRHF.
+"""Train a causal language model on ranked responses by RRHF (arXiv 2304.05302).
 
 python -m rrhf_fast.train                                  # the embedded demo, offline
 python -m rrhf_fast.train --model_name_or_path M --train_data rows.jsonl --eval_fraction 0.1
 python -m rrhf_fast.train --config config.yaml --seed 1    # options override the file
-python -m rrhf_fast.train --print_config                   # every option's value, as YAML
+python -m rrhf_fast.train --print_config > config.yaml     # such a file, with every option
 torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded over 8 GPUs
+
+Writes the model, metrics.jsonl and training.png to output_dir. Ctrl-C stops early and saves.
 """
 
 from rrhf_fast.stages.command import PREEMPTED, fail, leave, run_command

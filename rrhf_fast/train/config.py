@@ -247,8 +247,7 @@ class TrainConfig(
     """Options of `python -m rrhf_fast.train`; without model and data it trains the demo."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the option's name, for a value of the wrong type or out of range,
-        or a combination that cannot work."""
+        """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
         self.reading()
         refuse_reserved(self.chat_template_kwargs)

@@ -56,6 +56,17 @@ def export(folder, **options):
     return Path(options["output_dir"])
 
 
+def test_a_checkpoint_of_a_version_with_lora_dropout(tmp_path):
+    trained(tmp_path, make_model(tmp_path / "source", tied=True))
+    file = tmp_path / "out/checkpoint-2/trainer_state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"config": state["config"] | {"lora_dropout": 0.0}}))
+    assert torch.equal(logits(export(tmp_path)), logits(tmp_path / "out"))
+    config = {name: value for name, value in state["config"].items() if name != "max_steps"}
+    config |= {"max_steps": 3, "resume_from_checkpoint": "latest"}
+    assert train(TrainConfig(**config)).steps == 3
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_checkpoint_becomes_a_model(tmp_path, tied):
     source = make_model(tmp_path / "source", tied=tied)

@@ -7,6 +7,7 @@ import torch
 
 import rrhf_fast
 from rrhf_fast.evaluate.__main__ import main as evaluate
+from rrhf_fast.export.__main__ import main as export
 from rrhf_fast.iterate.__main__ import main as iterate
 from rrhf_fast.sample.__main__ import main as sample
 from rrhf_fast.score.__main__ import main as score
@@ -37,6 +38,23 @@ def test_a_list_is_suggested_where_one_belongs(capsys):
     assert train(["--report_to", "tensorboard"]) == 2
     problem = "report_to: expected a list, [tensorboard], found 'tensorboard'"
     assert capsys.readouterr().err == f"rrhf_fast.train: error: {problem}\n"
+
+
+@pytest.mark.parametrize("command", [train, sample, score, evaluate, iterate, export])
+def test_help_stands_alone(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as done:
+        command(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    _, *options = text.partition("\noptions:\n")[2].split("\n  --")
+    for option in options:
+        name, _, explanation = option.partition("  " if "  " in option.splitlines()[0] else "\n")
+        assert len(explanation.split()) > 3, name
+    # Types in words, no files that only the repository has, nothing broken at a hyphen.
+    for word in ("Annotated", "Literal", "typing", "<class", "type:", "null]", ".md", "rrhf-\n"):
+        assert word not in text, word
+    assert all(len(line) <= 100 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("command", [sample, score, evaluate, iterate])

@@ -1,5 +1,6 @@
 """Options: their types and ranges hold by Python, by command line and by file."""
 
+import json
 import math
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from rrhf_fast.evaluate.__main__ import main as evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
+from rrhf_fast.evaluate.run import claim
 from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.iterate.__main__ import main as iterate
 from rrhf_fast.iterate.config import IterateConfig
@@ -19,6 +21,7 @@ from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.score.__main__ import main as score
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.stages.command import parse_config
+from rrhf_fast.stages.identity import identity
 from rrhf_fast.stages.options import check
 from rrhf_fast.train.__main__ import main as train
 from rrhf_fast.train.config import TrainConfig
@@ -230,3 +233,9 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     (tmp_path / "rounds.yaml").write_text("train: {seed: 3, lora_dropout: 0.0}\n")
     config = parse_config(IterateConfig, ["--config", str(tmp_path / "rounds.yaml")])
     assert config == IterateConfig(train=TrainConfig(seed=3))
+    options = identity(config)
+    earlier = options | {"train": options["train"] | {"lora_dropout": 0.0}}
+    (tmp_path / "options.json").write_text(json.dumps(earlier))
+    assert claim(str(tmp_path), options) == tmp_path
+    with pytest.raises(ValueError, match="holds a run with another train"):
+        claim(str(tmp_path), options | {"train": options["train"] | {"lora_dropout": 0.1}})

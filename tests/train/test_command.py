@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -53,7 +54,8 @@ def test_help_explains_every_option(capsys):
     assert done.value.code == 0
     text = capsys.readouterr().out.partition("\noptions:\n")[2]
     for option in fields(TrainConfig):
-        explanation = text.partition(f"\n  --{option.name}")[2].partition("(type:")[0]
+        explanation = text.partition(f"\n  --{option.name} ")[2]
+        explanation = re.split(r"\n  --|\n\n|\([^()]*\)\n", explanation)[0]  # without the default
         assert len(explanation.split()) > 4, option.name
 
 

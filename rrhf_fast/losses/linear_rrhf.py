@@ -184,12 +184,8 @@ def linear_rrhf_op(
     rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
     dtype = scales.score.dtype if backend == "torch" else hidden.dtype
     states = hidden.index_select(0, rows).to(dtype)
-    head = LinearHead(
-        weight.to(dtype).contiguous(),
-        None if bias is None else bias.contiguous(),
-        softcap,
-        logit_scale,
-    )
+    own_bias = None if bias is None else bias.contiguous()
+    head = LinearHead(weight.to(dtype).contiguous(), own_bias, softcap, logit_scale)
     if bounds is None:
         bounds = read_bounds(layout, len(rows))
     else:
@@ -222,18 +218,7 @@ def linear_rrhf_op(
 @linear_rrhf_op.register_fake
 def _(hidden, weight, bias, rows, targets, rewards, *rest):
     _, _, group_offsets, _, scores, *_, wants_hidden, wants_weight, wants_bias = rest
-    group = scores.new_empty(group_offsets.shape[0] - 1)
-    count = torch.empty_like(group, dtype=torch.int64)
-    ranking = Ranking(
-        rank_loss=group,
-        sft_loss=torch.empty_like(group),
-        logp_scores=torch.empty_like(scores),
-        pair_counts=torch.empty_like(scores, dtype=torch.int32),
-        best=count,
-        num_pairs=torch.empty_like(count),
-        num_correct=torch.empty_like(count),
-        margins=torch.empty_like(group),
-    )
+    ranking = Ranking.empty(scores, group_offsets.shape[0] - 1)
     gradients = (
         torch.empty_like(hidden) if wants_hidden else scores.new_empty(0),
         weight.new_empty(weight.shape) if wants_weight else scores.new_empty(0),

@@ -29,20 +29,7 @@ def rrhf_op(
 
 @rrhf_op.register_fake
 def _(logps, rewards, path_edges, path_offsets, group_offsets, score_scales, sft_scales, margin):
-    group = score_scales.new_empty(group_offsets.shape[0] - 1)
-    count = torch.empty_like(group, dtype=torch.int64)
-    return tuple(
-        Ranking(
-            rank_loss=group,
-            sft_loss=torch.empty_like(group),
-            logp_scores=torch.empty_like(score_scales),
-            pair_counts=torch.empty_like(score_scales, dtype=torch.int32),
-            best=count,
-            num_pairs=torch.empty_like(count),
-            num_correct=torch.empty_like(count),
-            margins=torch.empty_like(group),
-        )
-    )
+    return tuple(Ranking.empty(score_scales, group_offsets.shape[0] - 1))
 
 
 @torch.library.custom_op("rrhf_fast::rrhf_backward", mutates_args=())

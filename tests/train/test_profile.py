@@ -104,7 +104,7 @@ def test_operators_belong_to_their_part(tmp_path, monkeypatch, roofline, compute
     for part, names in (FORWARD_AND_BACKWARD | {"head": HEAD[compute]}).items():
         for name in names:
             assert parts[name] == {part}, name
-    # Sums of gradients, too; the loss has one of its own to see which responses have a gradient.
+    # Sums of gradients, too; in the active way, those of the edges' log-probs.
     engine = "autograd::engine::evaluate_function: torch::autograd::AccumulateGrad"
     assert parts[engine] <= {"decoder", "head", "loss"}
 
@@ -216,7 +216,7 @@ def test_optimizer_bytes():
 
 
 def test_device_time():
-    """Of kernels: the host's times do not count, a collective only where nothing hides it."""
+    """Parts get their kernels' time; a collective counts only where no other kernel hides it."""
 
     def event(id, name, start, end, device=DeviceType.CPU, sequence=-1, forward=0, kernels=()):
         made = FunctionEvent(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rrhf_fast.losses.matrix_sum import MatrixSum
+
 
 class Layout(NamedTuple):
     """Response s owns the log-probs path_edges[path_offsets[s]:path_offsets[s+1]], query g the
@@ -61,3 +63,11 @@ class Wants(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+class GradientSums(NamedTuple):
+    """The gradients that are needed, while one chunk of edges after the other adds to them."""
+
+    states: Tensor | None  # [E, H]
+    weight: MatrixSum | None  # [V, H]
+    bias: Tensor | None  # [V]

@@ -21,6 +21,8 @@ def flops_of_rows(
 ) -> float:
     """Of the same where every response carries its own prompt."""
     rows = [
-        TokenisedQuery(q.prompt_ids, [ids], q.rewards) for q in queries for ids in q.response_ids
+        TokenisedQuery(q.prompt_ids, [ids], q.rewards[:1])
+        for q in queries
+        for ids in q.response_ids
     ]
     return flops_of_packs(engine, [build_forest(rows)], active_fraction)

@@ -45,8 +45,7 @@ def kept_rows(pack: PackedForest, is_active: torch.Tensor) -> torch.Tensor:
 
 
 def active_part(pack: PackedForest, weights: torch.Tensor) -> WeightedForest:
-    """The rows of `pack` that lead to an edge whose weight [E] (d loss / d logp) is not exactly
-    0."""
+    """The rows of `pack` that lead to an edge whose weight [E] (d loss / d logp) is not 0."""
     active = weights.nonzero().squeeze(1)
     kept = kept_rows(pack, weights != 0)
     place = torch.nn.functional.pad(kept.cumsum(0), (1, 0))  # kept rows before row j

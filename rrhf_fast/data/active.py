@@ -1,12 +1,13 @@
 """The part of a packed forest that has a gradient.
 
-A response that is ranked right gets no gradient, and then neither do its tokens at any layer of the
-decoder, because only its own later tokens look at them. So once the scores are known, forward and
-backward need only the paths that lead to a prediction with a gradient:
+A correctly ranked response gets no gradient, and neither do its tokens at any layer of the decoder,
+because only its own later tokens attend to them. Once the scores are known, forward and backward
+need only the paths that lead to a prediction with a gradient:
 
     kept(row j)  <=>  an edge with a weight is predicted by a row of j's subtree, j included
 
-A subtree is a run of rows, so both the choice and the new places are differences of running counts.
+A subtree is a contiguous range of rows, so differences of running counts give both the rows to keep
+and their new places.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from rrhf_fast.data.forest import Movable, PackedForest
 
 @dataclass(frozen=True)
 class WeightedForest(Movable):
-    """Tokens in depth-first order, as in `PackedForest`, and the loss sum_e weight_e logp_e."""
+    """Tokens in depth-first order, as in `PackedForest`, with the loss sum_e weight_e logp_e."""
 
     input_ids: torch.Tensor  # [N] int64
     position_ids: torch.Tensor  # [N] int64
@@ -36,7 +37,7 @@ class WeightedForest(Movable):
 
 
 def kept_rows(pack: PackedForest, is_active: torch.Tensor) -> torch.Tensor:
-    """[N] bool, the rows on a path to an edge that `is_active` [E]. Waits for no device."""
+    """[N] bool, the rows on a path to an edge in `is_active` [E]. Waits for no device."""
     before = is_active.new_zeros(len(pack.input_ids) + 1, dtype=torch.int64)
     before.index_add_(0, pack.edge_rows + 1, is_active.long())
     before = before.cumsum(0)  # active edges predicted by rows before row j
@@ -44,7 +45,7 @@ def kept_rows(pack: PackedForest, is_active: torch.Tensor) -> torch.Tensor:
 
 
 def active_part(pack: PackedForest, weights: torch.Tensor) -> WeightedForest:
-    """What of `pack` leads to an edge whose weight [E] (d loss / d logp) is not exactly 0."""
+    """The rows of `pack` that lead to an edge whose weight [E] (d loss / d logp) is not 0."""
     active = weights.nonzero().squeeze(1)
     kept = kept_rows(pack, weights != 0)
     place = torch.nn.functional.pad(kept.cumsum(0), (1, 0))  # kept rows before row j
@@ -59,7 +60,7 @@ def active_part(pack: PackedForest, weights: torch.Tensor) -> WeightedForest:
 
 
 def without_weight(pack: PackedForest) -> WeightedForest:
-    """One token of `pack` with a gradient of 0: stands in where a rank has nothing to do."""
+    """One token of `pack` with a gradient of 0, for a rank that has nothing to do."""
     one = torch.zeros(1, dtype=torch.int64, device=pack.input_ids.device)
     return WeightedForest(
         input_ids=pack.input_ids[:1],
@@ -78,8 +79,8 @@ def join(
     pad_to_multiple_of: int = 1,
     plan: Callable[[WeightedForest], Movable] | None = None,
 ) -> list[WeightedForest]:
-    """The same forests, end to end in as few packs of `max_tokens` as their order allows; one that
-    is larger stays alone, one without tokens vanishes. Padding and plan as in `build_forest`."""
+    """Concatenate the forests into as few packs of `max_tokens` as their order allows. A larger one
+    gets a pack of its own, one without tokens is dropped. Padding and plan as in `build_forest`."""
     packs: list[list[WeightedForest]] = []
     room = 0
     for part in parts:
@@ -100,7 +101,7 @@ def _concatenate(parts: Sequence[WeightedForest], pad_to_multiple_of: int) -> We
         starts.append(first)
         first += part.num_tokens
     padding = -first % pad_to_multiple_of
-    # Padding rows see only themselves and predict nothing.
+    # Padding rows attend only to themselves and predict nothing.
     own = torch.arange(first + 1, first + padding + 1, device=parts[0].input_ids.device)
 
     def cat(name: str, shift: bool = False, pad: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.losses.linear_logprob_torch import chunk_logits
-from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.parts import LinearHead
+from rrhf_fast.losses.parts import GradientSums, LinearHead
 
 
 class KeptLogits:
@@ -34,15 +33,8 @@ class KeptLogits:
         self.kept = (states, targets, z, top, total, target)
         return (target - top) - total.log()
 
-    def add_gradients(
-        self,
-        grad: Tensor,
-        d_states: Tensor | None,
-        d_weight: MatrixSum | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        """Fill d_states [E, H] (zero before) and add to d_weight and d_bias the gradients that
-        follow from grad [E] = d loss / d logp."""
+    def add_gradients(self, grad: Tensor, sums: GradientSums) -> None:
+        """Add what follows from grad [E] = d loss / d logp; the states' gradient is zero before."""
         active = grad.nonzero().squeeze(1)
         if len(active) == 0:
             return
@@ -62,12 +54,12 @@ class KeptLogits:
         d_z[rows, targets] += upstream
         if slope is not None:
             d_z *= slope
-        if d_states is not None:
-            d_states[active] = d_z @ self.head.weight
-        if d_weight is not None:
-            d_weight.add_product(d_z.T, states[active])
-        if d_bias is not None:
-            d_bias += d_z.sum(0)
+        if sums.states is not None:
+            sums.states[active] = d_z @ self.head.weight
+        if sums.weight is not None:
+            sums.weight.add_product(d_z.T, states[active])
+        if sums.bias is not None:
+            sums.bias.add_(d_z.sum(0))
 
 
 def _move_up(rows: Tensor, active: Tensor, block: int = 64) -> Tensor:

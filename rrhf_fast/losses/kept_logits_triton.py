@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rrhf_fast.kernels import linear_logprob as kernels
-from rrhf_fast.losses.matrix_sum import MatrixSum, product
-from rrhf_fast.losses.parts import LinearHead
+from rrhf_fast.losses.matrix_sum import product
+from rrhf_fast.losses.parts import GradientSums, LinearHead
 
 
 class KeptLogits:
@@ -36,31 +36,22 @@ class KeptLogits:
         self.kept = (states, targets, tops, logp, lse)
         return logp
 
-    def add_gradients(
-        self,
-        grad: Tensor,
-        d_states: Tensor | None,
-        d_weight: MatrixSum | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        """Fill d_states [E, H] (zero before) and add to d_weight and d_bias the gradients that
-        follow from grad [E] = d loss / d logp."""
+    def add_gradients(self, grad: Tensor, sums: GradientSums) -> None:
+        """Add what follows from grad [E] = d loss / d logp; the states' gradient is zero before."""
         active = grad.nonzero().squeeze(1)  # waits for the device: the products need the count
         if len(active) == 0:
             return
         states, targets, tops, logp, lse = self.kept
-        sums = None
-        if d_bias is not None:
-            sums = torch.empty_like(d_bias)
+        d_bias = None if sums.bias is None else torch.empty_like(sums.bias)
         head = self.head
         kernels.dlogits_of_exps(
-            self.exps, sums, active, targets, tops, logp, lse, grad, len(head.weight), head.softcap,
-            head.logit_scale,
+            self.exps, d_bias, active, targets, tops, logp, lse, grad, len(head.weight),
+            head.softcap, head.logit_scale,
         )  # fmt: skip
         dlogits = self.exps[: len(active), : len(self.head.weight)]
-        if d_states is not None:
-            d_states[active] = product(dlogits, self.head.weight, d_states.dtype)
-        if d_weight is not None:
-            d_weight.add_product(dlogits.T, states[active])
+        if sums.states is not None:
+            sums.states[active] = product(dlogits, head.weight, sums.states.dtype)
+        if sums.weight is not None:
+            sums.weight.add_product(dlogits.T, states[active])
         if d_bias is not None:
-            d_bias += sums
+            sums.bias.add_(d_bias)

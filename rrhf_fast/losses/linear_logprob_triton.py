@@ -33,15 +33,9 @@ def forward(
 
 @torch.library.custom_op("rrhf_fast::linear_logprob", mutates_args=())
 def linear_logprob_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    workspace_mb: float,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    softcap: float | None, logit_scale: float, workspace_mb: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `forward`."""
     return forward(
         hidden, LinearHead(weight, bias, softcap, logit_scale), rows, targets, workspace_mb
@@ -105,20 +99,10 @@ def backward(
 
 @torch.library.custom_op("rrhf_fast::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward_op(
-    grad: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    workspace_mb: float,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor,
+    targets: Tensor, softcap: float | None, logit_scale: float, workspace_mb: float,
+    wants_hidden: bool, wants_weight: bool, wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `backward`."""
     head = LinearHead(weight, bias, softcap, logit_scale)
     wants = Wants(wants_hidden, wants_weight, wants_bias)
@@ -126,14 +110,12 @@ def linear_logprob_backward_op(
 
 
 @linear_logprob_backward_op.register_fake
-def _(
-    grad, lse, hidden, weight, bias, rows, targets, softcap, logit_scale, workspace_mb,
-    wants_hidden, wants_weight, wants_bias,
-):  # fmt: skip
+def _(grad, lse, hidden, weight, bias, *rest):
+    wants = Wants(*rest[-3:])
     return (
-        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
-        torch.empty_like(bias) if wants_bias else weight.new_empty(0),
+        torch.empty_like(hidden) if wants.hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if wants.weight else weight.new_empty(0),
+        torch.empty_like(bias) if wants.bias else weight.new_empty(0),
     )
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from rrhf_fast.losses import kept_logits_torch, linear_logprob_torch, rrhf_torch
 from rrhf_fast.losses.linear_logprob import check_shapes, choose_backend, linear_logprob
 from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.parts import Layout, LinearHead, Ranking, Scales, Wants
+from rrhf_fast.losses.parts import GradientSums, Layout, LinearHead, Ranking, Scales, Wants
 from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rank
 from rrhf_fast.spans import span
 
@@ -150,46 +150,24 @@ def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
 
 @torch.library.custom_op("rrhf_fast::linear_rrhf", mutates_args=())
 def linear_rrhf_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    targets: Tensor,
-    rewards: Tensor,
-    path_edges: Tensor,
-    path_offsets: Tensor,
-    group_offsets: Tensor,
-    bounds: list[int] | None,
-    score_scales: Tensor,
-    sft_scales: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    margin: float,
-    rank_weight: float,
-    sft_weight: float,
-    backend: str,
-    workspace_mb: float,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+    rewards: Tensor, path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor,
+    bounds: list[int] | None, score_scales: Tensor, sft_scales: Tensor, softcap: float | None,
+    logit_scale: float, margin: float, rank_weight: float, sft_weight: float, backend: str,
+    workspace_mb: float, wants_hidden: bool, wants_weight: bool, wants_bias: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+]:  # fmt: skip
     """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; an unwanted gradient is empty. Flat
     because an operator's schema takes tensors and numbers only."""
     layout = Layout(path_edges, path_offsets, group_offsets)
     scales = Scales(score_scales, sft_scales)
-    wants = Wants(wants_hidden, wants_weight, wants_bias)
     # The kernels expect contiguous rows.
     rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
     dtype = scales.score.dtype if backend == "torch" else hidden.dtype
     states = hidden.index_select(0, rows).to(dtype)
-    head = LinearHead(
-        weight.to(dtype).contiguous(),
-        None if bias is None else bias.contiguous(),
-        softcap,
-        logit_scale,
-    )
+    own_bias = None if bias is None else bias.contiguous()
+    head = LinearHead(weight.to(dtype).contiguous(), own_bias, softcap, logit_scale)
     if bounds is None:
         bounds = read_bounds(layout, len(rows))
     else:
@@ -197,7 +175,12 @@ def linear_rrhf_op(
     num_queries = len(bounds) - 1
     d_rank = scales.score.new_full((num_queries,), rank_weight / num_queries)
     d_sft = scales.score.new_full((num_queries,), sft_weight / num_queries)
-    sums = _GradientSums(states, head, wants, scales.score.dtype)
+    wide = scales.score.dtype  # of sums over many edges: at least float32
+    sums = GradientSums(
+        torch.zeros_like(states, dtype=wide) if wants_hidden else None,
+        MatrixSum(weight.shape, wide, weight.device) if wants_weight else None,
+        torch.zeros_like(own_bias, dtype=wide) if wants_bias else None,
+    )
     kept_logits, logprob, ranking = _modules(backend)
     kept = kept_logits.KeptLogits(head, workspace_mb, len(rows))
     sliced = _SlicedLogits(logprob, head, workspace_mb)
@@ -213,27 +196,27 @@ def linear_rrhf_op(
             slopes = part.pair_counts, part.best
             d_logp = ranking.backward(num_edges, *upstream, *piece, *slopes)
             parts.append(part._replace(best=part.best + responses.start))
-        logits.add_gradients(d_logp, *sums.of(edges))
+        own_states = sums.states[edges] if wants_hidden else None
+        logits.add_gradients(d_logp, sums._replace(states=own_states))
     whole = Ranking(*(torch.cat(part) for part in zip(*parts, strict=True)))
     out = assemble(whole, rank_weight, sft_weight)
-    return *vars(out).values(), *sums.gradients(hidden, weight, bias, rows)
+    d_hidden = None
+    if wants_hidden:
+        # index_put_ sorts where index_add_ would use atomics: repeated rows sum in a fixed order.
+        total = torch.zeros_like(hidden, dtype=wide)
+        d_hidden = total.index_put_((rows,), sums.states, accumulate=True)
+    d_weight = sums.weight.value() if wants_weight else None
+    gradients = (
+        scales.score.new_empty(0) if total is None else total.to(like.dtype)
+        for total, like in ((d_hidden, hidden), (d_weight, weight), (sums.bias, bias))
+    )
+    return *vars(out).values(), *gradients
 
 
 @linear_rrhf_op.register_fake
 def _(hidden, weight, bias, rows, targets, rewards, *rest):
     _, _, group_offsets, _, scores, *_, wants_hidden, wants_weight, wants_bias = rest
-    group = scores.new_empty(group_offsets.shape[0] - 1)
-    count = torch.empty_like(group, dtype=torch.int64)
-    ranking = Ranking(
-        rank_loss=group,
-        sft_loss=torch.empty_like(group),
-        logp_scores=torch.empty_like(scores),
-        pair_counts=torch.empty_like(scores, dtype=torch.int32),
-        best=count,
-        num_pairs=torch.empty_like(count),
-        num_correct=torch.empty_like(count),
-        margins=torch.empty_like(group),
-    )
+    ranking = Ranking.empty(scores, group_offsets.shape[0] - 1)
     gradients = (
         torch.empty_like(hidden) if wants_hidden else scores.new_empty(0),
         weight.new_empty(weight.shape) if wants_weight else scores.new_empty(0),
@@ -257,37 +240,6 @@ def _piece(
     return edges, responses, own_layout, own_scales
 
 
-class _GradientSums:
-    """The wanted gradients of hidden states, weight and bias, while pieces add to them."""
-
-    def __init__(self, states: Tensor, head: LinearHead, wants: Wants, dtype: torch.dtype):
-        self.dtype = dtype  # at least float32: they sum over many edges
-        weight = head.weight
-        self.d_states = torch.zeros_like(states, dtype=dtype) if wants.hidden else None
-        self.d_weight = MatrixSum(weight.shape, dtype, weight.device) if wants.weight else None
-        self.d_bias = torch.zeros_like(head.bias, dtype=dtype) if wants.bias else None
-
-    def of(self, edges: slice) -> tuple[Tensor | None, MatrixSum | None, Tensor | None]:
-        """The sums to which a piece with these edges adds."""
-        return None if self.d_states is None else self.d_states[edges], self.d_weight, self.d_bias
-
-    def gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The gradients in the dtypes of these tensors; empty where not wanted."""
-        d_hidden = None
-        if self.d_states is not None:
-            # index_put_ sorts where index_add_ would use atomics: repeated rows sum in fixed order.
-            total = torch.zeros_like(hidden, dtype=self.dtype)
-            d_hidden = total.index_put_((rows,), self.d_states, accumulate=True)
-        d_weight = None if self.d_weight is None else self.d_weight.value()
-        pairs = ((d_hidden, hidden), (d_weight, weight), (self.d_bias, bias))
-        return tuple(
-            hidden.new_empty(0, dtype=self.dtype) if total is None else total.to(like.dtype)
-            for total, like in pairs
-        )
-
-
 class _SlicedLogits:
     """Stands in for `KeptLogits` if a query is larger than the workspace: it keeps nothing and
     computes the logits a second time."""
@@ -301,21 +253,15 @@ class _SlicedLogits:
         logp, self.lse = self.logprob.forward(*self.inputs)
         return logp
 
-    def add_gradients(
-        self,
-        grad: Tensor,
-        d_states: Tensor | None,
-        d_weight: MatrixSum | None,
-        d_bias: Tensor | None,
-    ) -> None:
-        wants = Wants(*(total is not None for total in (d_states, d_weight, d_bias)))
+    def add_gradients(self, grad: Tensor, sums: GradientSums) -> None:
+        wants = Wants(*(total is not None for total in sums))
         gradients = self.logprob.backward(grad, self.lse, *self.inputs, wants)
-        if d_states is not None:
-            d_states += gradients[0]
-        if d_weight is not None:
-            d_weight.add(gradients[1])
-        if d_bias is not None:
-            d_bias += gradients[2]
+        if sums.states is not None:
+            sums.states.add_(gradients[0])
+        if sums.weight is not None:
+            sums.weight.add(gradients[1])
+        if sums.bias is not None:
+            sums.bias.add_(gradients[2])
 
 
 def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:

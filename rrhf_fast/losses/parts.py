@@ -5,7 +5,10 @@ Legend: E edges, R response tokens, S responses, G queries (groups), V vocabular
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from rrhf_fast.losses.matrix_sum import MatrixSum
 
 
 class Layout(NamedTuple):
@@ -36,6 +39,14 @@ class Ranking(NamedTuple):
     num_correct: Tensor  # [G] int64
     margins: Tensor  # [G]
 
+    @classmethod
+    def empty(cls, scores: Tensor, num_queries: int) -> "Ranking":
+        """Without values, for responses as in `scores` [S], whose dtype the losses have."""
+        group = [scores.new_empty(num_queries) for _ in range(3)]
+        count = [torch.empty_like(group[0], dtype=torch.int64) for _ in range(3)]
+        response = [torch.empty_like(scores, dtype=dtype) for dtype in (scores.dtype, torch.int32)]
+        return cls(*group[:2], *response, *count, group[2])
+
 
 class LinearHead(NamedTuple):
     """How hidden states become logits; see `linear_logprob`."""
@@ -52,3 +63,11 @@ class Wants(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+class GradientSums(NamedTuple):
+    """The gradients that are needed, while one chunk of edges after the other adds to them."""
+
+    states: Tensor | None  # [E, H]
+    weight: MatrixSum | None  # [V, H]
+    bias: Tensor | None  # [V]

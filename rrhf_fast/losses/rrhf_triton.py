@@ -12,15 +12,9 @@ from rrhf_fast.losses.parts import Layout, Ranking, Scales
 
 @torch.library.custom_op("rrhf_fast::rrhf", mutates_args=())
 def rrhf_op(
-    logps: Tensor,
-    rewards: Tensor,
-    path_edges: Tensor,
-    path_offsets: Tensor,
-    group_offsets: Tensor,
-    score_scales: Tensor,
-    sft_scales: Tensor,
-    margin: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logps: Tensor, rewards: Tensor, path_edges: Tensor, path_offsets: Tensor,
+    group_offsets: Tensor, score_scales: Tensor, sft_scales: Tensor, margin: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The tensors of a `Ranking`."""
     layout = Layout(path_edges.contiguous(), path_offsets.contiguous(), group_offsets.contiguous())
     scales = Scales(score_scales.contiguous(), sft_scales.contiguous())
@@ -29,35 +23,14 @@ def rrhf_op(
 
 @rrhf_op.register_fake
 def _(logps, rewards, path_edges, path_offsets, group_offsets, score_scales, sft_scales, margin):
-    group = score_scales.new_empty(group_offsets.shape[0] - 1)
-    count = torch.empty_like(group, dtype=torch.int64)
-    return tuple(
-        Ranking(
-            rank_loss=group,
-            sft_loss=torch.empty_like(group),
-            logp_scores=torch.empty_like(score_scales),
-            pair_counts=torch.empty_like(score_scales, dtype=torch.int32),
-            best=count,
-            num_pairs=torch.empty_like(count),
-            num_correct=torch.empty_like(count),
-            margins=torch.empty_like(group),
-        )
-    )
+    return tuple(Ranking.empty(score_scales, group_offsets.shape[0] - 1))
 
 
 @torch.library.custom_op("rrhf_fast::rrhf_backward", mutates_args=())
 def rrhf_backward_op(
-    d_rank: Tensor,
-    d_sft: Tensor,
-    path_edges: Tensor,
-    path_offsets: Tensor,
-    group_offsets: Tensor,
-    score_scales: Tensor,
-    sft_scales: Tensor,
-    pair_counts: Tensor,
-    best: Tensor,
-    num_edges: int,
-) -> Tensor:
+    d_rank: Tensor, d_sft: Tensor, path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor,
+    score_scales: Tensor, sft_scales: Tensor, pair_counts: Tensor, best: Tensor, num_edges: int,
+) -> Tensor:  # fmt: skip
     """d loss / d logps [E]."""
     layout = Layout(path_edges.contiguous(), path_offsets.contiguous(), group_offsets.contiguous())
     scales = Scales(score_scales.contiguous(), sft_scales.contiguous())

@@ -36,7 +36,7 @@ class Costs:
 
     decoder_forward: float  # per token
     decoder_backward: float
-    attention: dict[int | None, int]  # by window: one forward per pair that it lets see, all layers
+    attention: dict[int | None, int]  # forward per visible pair, in all layers with this window
     head_product: int  # per prediction
     head_products_back: int  # 1 or 2 of them
 
@@ -65,28 +65,18 @@ class Costs:
         """The work on a pack where `with_gradient` predictions have a gradient; `has_backward`
         False is a pass that only scores. Waits for no device."""
         is_real = kept_rows(pack, torch.ones_like(pack.edge_rows, dtype=torch.bool))
-        depths = pack.position_ids
-        return self.of_tokens(depths, is_real, len(pack.edge_rows), with_gradient, has_backward)
-
-    def of_tokens(
-        self,
-        depths: Tensor,
-        is_real: Tensor,
-        num_predictions: int,
-        with_gradient: float | Tensor,
-        has_backward: bool = True,
-    ) -> Flops:
-        """As `of_pack`, of tokens that stand at depths [N] of their paths and are no padding."""
-        num_tokens = is_real.sum().double()
         # A token sees its path, which is as long as the token is deep.
-        seen = (depths + 1) * is_real
-        pairs = {window: seen.clamp(max=window) if window else seen for window in self.attention}
-        scores = sum(cost * pairs[window].sum().double() for window, cost in self.attention.items())
+        seen = (pack.position_ids + 1) * is_real
+        scores = sum(
+            per_pair * seen.clamp(max=window or pack.num_tokens).sum().double()
+            for window, per_pair in self.attention.items()
+        )
         backward = has_backward * self.decoder_backward
+        products = len(pack.edge_rows) + self.head_products_back * with_gradient
         return Flops(
-            decoder=num_tokens * (self.decoder_forward + backward),
+            decoder=is_real.sum().double() * (self.decoder_forward + backward),
             attention=(1 + 2 * has_backward) * scores,
-            head=self.head_product * (num_predictions + self.head_products_back * with_gradient),
+            head=self.head_product * products,
         )
 
 

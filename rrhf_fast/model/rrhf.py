@@ -14,7 +14,7 @@ from rrhf_fast.data.forest import Movable, Pack, PackedForest, build_forest
 from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
 from rrhf_fast.losses.linear_rrhf import workspace_for
-from rrhf_fast.losses.parts import LinearHead
+from rrhf_fast.losses.parts import Layout, LinearHead
 from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import (
@@ -252,9 +252,7 @@ class RRHFModel(nn.Module):
             longest = torch.zeros_like(group_sizes).scatter_reduce_(0, query_of, lengths, "amax")
             widths = pack.prompt_lengths + longest
         return {
-            "path_edges": pack.path_edges,
-            "path_offsets": pack.path_offsets,
-            "group_offsets": pack.group_offsets,
+            **{name: getattr(pack, name) for name in Layout._fields},
             "length_penalty": config.length_penalty,
             "rank_weight": config.rank_weight * share,
             "sft_weight": config.sft_weight * share,

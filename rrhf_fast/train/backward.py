@@ -48,7 +48,8 @@ def backward_whole(
     for number, pack in enumerate(batch.packs, 1):
         prepare_backward(model, config, is_last=number == len(batch.packs))
         with _clear_memory_error(model, config, pack):
-            pack = _moved(pack, model)
+            with span("data"):
+                pack = pack.to(model.device)
             # As part of the loss, the share costs no pass over the head's gradient.
             share = _share(pack, batch, world)
             out = model(pack, share=share)
@@ -68,16 +69,16 @@ def backward_active(
     parts = []
     for pack in batch.packs:
         with _clear_memory_error(model, config, pack):
-            pack = _moved(pack, model)
+            with span("data"):
+                pack = pack.to(model.device)
             share = _share(pack, batch, world)
             out, weights = model.edge_weights(pack, share=share)
-        with span("loss"):
-            totals.add(out, pack, share)
-            totals.add_active(pack, weights != 0)
         with span("data"):
             part = active_part(pack, weights)
         parts.append(part)
         with span("loss"):
+            totals.add(out, pack, share)
+            totals.add_active(pack, weights != 0)
             totals.add_flops(pack, model.costs.of_pack(pack, 0, has_backward=False))
             totals.add_flops(pack, model.costs.of_pack(part, len(part.edge_rows)))
     options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
@@ -104,11 +105,6 @@ def active_edges(out: RRHFLoss, pack: Pack, config: LossConfig) -> torch.Tensor:
     )
     counts = torch.zeros_like(pack.edge_rows).index_add_(0, pack.path_edges, along_paths)
     return counts > 0
-
-
-def _moved(pack: Pack, model: RRHFModel) -> Pack:
-    with span("data"):
-        return pack.to(model.device)
 
 
 def _share(pack: Pack, batch: Batch, world: World) -> float:

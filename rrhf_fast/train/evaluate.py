@@ -43,55 +43,51 @@ class Sums(NamedTuple):
 
 
 class Totals:
-    """`Sums` over packs, in one tensor on the device; reading brings them to the host.
-
-    `sums` [14] float64 may be summed over ranks, and replaced by its copy on the host to wait for
-    the device only once.
-    """
+    """`Sums` over packs in one tensor, float64 on the device. It may be summed over ranks, and be
+    replaced by its copy on the host, so that reading waits for the device only once."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
-
-    def _add(self, **amounts: torch.Tensor | float) -> None:
-        for name, amount in amounts.items():
-            self.sums[Sums._fields.index(name)] += amount
 
     def read(self) -> Sums:
         """The sums as numbers."""
         return Sums(*self.sums.tolist())
 
     def add(self, out: RRHFLoss, pack: Pack, share: float = 1.0) -> None:
-        """Add one pack's loss, which was multiplied by `share`, unless the pack is a filler. Waits
-        for no device."""
-        if pack.num_queries:
-            self._add(
-                loss=out.loss.detach() * (pack.num_queries / share),
-                rank_loss=out.rank_loss.detach().sum(),
-                sft_loss=out.sft_loss.detach().sum(),
-                num_correct=out.num_correct.sum(),
-                margins=out.margins.sum(),
-                num_pairs=out.num_pairs.sum(),
-                num_queries=pack.num_queries,
-                num_tokens=pack.num_tokens,
-            )
+        """Add one pack's loss, which was multiplied by `share`. Waits for no device, as all that
+        add; none of them adds a filler."""
+        self._add(
+            pack,
+            loss=out.loss.detach() * (pack.num_queries / (share or 1.0)),
+            rank_loss=out.rank_loss.detach().sum(),
+            sft_loss=out.sft_loss.detach().sum(),
+            num_correct=out.num_correct.sum(),
+            margins=out.margins.sum(),
+            num_pairs=out.num_pairs.sum(),
+            num_queries=pack.num_queries,
+            num_tokens=pack.num_tokens,
+        )
 
     def add_active(self, pack: PackedForest, is_active: torch.Tensor) -> None:
         """Count the pack's tokens that lead to an edge in `is_active` [E], and those that lead to
         any edge, as all but padding do."""
-        if pack.num_queries:
-            self._add(
-                num_active_tokens=kept_rows(pack, is_active).sum(),
-                num_real_tokens=kept_rows(pack, torch.ones_like(is_active)).sum(),
-            )
+        self._add(
+            pack,
+            num_active_tokens=kept_rows(pack, is_active).sum(),
+            num_real_tokens=kept_rows(pack, torch.ones_like(is_active)).sum(),
+        )
 
     def add_flops(self, pack: Pack, flops: Flops) -> None:
-        """Add the work on a pack, unless it is a filler."""
-        if pack.num_queries:
-            self._add(**{f"{part}_flops": count for part, count in flops._asdict().items()})
+        """Add work on a pack."""
+        self._add(pack, **{f"{part}_flops": count for part, count in flops._asdict().items()})
+
+    def _add(self, pack: Pack, **amounts: torch.Tensor | float) -> None:
+        for name, amount in amounts.items() if pack.num_queries else ():
+            self.sums[Sums._fields.index(name)] += amount
 
     def flag(self) -> None:
         """Raise a flag that the sum over ranks carries to all of them."""
-        self._add(num_flags=1)
+        self.sums[Sums._fields.index("num_flags")] += 1
 
     @property
     def flagged(self) -> bool:
@@ -116,7 +112,8 @@ class Totals:
 
     @property
     def flops(self) -> Flops:
-        """Operations that the packs' loss and gradient needed, by part; 0 if not tracked."""
+        """Operations that loss and gradient needed, by part; 0 if not tracked. Model FLOPs
+        utilisation is their sum over seconds, ranks and `roofline.product_speed`."""
         sums = self.read()
         return Flops(sums.decoder_flops, sums.attention_flops, sums.head_flops)
 

@@ -1,4 +1,4 @@
-"""What this machine can do at best, and the page that sets a step's parts beside it."""
+"""The best speed of this machine, and the page that compares a step's parts with it."""
 
 import platform
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ NOTE = """\
 "At the roofline" is the time that a part's products would take at the speed of one large product,
 or its bytes at the speed of a large pass over memory, both measured on this machine. "Share of
 roofline" is that over the time taken; it may exceed 100 % where data stays in a cache. "To gain" is
-what the part takes beyond it: all of its time where nothing bounds it. Work is what the result
-needs: not what activation checkpointing repeats, nor padding, nor scores that attention hides. The
+the time taken beyond it: all of it where nothing bounds the part. Work is what the result needs,
+without recomputation by activation checkpointing, padding, and scores that attention hides. The
 optimizer's part includes clipping. The profiler slows small operators down.
 """
-ON_CPU = "Seconds are the training thread's own, in operators and in the Python between them.\n"
+ON_CPU = "Seconds are the training thread's own, in operators and in Python between them.\n"
 ON_CUDA = """\
-Seconds are those of kernels. Communication is the part that no other kernel hides; idle, when the
-device had nothing to do, mostly because the host was late.
+Seconds are those of kernels. Communication is the part that no other kernel hides; idle is the time
+without any kernel, mostly because the host was late.
 """
 
 
@@ -31,39 +31,40 @@ class Roofline:
     """The measured best of one device."""
 
     dtype: torch.dtype
-    flops: float  # a second, of a product of matrices in dtype
-    bytes: float  # a second, of a pass over memory that reads and writes
+    flops: float  # per second, of a matrix product in dtype
+    bytes: float  # per second, of a pass over memory that reads and writes
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """The best of many runs of one large product and of one large pass over memory, with PyTorch's
+    """The best of many large products and of many passes over a large tensor, with PyTorch's
     threads; about two seconds."""
-    # In place: a CPU's copy reads what it is about to overwrite, too.
+    # In place: a CPU's copy also reads the memory that it overwrites.
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    speed = 2 * x.nbytes / _best("x.mul_(1.5)", x=x)
-    return Roofline(dtype, measure_peak(device, dtype), speed)
+    return Roofline(
+        dtype, product_speed(device, dtype), 2 * x.nbytes / _best("x.mul_(1.5)", 1, x=x)
+    )
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of one large matrix product, the best of many; takes about a second."""
+def product_speed(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP per second of one large matrix product, the best of those that run in `seconds`."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _best("torch.mm(a, b, out=c)", a=a, b=b, c=torch.empty_like(a))
+    return 2 * size**3 / _best("torch.mm(a, b, out=c)", seconds, a=a, b=b, c=torch.empty_like(a))
 
 
-def _best(statement: str, **names: torch.Tensor) -> float:
-    """Seconds, the device's work included."""
+def _best(statement: str, seconds: float, **names: torch.Tensor) -> float:
+    """Seconds per run, the device's work included."""
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=1).times)
+    return min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One step's parts: averages over the recorded steps, of this process."""
+    """One step's parts, averaged over the recorded steps."""
 
     total: float  # seconds
     seconds: dict[str, float]  # by part; they add up to the total
-    flops: dict[str, float]  # of parts that are products of matrices
+    flops: dict[str, float]  # of parts made of matrix products
     bytes: dict[str, float]  # of parts that only move data
     num_tokens: float  # encoded by the decoder, without padding
     num_steps: int
@@ -71,15 +72,15 @@ class Breakdown:
     roofline: Roofline
 
     def at_roofline(self, part: str) -> float | None:
-        """Seconds that the part's work would take at best; None if nothing bounds it."""
+        """Seconds that the part's work takes at best; None if nothing bounds it."""
         if part in self.flops:
             return self.flops[part] / self.roofline.flops
         return self.bytes[part] / self.roofline.bytes if part in self.bytes else None
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs utilisation: of the products that the tokens of the packs need, the share of
-        the measured peak (Chowdhery et al., arXiv 2204.02311, appendix B)."""
+        """Model FLOPs utilisation: the speed of the products that the packs need, as a share of the
+        measured peak (Chowdhery et al., arXiv 2204.02311, appendix B)."""
         return sum(self.flops.values()) / self.total / self.roofline.flops
 
     def page(self) -> str:
@@ -126,7 +127,7 @@ class Breakdown:
         ]
 
     def plot(self, path: Path) -> None:
-        """A bar for each part, and how much of it the roofline asks for."""
+        """A bar per part, and its time at the roofline."""
         parts = self._order()[::-1]
         spent = [1e3 * self.seconds[part] for part in parts]
         best = [1e3 * (self.at_roofline(part) or 0.0) for part in parts]
@@ -139,7 +140,7 @@ class Breakdown:
             text = f" {self.seconds[part] / self.total:.1%} of the step{reached}"
             axis.text(max(length, best[place]), place, text, va="center", fontsize="small")
         axis.set(
-            xlabel="milliseconds a step",
+            xlabel="milliseconds per step",
             xlim=(0, 1.55 * max(*spent, *best)),
             title=f"A training step: {self.total * 1e3:,.0f} ms, "
             f"{self.utilisation:.0%} model FLOPs utilisation",

@@ -28,7 +28,7 @@ from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import Given, Rows, prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
 from rrhf_fast.train.resume import first_evaluation, start, was_left_out
-from rrhf_fast.train.roofline import measure_peak
+from rrhf_fast.train.roofline import product_speed
 from rrhf_fast.train.save import save_model
 from rrhf_fast.train.show import shown_rows
 from rrhf_fast.train.signals import Signals, uninterrupted
@@ -309,7 +309,7 @@ class RRHFTrainer:
 
     @cached_property
     def _peak_flops(self) -> float:
-        return measure_peak(self.world.device, self.run.model.compute_dtype)
+        return product_speed(self.world.device, self.run.model.compute_dtype)
 
     def _is_due(self, what: str) -> bool:
         """Whether logging, evaluation or saving is due after this step."""

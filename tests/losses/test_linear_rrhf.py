@@ -83,7 +83,7 @@ def assert_exact(inputs, backend, **options):
         inputs, backend, **options
     )
     dtype = inputs[0][0].dtype
-    # In float64 the plain way has roundings of its own.
+    # In float64 the plain way rounds too.
     eps = (64 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
     found = [*vars(ours).values(), *gradients]
     rounded = [*vars(rounded).values(), *rounded_gradients]
@@ -136,7 +136,7 @@ def test_flat_peaked_and_huge_logits(backend, size):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_that_is_far_below_the_largest_logit_of_a_high_cap(backend):
-    """Its exponential underflows, its gradient does not."""
+    """Its exponential underflows; its gradient must not."""
     assert_exact(case(size=30.0, dtype=torch.float32), backend, head={"softcap": 50.0})
 
 
@@ -200,8 +200,8 @@ def test_two_runs_agree_bit_for_bit(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_responses_that_are_ranked_right_get_exactly_nothing(backend):
-    """With the weight of the SFT part 0 and everything in order, there is no gradient at all."""
+def test_correctly_ranked_responses_get_a_gradient_of_exactly_zero(backend):
+    """With SFT weight 0 and every pair in order, there is no gradient at all."""
     (hidden, weight, bias), (rows, targets, _), layout = case(dtype=torch.float32)
     logps = reference.linear_logprob(hidden, weight, rows, targets, bias=bias)
     scores = rrhf_loss(logps, torch.zeros(14, device=DEVICE), **layout).logp_scores
@@ -322,7 +322,7 @@ def test_bounds_change_nothing_and_wrong_ones_are_refused():
             linear_rrhf_loss(hidden, weight, *indices, bounds=wrong, **layout)
 
 
-def test_edges_that_are_no_spans_are_refused():
+def test_edges_that_are_not_spans_are_refused():
     (hidden, weight, _), indices, layout = case()
     layout["path_edges"] = layout["path_edges"].flip(0)
     with pytest.raises(ValueError, match="path_edges: expected each query's edges to be one span"):

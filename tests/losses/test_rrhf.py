@@ -70,7 +70,7 @@ def test_padded_equals_packed(shape, seed):
     g = torch.Generator().manual_seed(seed)
     logps = -torch.rand(shape, generator=g, dtype=torch.float64)
     lengths = torch.randint(0, shape[2] + 1, shape[:2], generator=g)
-    lengths[:, 0] = shape[2]  # at least one response a query; a length of 0 is an absent response
+    lengths[:, 0] = shape[2]  # at least one response per query; length 0 means absent
     mask = torch.arange(shape[2]) < lengths[..., None]
     rewards = torch.rand(shape[:2], generator=g)
     padded = logps.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The four facts of the mathematics that the engine relies on, as properties of `rrhf_loss`."""
+"""The four mathematical facts on which the engine relies, as properties of `rrhf_loss`."""
 
 import math
 from itertools import pairwise
@@ -32,7 +32,8 @@ def test_rank_identity(rewards, seed):
     out = rrhf_loss(logps, rewards, mask=mask, sft_weight=0.0)
     c = ranks(out.logp_scores) - ranks(rewards[0])
     (gradient,) = torch.autograd.grad(out.rank_loss.sum(), logps)
-    assert c.sum() == 0
+    assert c.sum() == 0 and torch.equal(out.pair_counts.long(), c)
+    assert out.best.tolist() == [rewards[0].argmax()]
     torch.testing.assert_close(gradient, (c / 3.0)[None, :, None].expand_as(gradient).double())
     torch.testing.assert_close(out.rank_loss.sum().detach(), (c * out.logp_scores).sum())
 
@@ -68,8 +69,8 @@ def test_permuting_responses_changes_nothing(rewards, seed, random):
 
 
 @given(scores, seeds)
-def test_gradient_is_one_number_a_response_and_exactly_zero_when_ranked_right(rewards, seed):
-    """Fact 3, in float32 and with a loss weight that does not cancel by luck."""
+def test_gradient_is_one_number_per_response_and_exactly_zero_if_ranked_right(rewards, seed):
+    """Fact 3, in float32, with weights of the loss that do not happen to cancel."""
     logps, rewards, mask = one_query(rewards, seed)
     logps = logps.detach().float().requires_grad_()
     out = rrhf_loss(logps, rewards, mask=mask, rank_weight=0.3, sft_weight=0.1)

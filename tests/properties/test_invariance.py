@@ -1,4 +1,4 @@
-"""How queries are laid out must not change loss or gradient: packs, accumulation, sharing."""
+"""The layout of queries must not change loss or gradient: packs, accumulation, sharing."""
 
 from functools import cache
 
@@ -50,7 +50,7 @@ def model(packing: str = "forest") -> RRHFModel:
 def loss_and_gradient(packs, wrapped: RRHFModel):
     total = sum(pack.num_queries for pack in packs)
     loss = 0.0
-    for pack in packs:  # as engine.loop does it: mean over the step's queries
+    for pack in packs:  # as the trainer does: mean over the step's queries
         part = wrapped(pack).loss * (pack.num_queries / total)
         part.backward()
         loss += part.item()

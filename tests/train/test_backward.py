@@ -1,18 +1,23 @@
-"""The two ways to a step's gradient: equal in float64, chosen by what they cost."""
+"""The two ways to a step's gradient: equal in float64, chosen by their cost."""
 
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rrhf_fast import TrainConfig
+from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
-from rrhf_fast.losses import linear_rrhf
+from rrhf_fast.losses import linear_rrhf, rrhf_loss
+from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
+from rrhf_fast.train.backward import active_edges, backward_active, backward_whole, is_worthwhile
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
 
@@ -28,8 +33,8 @@ def lm():
 
 
 def step(lm, backward, config, ranked_right=0.5, max_tokens=80, at_least=3):
-    """Gradient, and Totals, of nine queries in several packs; the scores of some of them agree with
-    their rewards, but for the best response's likelihood."""
+    """Gradient and Totals of nine queries in several packs; the share `ranked_right` of them are in
+    the order of their rewards."""
     g = torch.Generator().manual_seed(1)
 
     def tokens(low, high):
@@ -68,15 +73,15 @@ def test_both_ways_give_the_same_step(lm, options):
     active, active_totals = step(lm, backward_active, config)
     assert (whole - active).norm() < 1e-12 * whole.norm()
     assert whole_totals.means() == pytest.approx(active_totals.means(), rel=1e-12)
-    # The whole way counts by responses, the active one by edges: those whose weights cancel out on
-    # a shared edge are rare.
+    # The whole way counts by responses, the active one by edges; weights that cancel on a shared
+    # edge are rare.
     fractions = whole_totals.active_fraction, active_totals.active_fraction
     assert fractions[0] == pytest.approx(fractions[1], abs=0.02) and 0.2 < fractions[0] < 0.95
 
 
 @pytest.mark.parametrize("options", [{}, {"rank_weight": 3.0, "sft_weight": 0.5}], ids=str)
 def test_a_step_is_the_mean_over_its_queries_however_they_are_packed(lm, monkeypatch, options):
-    """Also in its measures. The packs' shares are within the loss: what comes back to it is 1."""
+    """Also in its metrics. Shares of packs are part of the loss, so its upstream gradient is 1."""
     upstream, scale = [], linear_rrhf.scale_op
     noted = lambda *args: upstream.append(args[1].item()) or scale(*args)  # noqa: E731
     monkeypatch.setattr(linear_rrhf, "scale_op", noted)
@@ -95,6 +100,32 @@ def test_a_step_is_the_mean_over_its_queries_however_they_are_packed(lm, monkeyp
     for (gradient, others_totals), rel in zip(others, (1e-12, 1e-6), strict=True):
         assert (gradient - packs).norm() < rel * packs.norm()
         assert others_totals.means() == pytest.approx(means, rel=rel)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cases=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=4),
+    rank_weight=st.sampled_from([0.0, 0.3]),
+    sft_weight=st.sampled_from([0.0, 0.1]),
+    margin=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 10**6),
+)
+def test_active_edges_are_those_with_a_gradient(cases, rank_weight, sft_weight, margin, seed):
+    """No edge is shared here, so no two weights cancel."""
+    g = torch.Generator().manual_seed(seed)
+    prompt = np.zeros(2, np.int32)
+    queries = [
+        TokenisedQuery(prompt, [prompt[: 1 + i % 2] for i in range(len(r))], np.float32(r))
+        for r in cases
+    ]
+    pack = build_forest(queries, share_prefixes=False)
+    config = LossConfig(rank_weight=rank_weight, sft_weight=sft_weight, margin=margin)
+    layout = {name: getattr(pack, name) for name in ("path_edges", "path_offsets", "group_offsets")}
+    options = {"rank_weight": rank_weight, "sft_weight": sft_weight, "margin": margin}
+    logps = torch.rand(len(pack.edge_rows), generator=g).neg().requires_grad_()
+    out = rrhf_loss(logps, pack.rewards, **layout, **options)
+    weights = torch.autograd.grad(out.loss, logps)[0]
+    assert torch.equal(active_edges(out, pack, config), weights != 0)
 
 
 def test_a_step_without_any_gradient_has_a_gradient_of_zero(lm):

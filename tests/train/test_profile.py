@@ -17,7 +17,7 @@ from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.losses import linear_rrhf
 from rrhf_fast.model import forest_sdpa
-from rrhf_fast.model.flops import attention_flops, decoder_flops
+from rrhf_fast.model.flops import Costs, attention_flops, decoder_flops
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.spans import PARTS, span
@@ -104,7 +104,7 @@ def test_operators_belong_to_their_part(tmp_path, monkeypatch, roofline, compute
     for part, names in (FORWARD_AND_BACKWARD | {"head": HEAD[compute]}).items():
         for name in names:
             assert parts[name] == {part}, name
-    # Sums of gradients, too; the loss has one of its own to see which responses have a gradient.
+    # Sums of gradients, too; in the active way, those of the edges' log-probs.
     engine = "autograd::engine::evaluate_function: torch::autograd::AccumulateGrad"
     assert parts[engine] <= {"decoder", "head", "loss"}
 
@@ -191,6 +191,8 @@ def test_attention_is_counted_by_what_is_seen(monkeypatch):
     assert counted == 3 * attention_flops(spec, padded)
     rows = torch.arange(pack.num_tokens)
     seen = (rows <= rows[:, None]) & (rows[:, None] < pack.subtree_end)
+    # A model that cannot run yet knows what its first layers ask for.
+    assert Costs.of(model.lm, model.attention_specs[:1], model.head) == model.costs
     found = model.costs.of_pack(pack, 0).attention
     assert found == 2 * 3 * attention_flops(spec, int(seen.sum()))
 
@@ -216,7 +218,7 @@ def test_optimizer_bytes():
 
 
 def test_device_time():
-    """Of kernels: the host's times do not count, a collective only where nothing hides it."""
+    """Parts get their kernels' time; a collective counts only where no other kernel hides it."""
 
     def event(id, name, start, end, device=DeviceType.CPU, sequence=-1, forward=0, kernels=()):
         made = FunctionEvent(

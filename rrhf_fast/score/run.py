@@ -132,7 +132,7 @@ def _reward_fn(
         prompts, responses = _texts(drafts, [pairs[i] for i in batch])
         try:
             scores = np.asarray(function(prompts, responses), dtype=np.float64)
-        except Exception as error:  # whatever the user's function raises
+        except Exception as error:  # the user's function may raise anything
             raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(responses),):
             expected = f"expected {len(responses)} numbers, one per response"

@@ -44,7 +44,7 @@ class GRPOConfig(PeerConfig):
     reward_fn: str = ""
     """package.module:function, called as function(prompts, responses) -> scores."""
     num_samples: int = 4
-    """Responses per prompt; equal rewards teach nothing."""
+    """Responses per prompt; GRPO learns only where their rewards differ."""
     max_new_tokens: int = 64
 
 

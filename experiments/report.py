@@ -45,7 +45,7 @@ def collect(experiment: Experiment, work: Path) -> dict:
 def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]]) -> dict:
     """{measure: {"prompts": [an index into `prompts` per seed], "numerators": [[...] per seed],
     "denominators": likewise, or None for ones}}. Adds missing lists to `prompts`."""
-    by_measure: dict[str, dict] = {}
+    tables: dict[str, dict] = {}
     for stages in arm.results.values():
         measures = {}
         for stage in stages:
@@ -56,16 +56,14 @@ def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]])
             measure = measures[name]
             if measure["prompts"] not in prompts:
                 prompts.append(measure["prompts"])
-            lists = by_measure.setdefault(
-                name, {"prompts": [], "numerators": [], "denominators": []}
-            )
+            lists = tables.setdefault(name, {"prompts": [], "numerators": [], "denominators": []})
             lists["prompts"].append(prompts.index(measure["prompts"]))
             for side in ("numerators", "denominators"):
                 lists[side].append([float(f"{value:.6g}") for value in measure[side]])
-    for lists in by_measure.values():
+    for lists in tables.values():
         if all(value == 1 for row in lists["denominators"] for value in row):
             lists["denominators"] = None
-    return by_measure
+    return tables
 
 
 def _measure(figures: dict, baselines: dict[str, str | None]) -> None:

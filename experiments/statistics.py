@@ -63,8 +63,7 @@ def estimate(
     if not total > 0:
         return Estimate(center, center, center)
     shares = np.array(variances) / total
-    quantile = stats.t.ppf(0.975, 1 / (shares**2 / freedom).sum())
-    width = float(quantile * np.sqrt(total))
+    width = float(stats.t.ppf(0.975, 1 / (shares**2 / freedom).sum()) * np.sqrt(total))
     return Estimate(center, center - width, center + width)
 
 

@@ -78,7 +78,7 @@ def win_tie_lose(rewards: np.ndarray, baseline: np.ndarray) -> tuple[float, floa
 
 
 def pairs_in_order(p: np.ndarray, scores: np.ndarray) -> tuple[int, int]:
-    """(correct, pairs): pairs with different scores, and those that p orders alike; [k], [k]."""
+    """(correct, pairs): p orders `correct` of the pairs with different scores alike; [k], [k]."""
     better = scores[:, None] > scores[None, :]
     return int((better & (p[:, None] > p[None, :])).sum()), int(better.sum())
 

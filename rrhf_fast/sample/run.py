@@ -28,9 +28,8 @@ def run(config: SampleConfig) -> Counter:
         if policy.method not in ("openai", "provided"):
             name, option = _model_of(number, config)
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
-    with Journal(
-        config.output, fingerprint("sample", identity(config), prompts), overwrite=config.overwrite
-    ) as journal:
+    depends_on = fingerprint("sample", identity(config), prompts)
+    with Journal(config.output, depends_on, overwrite=config.overwrite) as journal:
         local: LocalModel | None = None
         for number, policy in enumerate(config.policies):
             if policy.method == "openai":

@@ -35,19 +35,10 @@ def run(config: ScoreConfig) -> Counter:
     for option in ("model_name_or_path", "reference_model_name_or_path"):
         if config.kl_coef:
             _check_tokenizer(option, config)
-    with Journal(
-        config.output, fingerprint("score", identity(config), texts), overwrite=config.overwrite
-    ) as journal:
-        pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
-        if config.judge_model:
-            results = _judge(journal, drafts, pairs, config)
-        elif config.reward_model_name_or_path:
-            results = _reward_model(journal, drafts, pairs, config)
-        elif config.reward_fn:
-            results = _reward_fn(journal, drafts, pairs, config)
-        else:
-            logps = _logps(journal, "model_name_or_path", drafts, config)
-            results = [_checked(logps[row][i]) for row, i in pairs]
+    pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
+    depends_on = fingerprint("score", identity(config), texts)
+    with Journal(config.output, depends_on, overwrite=config.overwrite) as journal:
+        results = _score(journal, drafts, pairs, config)
         ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
         if ratios is not None:
             results = [
@@ -79,6 +70,20 @@ def _check_tokenizer(option: str, config: ScorerConfig) -> None:
     load_tokenizer(name, trust_remote_code=code, option=option)
 
 
+def _score(
+    journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
+) -> list[dict]:
+    """{"score": ...} or {"error": ...} for each pair (row, response)."""
+    if config.judge_model:
+        return _judge(journal, drafts, pairs, config)
+    if config.reward_model_name_or_path:
+        return _reward_model(journal, drafts, pairs, config)
+    if config.reward_fn:
+        return _reward_fn(journal, drafts, pairs, config)
+    logps = _logps(journal, "model_name_or_path", drafts, config)
+    return [_checked(logps[row][i]) for row, i in pairs]
+
+
 def _in_batches(
     journal: Journal,
     name: str,
@@ -88,8 +93,7 @@ def _in_batches(
 ) -> dict[int, object]:
     """Results of `work` by item number; missing batches are computed and journalled."""
     results = {}
-    total = sum(map(len, batches))
-    with tqdm(total=total, unit=unit, desc=name, disable=None) as progress:
+    with tqdm(total=sum(map(len, batches)), unit=unit, desc=name, disable=None) as progress:
         for number, batch in enumerate(batches):
             key = f"{name}/{number}"
             if key not in journal.done:
@@ -133,7 +137,7 @@ def _reward_fn(
         prompts, responses = _texts(drafts, [pairs[i] for i in batch])
         try:
             scores = np.asarray(function(prompts, responses), dtype=np.float64)
-        except Exception as error:  # whatever the user's function raises
+        except Exception as error:  # the user's function may raise anything
             raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(responses),):
             expected = f"expected {len(responses)} numbers, one per response"

@@ -141,7 +141,7 @@ def select(folder, rows, **options):
     return jsonl.read(folder / "rows.jsonl")
 
 
-def test_select(tmp_path):
+def test_select_keeps_the_rows_and_responses_asked_for(tmp_path):
     rows = [
         {
             "query": f"q{i}",

@@ -14,34 +14,23 @@ VOCAB, PAD = 23, 1
 
 def tiny_model(kind, seed, dtype=torch.float64):
     torch.manual_seed(seed)
+    shared = {"vocab_size": VOCAB, "initializer_range": 0.6}
+    shared |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": PAD}
     if kind == "llama":
         config = LlamaConfig(
-            vocab_size=VOCAB,
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
-            initializer_range=0.6,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=PAD,
+            **shared,
         )
         model = LlamaForCausalLM(config)
     else:
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            initializer_range=0.6,
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=PAD,
+        model = GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **shared)
         )
-        model = GPT2LMHeadModel(config)
     return model.to(dtype).eval()
 
 

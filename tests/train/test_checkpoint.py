@@ -97,33 +97,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, data, unharmed, ste
     assert not list((tmp_path / "out").glob("*checkpoint-50"))
 
 
+def assert_resumes(folder, data, weights, **options):
+    """A run resumed from its first checkpoint ends with the metrics and weights of a whole run."""
+    torch.manual_seed(1)
+    run(folder / "whole", data, eval_reward_fn=None, **options)
+    shutil.copytree(folder / "whole", folder / "part")
+    shutil.rmtree(folder / "part/checkpoint-6")
+    torch.manual_seed(2)  # the checkpoint's state takes precedence
+    run(folder / "part", data, eval_reward_fn=None, resume_from_checkpoint="latest", **options)
+    assert metrics(folder / "whole") == metrics(folder / "part")
+    assert (folder / "whole" / weights).read_bytes() == (folder / "part" / weights).read_bytes()
+
+
 @pytest.mark.parametrize("way", ["eager", "kernel"])
-def test_moments_rounded_at_random_resume_too(tmp_path, data, way, monkeypatch):
+def test_stochastically_rounded_moments_resume_too(tmp_path, data, way, monkeypatch):
     if way == "kernel":
         pytest.importorskip("triton", reason="the kernel needs triton")
         monkeypatch.setattr(adamw_bf16, "_kernel_takes", lambda *tensors: True)
-    options = {"optimizer_state_dtype": "bfloat16", "eval_reward_fn": None}
-    torch.manual_seed(1)
-    run(tmp_path / "whole", data, **options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    shutil.rmtree(tmp_path / "part/checkpoint-6")
-    torch.manual_seed(2)  # the checkpoint's counts
-    run(tmp_path / "part", data, resume_from_checkpoint="latest", **options)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
-    name = "model.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+    assert_resumes(tmp_path, data, "model.safetensors", optimizer_state_dtype="bfloat16")
 
 
 def test_adapters_resume_too(tmp_path, data):
-    options = {"use_peft": True, "lora_r": 4, "eval_reward_fn": None}
-    run(tmp_path / "whole", data, **options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    shutil.rmtree(tmp_path / "part/checkpoint-6")
-    torch.manual_seed(2)  # the checkpoint's counts
-    run(tmp_path / "part", data, resume_from_checkpoint="latest", **options)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+    assert_resumes(tmp_path, data, "adapter_model.safetensors", use_peft=True, lora_r=4)
     # Only adapters and their moments: the model is not in the checkpoint.
     stored = FileSystemReader(tmp_path / "whole/checkpoint-6").read_metadata().state_dict_metadata
     weights = [key for key in stored if key.endswith(("weight", "exp_avg"))]

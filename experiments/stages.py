@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt
 
+from experiments.make_demo import make
 from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo
 from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.rows import Draft, provided_mask
-from rrhf_fast.demo.make import make
 from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import pairs_in_order
@@ -114,7 +114,7 @@ class BestOfConfig:
 
 @dataclass
 class MakeConfig:
-    """Options of `make`: the demo's model and rows at another size, see rrhf_fast.demo.make."""
+    """Options of `make`: the demo's model and rows at another size, see experiments.make_demo."""
 
     hidden_size: int
     documents: int

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rrhf_fast.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE, corpus, reward
-from rrhf_fast.demo.make import make
+from experiments import demo_corpus as corpus
+from experiments.make_demo import make
+from rrhf_fast.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE, reward
 from tests.jsonl import read
 
 PROMPT = "Human: How do I fix my old chair?\nAssistant:"

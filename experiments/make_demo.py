@@ -1,4 +1,4 @@
-"""Recreate the embedded demo: `python -m rrhf_fast.demo.make --seed 0 --output_dir DIR`.
+"""Recreate the embedded demo: `python -m experiments.make_demo --seed 0 --output_dir DIR`.
 
 Writes DIR/model (weights, tokenizer), DIR/train.jsonl and DIR/eval.jsonl. Equal seeds give equal
 files on the same machine with the same libraries. Takes about three minutes on one core.
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rrhf_fast.demo import corpus, reward
+from experiments import demo_corpus as corpus
+from rrhf_fast.demo import reward
 from rrhf_fast.model.diverse_beam import diverse_beam_search
 from rrhf_fast.stages.files import write_rows
 

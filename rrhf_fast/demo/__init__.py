@@ -1,7 +1,7 @@
 """The embedded demo: the tiny model and scored rows behind `python -m rrhf_fast.train`.
 
-`python -m experiments.make_demo` of the repository makes all of it: the text by a grammar, the scores
-by reward.py, the model by training on that text. There is no outside data.
+`python -m experiments.make_demo` in the repository makes all of it: the text by a grammar, the
+scores by reward.py, the model by training on that text. There is no outside data.
 """
 
 from pathlib import Path

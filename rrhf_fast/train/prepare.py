@@ -1,7 +1,6 @@
-"""From a config to everything a run needs: rows, tokens, model, packs; and the summary that says
-what was found."""
+"""From the options to everything that a run needs: rows, tokens, model, packs, and a summary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,9 @@ from rrhf_fast.data.forest import Pack, forest_tokens
 from rrhf_fast.data.load import RowReport, load_rows
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.sources import InMemory
+from rrhf_fast.data.rows import Row
 from rrhf_fast.data.split import hold_out
-from rrhf_fast.data.tokenise import TokenisedQuery, learned_end_ids, tokenise_rows
+from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery, learned_end_ids, tokenise_rows
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.rrhf import RRHFModel
@@ -27,57 +26,11 @@ from rrhf_fast.stages.reward_fn import RewardFn, load_reward_fn
 from rrhf_fast.stages.run_folder import find_checkpoint, read_state
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World, shard_model
+from rrhf_fast.train.given import Given
 from rrhf_fast.train.memory import activation_line, fitting_tokens
 from rrhf_fast.train.output_dir import check_output_dir, claim_output_dir
 from rrhf_fast.train.profile import WARMUP
 from rrhf_fast.train.summary import describe
-
-# What a dataset can be given as.
-Rows = str | list[str] | Iterable[dict]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What is given as an object instead of by a name in the options."""
-
-    model: str | transformers.PreTrainedModel | None = None
-    train_dataset: Rows | None = None
-    eval_dataset: Rows | None = None
-    processing_class: transformers.PreTrainedTokenizerBase | None = None
-    reward_fn: RewardFn | None = None
-
-    def complete(self, config: TrainConfig) -> TrainConfig:
-        """The options, with the names of what is given."""
-        model, names = self.model, {}
-        if isinstance(model, str):
-            names["model_name_or_path"] = model
-        elif isinstance(model, transformers.PreTrainedModel):
-            names["model_name_or_path"] = model.config._name_or_path or "model"
-        elif model is not None:
-            kind = type(model).__name__
-            raise ValueError(f"model: expected a name or a PreTrainedModel, found a {kind}")
-        if self.reward_fn is not None:
-            names["eval_reward_fn"] = getattr(self.reward_fn, "__qualname__", "reward_fn")
-        for argument, option in DATASETS.items():
-            if (rows := getattr(self, argument)) is not None:
-                names[option] = rows if _is_name(rows) else argument
-        return replace(config, **names)
-
-    def rows(self, argument: str, config: TrainConfig) -> str | list[str] | InMemory | None:
-        """What `load_rows` reads for "train_dataset" or "eval_dataset"."""
-        rows = getattr(self, argument)
-        if rows is None or _is_name(rows):
-            return getattr(config, DATASETS[argument])
-        return InMemory(argument, rows)
-
-
-DATASETS = {"train_dataset": "train_data", "eval_dataset": "eval_data"}
-
-
-def _is_name(rows: Rows) -> bool:
-    return isinstance(rows, str) or (
-        isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, str) for row in rows)
-    )
 
 
 @dataclass
@@ -115,7 +68,7 @@ class Run:
         return self.held_out.batch(queries, self.world.rank, self.world.size).packs
 
 
-def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
+def prepare(config: TrainConfig, world: World, given: Given | None = None) -> Run:
     """Check everything that can be checked before the first step, cheapest first. All ranks must
     call.
 
@@ -123,6 +76,7 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
         ValueError: any mistake in options, files or rows, with one line that says what, where and
             what was expected.
     """
+    given = given or Given()
     config.validate()
     if config.model_name_or_path is None:
         config = with_demo(config)
@@ -130,14 +84,7 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
     reward_fn = given.reward_fn
     if reward_fn is None and config.eval_reward_fn is not None:
         reward_fn = load_reward_fn(config.eval_reward_fn)
-    options = config.reading() | {
-        "use_responses": config.use_responses,
-        "stop_strings": config.stop_strings,
-    }
-    rows, report = load_rows(given.rows("train_dataset", config), **options)
-    held_out_rows, held_out_report = [], RowReport()
-    if config.eval_data is not None:
-        held_out_rows, held_out_report = load_rows(given.rows("eval_dataset", config), **options)
+    rows = _read_rows(config, given)
 
     set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
     set_seed(config.seed)
@@ -147,6 +94,68 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
     lm, stored, save_dtype = _load(config, world, given.model)
     config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
     max_length = min(config.max_length, max_positions(lm) or config.max_length)
+    data = _tokenise(rows, tokenizer, config, max_length)
+    _check_vocabulary(data.train + data.held_out, lm)
+    learn_end_tokens(lm, tokenizer, learned_end_ids(data.train))
+    num_tokens = _resolve_pack(config, world, data.train + data.held_out, given.model)
+    config = replace(config, max_tokens_per_pack=num_tokens)
+
+    model = _build_model(config, world, lm, stored, max_length)
+    options = {
+        "packing": config.packing,
+        "max_tokens_per_pack": config.max_tokens_per_pack,
+        "pad_token_id": tokenizer.pad_token_id or 0,
+        "pad_to_multiple_of": model.pad_to_multiple_of,
+        "plan": model.plan,
+    }
+    train = PackPlanner(data.train, **options)
+    num_steps = _count_steps(config, len(data.train))
+    has_template = bool(tokenizer.chat_template)
+    return Run(
+        config=config,
+        world=world,
+        output_dir=world.once(lambda: claim_output_dir(config)),
+        model=model,
+        save_dtype=save_dtype,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=PackPlanner(data.held_out, **options) if data.held_out else None,
+        reward_fn=reward_fn,
+        num_steps=num_steps,
+        summary=describe(
+            config, model, train, data.held_out, data.report, data.cut, max_length, has_template
+        ),
+    )
+
+
+@dataclass
+class _Data:
+    """Queries in tokens, and what became of the rows."""
+
+    train: list[TokenisedQuery]
+    held_out: list[TokenisedQuery]
+    report: RowReport
+    cut: TokenCounts
+
+
+def _read_rows(config: TrainConfig, given: Given) -> list[tuple[list[Row], RowReport]]:
+    """Training rows and held-out rows, with a report of each."""
+    options = config.reading() | {
+        "use_responses": config.use_responses,
+        "stop_strings": config.stop_strings,
+    }
+    train = load_rows(given.rows("train_dataset", config), **options)
+    if config.eval_data is None:
+        return [train, ([], RowReport())]
+    return [train, load_rows(given.rows("eval_dataset", config), **options)]
+
+
+def _tokenise(
+    rows: list[tuple[list[Row], RowReport]],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: TrainConfig,
+    max_length: int,
+) -> _Data:
     limits = {
         "max_length": max_length,
         "max_prompt_length": config.max_prompt_length,
@@ -154,19 +163,26 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
         "chat_template_kwargs": config.chat_template_kwargs,
         "on_bad_rows": config.on_bad_rows,
     }
-    queries, cut = tokenise_rows(rows, tokenizer, report, **limits)
+    (train_rows, report), (held_out_rows, held_out_report) = rows
+    train, cut = tokenise_rows(train_rows, tokenizer, report, **limits)
     held_out = []
     if held_out_rows:
         held_out, held_out_cut = tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)
         cut.cut += held_out_cut.cut
     report.add(held_out_report)
     if config.eval_fraction > 0:
-        queries, held_out = hold_out(queries, config.eval_fraction, config.seed)
-    _check_vocabulary(queries + held_out, lm)
-    learn_end_tokens(lm, tokenizer, learned_end_ids(queries))
-    num_tokens = _resolve_pack(config, world, queries + held_out, given.model)
-    config = replace(config, max_tokens_per_pack=num_tokens)
+        train, held_out = hold_out(train, config.eval_fraction, config.seed)
+    return _Data(train, held_out, report, cut)
 
+
+def _build_model(
+    config: TrainConfig,
+    world: World,
+    lm: transformers.PreTrainedModel,
+    stored: dict[str, Stored] | None,
+    max_length: int,
+) -> RRHFModel:
+    """The model on its device, or sharded over the ranks and filled with its weights."""
     if config.use_peft:
         add_lora(lm, config)
     model = RRHFModel(
@@ -185,7 +201,7 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
     if world.mesh is not None:
         shard_model(model, world, config)
     elif config.use_peft:
-        # Weights that do not change need no float32 copy (FSDP wants one dtype a layer, though).
+        # Frozen weights need no float32 copy. (FSDP wants one dtype per layer, though.)
         for parameter in lm.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(model.compute_dtype)
@@ -198,42 +214,17 @@ def prepare(config: TrainConfig, world: World, given: Given = Given()) -> Run:
     if stored is not None:
         with world.together():
             check_finite(lm, config.model_name_or_path)
-    planner_options = {
-        "packing": config.packing,
-        "max_tokens_per_pack": config.max_tokens_per_pack,
-        "pad_token_id": tokenizer.pad_token_id or 0,
-        "pad_to_multiple_of": model.pad_to_multiple_of,
-        "plan": model.plan,
-    }
-    train = PackPlanner(queries, **planner_options)
-    per_epoch = steps_per_epoch(len(queries), config.train_batch_size)
+    return model
+
+
+def _count_steps(config: TrainConfig, num_queries: int) -> int:
+    per_epoch = steps_per_epoch(num_queries, config.train_batch_size)
     num_steps = config.max_steps or max(1, round(config.num_train_epochs * per_epoch))
     if config.profile_steps is not None and num_steps <= WARMUP:
         raise ValueError(
             f"profile_steps: expected a run of more than {WARMUP} steps, found {num_steps}"
         )
-    return Run(
-        config=config,
-        world=world,
-        output_dir=world.once(lambda: claim_output_dir(config)),
-        model=model,
-        save_dtype=save_dtype,
-        tokenizer=tokenizer,
-        train=train,
-        held_out=PackPlanner(held_out, **planner_options) if held_out else None,
-        reward_fn=reward_fn,
-        num_steps=num_steps,
-        summary=describe(
-            config,
-            model,
-            train,
-            held_out,
-            report,
-            cut,
-            max_length,
-            has_template=bool(tokenizer.chat_template),
-        ),
-    )
+    return num_steps
 
 
 def with_demo(config: TrainConfig) -> TrainConfig:

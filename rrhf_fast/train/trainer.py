@@ -21,11 +21,12 @@ from rrhf_fast.train.checkpoint import Checkpoints, Progress
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import is_on_all_ranks, join_world
 from rrhf_fast.train.evaluate import Totals, evaluate_ranking, evaluate_samples
+from rrhf_fast.train.given import Given, Rows
 from rrhf_fast.train.memory import memory_table
 from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.plot import plot_training
-from rrhf_fast.train.prepare import Given, Rows, prepare, with_demo
+from rrhf_fast.train.prepare import prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
 from rrhf_fast.train.resume import first_evaluation, start, was_left_out
 from rrhf_fast.train.roofline import product_speed

@@ -20,6 +20,7 @@ from rrhf_fast.losses.linear_rrhf import read_bounds
 from rrhf_fast.losses.parts import Layout
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.train.backward import active_edges
 from rrhf_fast.train.evaluate import Totals
 
 aten = torch.ops.aten
@@ -96,6 +97,9 @@ def test_a_pack_waits_once_per_chunk(as_on_cuda, monkeypatch, options, workspace
         out = model(pack)
         out.loss.backward()
         totals.add(out, pack)
+        is_active = active_edges(out, pack, model.loss_config)
+        totals.add_active(pack, is_active)
+        totals.add_flops(pack, model.costs.of_pack(pack, is_active.sum()))
     assert len(chunks) == (1 if workspace_mb is None else 3)
     assert +waits.counts == {"aten.nonzero": len(chunks)}
 

@@ -97,7 +97,8 @@ def describe(kind: Any) -> str:
     if origin in (Union, UnionType):
         return ", or ".join(describe(option) for option in args if option is not NoneType)
     if origin is Literal:
-        *others, last = map(str, args)
+        # In quotes, as YAML files need them: without, these two are true and false.
+        *others, last = (repr(word) if word in ("on", "off") else word for word in args)
         return f"{', '.join(others)} or {last}" if others else last
     if origin in (list, dict):
         return f"{origin.__name__} of {' to '.join(map(describe, args))}"

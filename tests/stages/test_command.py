@@ -52,7 +52,17 @@ def test_help_stands_alone(command, monkeypatch, capsys):
         name, _, explanation = option.partition("  " if "  " in option.splitlines()[0] else "\n")
         assert len(explanation.split()) > 3, name
     # Types in words, no files that only the repository has, nothing broken at a hyphen.
-    for word in ("Annotated", "Literal", "typing", "<class", "type:", "null]", ".md", "rrhf-\n"):
+    for word in (
+        "Annotated",
+        "Literal",
+        "typing",
+        "<class",
+        "type:",
+        "null]",
+        ".md",
+        "rrhf-\n",
+        "lora_dropout",
+    ):
         assert word not in text, word
     assert all(len(line) <= 100 for line in text.splitlines())
 

@@ -208,9 +208,13 @@ KINDS = {
     "no list": ({"stop_strings": "a"}, "stop_strings: expected a list, [a], found 'a'"),
     "no mapping": ({"train": 5}, "train: expected dict, found 5"),
     "a choice": ({"on_bad_rows": "no"}, "on_bad_rows: expected error or skip, found 'no'"),
+    "a word of YAML": (
+        {"train": {"active_set": True}},
+        "train.active_set: expected auto, 'on' or 'off', found True",
+    ),
     "a switch": ({"finished_only": 1}, "finished_only: expected bool, found 1"),
     "one of several kinds": ({"data": 5}, "data: expected str, or list of str, found 5"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", KINDS)

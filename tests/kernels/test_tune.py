@@ -47,7 +47,7 @@ def test_other_files_are_refused(text, tmp_path, monkeypatch):
     if text is not None:
         file.write_text(text)
     monkeypatch.setenv("RRHF_FAST_TILES", str(file))
-    with pytest.raises(ValueError, match="RRHF_FAST_TILES: .*tiles.json: expected a file that"):
+    with pytest.raises(ValueError, match="RRHF_FAST_TILES: .*tiles.json: expected a file written"):
         choose("forward", 90, 2)
 
 

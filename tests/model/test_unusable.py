@@ -21,7 +21,8 @@ def rows(tmp_path):
 
 
 def run(command, *arguments):
-    return importlib.import_module(f"rrhf_fast.{command}").main([str(word) for word in arguments])
+    module = importlib.import_module(f"rrhf_fast.{command}.__main__")
+    return module.main([str(word) for word in arguments])
 
 
 def commands(model, rows, out):

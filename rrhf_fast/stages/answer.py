@@ -88,7 +88,7 @@ def _first_choice(record: Any) -> dict:
         raise NoCompletion("an answer that is not a JSON object")
     if error := record.get("error"):
         message = error.get("message") if isinstance(error, dict) else error
-        raise NoCompletion(f"an error for an answer: {one_line(message or error)}")
+        raise NoCompletion(f"an error instead of an answer: {one_line(message or error)}")
     choices = record.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise NoCompletion("an answer without choices")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
@@ -314,26 +315,27 @@ def _plain(dtype: str) -> str:
 
 
 def headline(results: Path = RESULTS) -> str:
-    """The README's table: the engine and what others do, on a GPU."""
-    parts = json.loads((results / "gpu" / "step.json").read_text())["parts"]
+    """The README's sentence and picture: the engine and what others do, on a GPU."""
+    parts, case = _gpu_case(results)
     machine = parts["machine"]["figures"]
+    ways = case["contenders"]
+    times, mfu = _sound(ways["rrhf_fast"])["times_released"], ways["rrhf_fast"]["mfu"]
+    return f"""\
+Loss and gradient on one {machine["device"]}, {case["model"]} shape, bfloat16, prompts of 128 tokens
+with 6 responses of 64: {times["median"]:.1f} times the queries per second of the released method
+and {case["over_repeated"]["median"]:.1f} times those of packs that repeat the prompt, at {mfu:.0%} MFU
+([all figures and their commands](docs/speed.md)).
+
+![queries per second](benchmarks/results/gpu/step.png)
+"""
+
+
+def _gpu_case(results: Path) -> tuple[dict, dict]:
+    """All parts of the step's figures on a GPU, and its one case."""
+    parts = json.loads((results / "gpu" / "step.json").read_text())["parts"]
     (tried,) = parts["contenders"]["figures"].values()
     (case,) = tried["cases"]
-    rows = [
-        [
-            name,
-            f"{way['queries_per_second']:.0f}",
-            f"{way['mfu']:.0%}",
-            f"{_sound(way)['times_released']['median']:.1f}",
-        ]
-        for name, way in case["contenders"].items()
-    ]
-    return f"""\
-One {machine["device"]}, {case["model"]} shape, bfloat16, a prompt of 128 tokens and 6 responses of
-64 tokens, loss and gradient ([all figures, with their commands](docs/speed.md)):
-
-{_table(["", "queries/s", "MFU", "times the released method"], rows)}
-"""
+    return parts, case
 
 
 def main() -> int:
@@ -348,7 +350,13 @@ def main() -> int:
         wrong |= new != text
         if "--check" not in sys.argv[1:]:
             page.write_text(new)
-    return int(wrong and "--check" in sys.argv[1:])
+    if "--check" in sys.argv[1:]:
+        return int(wrong)
+    from benchmarks import step  # late: it loads PyTorch
+
+    _, case = _gpu_case(RESULTS)
+    step.plot({"cases": [case]}, RESULTS / "gpu" / "step.png")
+    return 0
 
 
 if __name__ == "__main__":

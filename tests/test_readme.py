@@ -27,7 +27,10 @@ from rrhf_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
-PAGES = README + "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+PAGES = README + "".join(
+    page.read_text(encoding="utf-8")
+    for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, flags=re.DOTALL)
 
 
@@ -90,7 +93,7 @@ def test_commands_and_options_exist():
 
 def test_the_forest_shown_is_the_forest_built():
     def numbers(name):
-        line = next(line for line in README.splitlines() if line.lstrip().startswith(name))
+        line = next(line for line in PAGES.splitlines() if line.lstrip().startswith(name))
         return [int(text) for text in line.removeprefix(f"  {name}").split()]
 
     prompt, shared, cat, dog = [1, 2, 3, 4], [5, 6, 7], [8, 9, 0], [10, 9, 0]
@@ -104,14 +107,16 @@ def test_the_forest_shown_is_the_forest_built():
     assert numbers("row j") == list(range(forest.num_tokens))
 
 
-def test_every_file_of_the_tree_exists():
-    (tree,) = (text for language, text in BLOCKS if text.startswith("rrhf_fast/"))
+def test_every_file_of_the_trees_exists():
+    trees = [text for language, text in BLOCKS if text.startswith("rrhf_fast/")]
+    assert len(trees) == 2
     folders: list[str] = []  # that the line stands in
-    for line in tree.splitlines():
+    for line in "".join(trees).splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        name, _, text = line.strip().partition(" ")
-        path = ROOT.joinpath(*folders[:depth], name)
-        assert path.exists(), path
+        names, _, text = line.strip().partition("  ")
+        for name in names.split():
+            path = ROOT.joinpath(*folders[:depth], name)
+            assert path.exists(), path
         for other in re.findall(r"[\w/]+\.py", text):
             assert any((place / other).exists() for place in (path.parent, path, ROOT)), other
         folders = [*folders[:depth], name]

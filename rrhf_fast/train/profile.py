@@ -7,7 +7,6 @@ gives both the same number.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -56,10 +55,8 @@ class StepProfiler:
         the next one, evaluations and checkpoints included."""
         for _, batch in zip(range(WARMUP), batches, strict=False):
             yield batch
-        with ExitStack() as recording:
-            _wait(self.model.device)
-            profile = recording.enter_context(torch.profiler.profile())
-            recording.enter_context(record_function(STEPS))
+        _wait(self.model.device)
+        with torch.profiler.profile() as profile, record_function(STEPS):
             self._is_recording = True
             for _ in range(self.num_steps):
                 with span("data"):

@@ -121,6 +121,7 @@ def test_the_options_of_a_policy(option, tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"^policies\[1\].{option}: expected"):
             check(SampleConfig(policies=[{}, {option: value}]))
     check(Policy(**{option: inside[0]}))
+    check(SampleConfig(policies=({option: inside[0]}, Policy())))
     text = yaml.safe_dump([{option: outside[-1]}], default_flow_style=True)
     (tmp_path / "o.yaml").write_text(f"policies: {text}")
     for arguments in (["--policies", text], ["--config", str(tmp_path / "o.yaml")]):
@@ -179,6 +180,9 @@ def test_any_value_is_taken_or_refused_by_what_it_is(value):
 WRONG = {
     "unknown in a policy": (
         {"policies": [{"top": 1}]}, "policies[0].top: no such option (did you mean top_p?)",
+    ),
+    "dotted in a policy": (
+        {"policies": [{}, {"extra_body.a": 1}]}, "policies[1].extra_body.a: no such option",
     ),
     "unknown in the trainer": (
         {"train": {"learning_rat": 1}},

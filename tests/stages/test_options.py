@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from rrhf_fast.evaluate.__main__ import main as evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.run import claim
+from rrhf_fast.export import export
+from rrhf_fast.export.__main__ import main as export_command
 from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.iterate.__main__ import main as iterate
 from rrhf_fast.iterate.config import IterateConfig
@@ -175,6 +177,13 @@ def test_any_value_is_taken_or_refused_by_what_it_is(value):
         else:
             with pytest.raises(ValueError, match=f"^{name}: expected .*, found "):
                 check(config)
+
+
+def test_export_too(capsys):
+    with pytest.raises(ValueError, match="^merge: expected bool, found 'yes'$"):
+        export(ExportConfig("a", "b", merge="yes"))
+    assert export_command(["--output_dir", "b"]) == 2
+    assert capsys.readouterr().err == "rrhf_fast.export: error: checkpoint: missing\n"
 
 
 WRONG = {

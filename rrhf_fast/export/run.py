@@ -16,11 +16,13 @@ from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.save import take_generation_config, write_model
 from rrhf_fast.model.sharded import empty_model, named_tensors
+from rrhf_fast.stages.options import check
 from rrhf_fast.stages.run_folder import is_complete, read_state
 
 
 def run(config: ExportConfig) -> Path:
     """See `rrhf_fast.export`."""
+    check(config)
     folder, output_dir = Path(config.checkpoint), Path(config.output_dir)
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not is_complete(folder):

@@ -69,8 +69,8 @@ class LogProbsConfig:
 
 
 @dataclass
-class ScorerConfig(RewardConfig, LogProbsConfig, JudgeConfig, EndpointConfig):
-    """Every model"""
+class ModelsConfig:
+    """Every model that runs here"""
 
     chat_template_kwargs: dict = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}, or {chat_template: NAME} to
@@ -82,6 +82,11 @@ class ScorerConfig(RewardConfig, LogProbsConfig, JudgeConfig, EndpointConfig):
     """Precision of the models. auto: bfloat16 on a GPU that has it, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Only for models whose author you trust."""
+
+
+@dataclass
+class ScorerConfig(RewardConfig, LogProbsConfig, ModelsConfig, JudgeConfig, EndpointConfig):
+    """How responses are scored: options that score, evaluate and iterate share."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""

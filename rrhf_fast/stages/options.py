@@ -40,12 +40,12 @@ def check_within(name: str, test: Callable[[Any], None], config: object) -> None
         raise ValueError(f"{name}.{error}") from error
 
 
-def check_names(config_class: type, options: dict, where: str = "") -> None:
+def check_names(config_class: type, options: dict, where: str, *, dotted: bool) -> None:
     """Raise ValueError, beginning with `where`, for names in a mapping, or within it, that are no
-    options of the config class. Names may be dotted: {"train.seed": 1}."""
+    options of the config class. If `dotted`, names may be paths: {"train.seed": 1}."""
     kinds = get_type_hints(config_class)
     for key, value in options.items():
-        name, _, rest = str(key).partition(".")
+        name, _, rest = str(key).partition(".") if dotted else (str(key), "", "")
         if name not in kinds and (name not in REMOVED or value != REMOVED[name]):
             near = get_close_matches(name, kinds, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
@@ -57,17 +57,17 @@ def check_names(config_class: type, options: dict, where: str = "") -> None:
             within = [(kind, name, value)]
         for kind, path, item in within:
             if is_dataclass(kind) and isinstance(item, dict):
-                check_names(kind, item, f"{where}{path}.")
+                check_names(kind, item, f"{where}{path}.", dotted=dotted and path == name)
 
 
 def as_config(config_class: type, options: object, name: str) -> object:
     """The mapping that the option `name` holds as a config, or each one in its list; another value
     as it is, for `check` to refuse."""
-    if isinstance(options, list):
+    if isinstance(options, list | tuple):
         return [as_config(config_class, item, f"{name}[{i}]") for i, item in enumerate(options)]
     if not isinstance(options, dict):
         return options
-    check_names(config_class, options, f"{name}.")
+    check_names(config_class, options, f"{name}.", dotted=False)
     return config_class(**{key: value for key, value in options.items() if key not in REMOVED})
 
 

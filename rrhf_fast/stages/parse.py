@@ -194,7 +194,8 @@ def _check_command_line(config_class: type, arguments: list[str]) -> None:
         name = word.partition("=")[0]
         # With a space it is a value.
         if name.startswith("--") and " " not in name and name not in _OF_EVERY_COMMAND:
-            check_names(config_class, {name.removeprefix("--").removesuffix("+"): None})
+            name = name.removeprefix("--").removesuffix("+")
+            check_names(config_class, {name: None}, "", dotted=True)
 
 
 def _check_files(config_class: type, arguments: list[str]) -> None:
@@ -215,4 +216,4 @@ def _check_files(config_class: type, arguments: list[str]) -> None:
         if not isinstance(options, dict):
             found = "nothing" if options is None else f"{options!r:.80}"
             raise ValueError(f"config: {file}: expected lines of `option: value`, found {found}")
-        check_names(config_class, options, f"config: {file}: ")
+        check_names(config_class, options, f"config: {file}: ", dotted=True)

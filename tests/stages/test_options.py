@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from rrhf_fast.evaluate.__main__ import main as evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.run import claim
+from rrhf_fast.export import export
+from rrhf_fast.export.__main__ import main as export_command
 from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.iterate.__main__ import main as iterate
 from rrhf_fast.iterate.config import IterateConfig
@@ -121,6 +123,7 @@ def test_the_options_of_a_policy(option, tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"^policies\[1\].{option}: expected"):
             check(SampleConfig(policies=[{}, {option: value}]))
     check(Policy(**{option: inside[0]}))
+    check(SampleConfig(policies=({option: inside[0]}, Policy())))
     text = yaml.safe_dump([{option: outside[-1]}], default_flow_style=True)
     (tmp_path / "o.yaml").write_text(f"policies: {text}")
     for arguments in (["--policies", text], ["--config", str(tmp_path / "o.yaml")]):
@@ -176,9 +179,19 @@ def test_any_value_is_taken_or_refused_by_what_it_is(value):
                 check(config)
 
 
+def test_export_too(capsys):
+    with pytest.raises(ValueError, match="^merge: expected bool, found 'yes'$"):
+        export(ExportConfig("a", "b", merge="yes"))
+    assert export_command(["--output_dir", "b"]) == 2
+    assert capsys.readouterr().err == "rrhf_fast.export: error: checkpoint: missing\n"
+
+
 WRONG = {
     "unknown in a policy": (
         {"policies": [{"top": 1}]}, "policies[0].top: no such option (did you mean top_p?)",
+    ),
+    "dotted in a policy": (
+        {"policies": [{}, {"extra_body.a": 1}]}, "policies[1].extra_body.a: no such option",
     ),
     "unknown in the trainer": (
         {"train": {"learning_rat": 1}},

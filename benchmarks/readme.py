@@ -323,8 +323,8 @@ def headline(results: Path = RESULTS) -> str:
     return f"""\
 Loss and gradient on one {machine["device"]}, {case["model"]} shape, bfloat16, prompts of 128 tokens
 with 6 responses of 64: {times["median"]:.1f} times the queries per second of the released method
-and {case["over_repeated"]["median"]:.1f} times those of packs that repeat the prompt, at {mfu:.0%} MFU
-([all figures and their commands](docs/speed.md)).
+and {case["over_repeated"]["median"]:.1f} times those of packs that repeat the prompt, at
+{mfu:.0%} MFU ([all figures and their commands](docs/speed.md)).
 
 ![queries per second](benchmarks/results/gpu/step.png)
 """

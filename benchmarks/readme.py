@@ -73,8 +73,8 @@ def _step(figures: dict) -> str:
 Loss and gradient of {case["queries"]} queries, spread by size over the human-judged rows of PandaLM
 (`{case["workload"]}`), {case["model"]}, {_plain(case["dtype"])}, medians of
 {figures["options"]["rounds"]} interleaved rounds ({_machine(figures)}). The released method pads k
-rows a query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. From
-rrhf_fast on, one thing at a time is changed. On the two shortest queries every gradient is within
+rows per query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. The
+rows after rrhf_fast change one thing each. On the two shortest queries every gradient is within
 {worst:.0e} of float64. The model is HuggingFaceTB/{case["model"]}; the rows are the test set of
 WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the format above.
 
@@ -111,7 +111,7 @@ def _gpu_steps(parts: dict) -> str:
         ]
         for one in sizes["cases"]
     ]
-    size_header = ["tokens a pack", "tokens/s", "MFU", "ms a pack", "GiB at the peak"]
+    size_header = ["tokens per pack", "tokens/s", "MFU", "ms per pack", "GiB at the peak"]
     return f"""\
 On one {machine["device"]} (torch {machine["torch"]}, triton {machine["triton"]},
 {machine["date"]}): loss and gradient of {case["queries"]} queries of the paper's lengths (a prompt
@@ -174,7 +174,7 @@ def _workloads(every: Sequence[dict]) -> str:
     ]
     header = ["", "queries", "times the released method", "times packed with repeated prompts"]
     return f"""\
-How much that is depends on the lengths, since what is saved are padding and copies of prompts:
+The speed-up depends on the lengths, since it comes from padding and repeated prompts:
 
 {_table(header, rows)}
 
@@ -249,7 +249,7 @@ def _scaling(figures: dict) -> str:
         rows.append([f"{unit} ({fixed})", *cells])
     ways = list(figures["sweeps"][0]["series"])
     return f"""\
-What more of something costs, by the slopes of
+Marginal costs, from the slopes of
 [sweeps](../benchmarks/results/scaling-paper-cpu.png): time and memory, beyond weights and
 gradients, of one query's loss and gradient ({figures["model"]} shape, hidden size
 {figures["hidden_size"]}; {_machine(figures)}):
@@ -269,7 +269,7 @@ def _kernel(figures: dict) -> str:
     ]
     return f"""\
 The head alone, {edges:,} predictions, hidden size {hidden:,}, vocabulary {vocab:,}, milliseconds
-forward and backward, by the share of predictions that has a gradient. One sweep makes the logits
+forward and backward, by the share of predictions that have a gradient. One sweep makes the logits
 once; two steps make them again in the backward, and so keep nothing between the two
 ({_machine(figures)}).
 

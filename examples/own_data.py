@@ -31,7 +31,8 @@ class Printer(TrainerCallback):
     """Prints the ranking accuracy of each step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        print(f"step {state.global_step}: accuracy {logs['rewards/accuracies']:.2f}")
+        if "loss" in logs:  # not an evaluation
+            print(f"step {state.global_step}: accuracy {logs['rewards/accuracies']:.2f}")
 
 
 def main(output_dir: str) -> None:

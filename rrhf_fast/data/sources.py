@@ -38,7 +38,7 @@ class InMemory:
     def __post_init__(self):
         if isinstance(self.rows, Mapping):
             problem = f"expected rows, found the keys {', '.join(map(str, self.rows))}"
-            raise ValueError(f"{self.name}: {problem} (choose a split)")
+            raise ValueError(f"{self.name}: {problem} (choose a split, or give a list of rows)")
         if not isinstance(self.rows, Iterable):
             kind = type(self.rows).__name__
             raise ValueError(f"{self.name}: expected rows or the name of a file, found a {kind}")

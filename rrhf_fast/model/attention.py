@@ -169,6 +169,11 @@ def _trial_pack():
     )
 
 
+class NoForest(RuntimeError):
+    """Forest attention was called without a forest: by a decoder that drops the argument, which the
+    self-check refuses, or by a plain forward of a model that `RRHFModel` has set up."""
+
+
 # A graph break: plans are Python objects that differ from pack to pack.
 @torch.compiler.disable
 def _forest_attention(
@@ -186,8 +191,10 @@ def _forest_attention(
 ) -> tuple[torch.Tensor, None]:
     """Called by transformers in every layer: [1, H, N, D] -> [1, N, H, D_v]."""
     if forest is None:
-        # This decoder drops the argument; the self-check counts calls and refuses it.
-        return query.transpose(1, 2), None
+        raise NoForest(
+            "the attention of this model is set to packed forests, which only RRHFModel runs "
+            "(model.set_attn_implementation('sdpa') makes it a plain model again)"
+        )
     forest.specs.append(
         AttentionSpec(
             num_heads=query.shape[1],

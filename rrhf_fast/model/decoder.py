@@ -7,6 +7,7 @@ forest with unpacked runs before the first step, because a model that ignores th
 silently train on wrong log-probs.
 """
 
+import contextlib
 import copyreg
 import math
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.forest import PackedForest, build_forest
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_sdpa
-from rrhf_fast.model.attention import FOREST, Forest
+from rrhf_fast.model.attention import FOREST, Forest, NoForest
 from rrhf_fast.model.backend import AttentionSpec
 
 # Largest difference in a log-prob between forest and unpacked runs, float32. Rounding causes about
@@ -220,7 +221,7 @@ def self_check(model: PreTrainedModel, max_length: int) -> list[AttentionSpec]:
     queries = check_queries(model)
     pack = build_forest(queries).to(model.device)
     forest = Forest(forest_sdpa, forest_sdpa.plan(pack))
-    with attention(model, FOREST):
+    with attention(model, FOREST), contextlib.suppress(NoForest):
         hidden = decode_forest(model, pack, forest)
     layers = model.config.get_text_config().num_hidden_layers
     if len(forest.specs) != layers:

@@ -171,6 +171,15 @@ class RRHFModel(nn.Module):
         with attention(self.lm, self.plain_attention), torch.compiler.set_stance("force_eager"):
             yield
 
+    def release(self) -> None:
+        """Give `lm` its own attention back, so that it is a plain Hugging Face model until
+        `engaged`."""
+        self.lm.set_attn_implementation(self.plain_attention)
+
+    def engaged(self) -> AbstractContextManager[None]:
+        """Inside this block, after `release`, packs can be run."""
+        return attention(self.lm, self.plain_attention if self.attention is None else FOREST)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Inside this block matrix products run in `compute_dtype`; weights, norms and RoPE stay in
         float32."""

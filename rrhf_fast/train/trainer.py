@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rrhf_fast.data.packs import Batch, ahead, batches
 from rrhf_fast.model.layers import count_given_up, count_graphs
 from rrhf_fast.stages.reward_fn import RewardFn
-from rrhf_fast.train.callbacks import Callbacks
+from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
 from rrhf_fast.train.checkpoint import Checkpoints, Progress
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import is_on_all_ranks, join_world
@@ -106,9 +106,18 @@ class RRHFTrainer:
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_fn: RewardFn | None = None,
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     ):
-        given = Given(model, train_dataset, eval_dataset, processing_class, reward_fn)
+        if not isinstance(args, TrainConfig | None):
+            raise ValueError(f"args: expected a TrainConfig, found a {type(args).__name__}")
+        callbacks = checked_callbacks(callbacks)
+        given = Given.of(
+            model=model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_fn=reward_fn,
+        )
         config = given.complete(args or TrainConfig())
         config.validate()
         self._open = ExitStack()
@@ -118,6 +127,7 @@ class RRHFTrainer:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+        self.run.model.release()
         self.log = MetricsLog(self.run.output_dir, self.run.config, writes=self.world.is_first)
         self.callbacks = Callbacks(callbacks, self.run)
         self.step = 0
@@ -156,7 +166,9 @@ class RRHFTrainer:
         result = TrainResult(run.output_dir, metrics=self.log.records, steps=progress.step)
         self.callbacks.given = {"optimizer": optimizer, "lr_scheduler": schedule}
 
-        with Signals(self.world) as signals, self._saving(result, checkpoints):
+        engaged = run.model.engaged()
+        with Signals(self.world) as signals, engaged, self._saving(result, checkpoints):
+            self.callbacks.state.best_metric = None
             self._event("on_train_begin")
             result.before = self._evaluate_at_start()
             for batch in self._batches(optimizer):
@@ -176,9 +188,13 @@ class RRHFTrainer:
 
                 # A callback ends the run as its last step would; a signal ends it to be resumed.
                 is_last = self.callbacks.take("training_stop") or self.step == run.num_steps
+                if is_last or self.step % run.steps_per_epoch == 0:
+                    self._event("on_epoch_end")
+                    is_last |= self.callbacks.take("training_stop")
                 if self.callbacks.take("log") or is_last or problem or self._is_due("logging"):
                     self.log.write(record)
-                    self._event("on_log", logs=record)
+                    self._sync()
+                    self.callbacks.logged(record)
                 signals.release()
                 is_stopped = totals.flagged and self.step < run.num_steps
                 if is_stopped and config.optim == "adamw_8bit":  # cannot be resumed: keep the model
@@ -214,8 +230,10 @@ class RRHFTrainer:
         """
         if self.run.held_out is None:
             raise ValueError("eval_dataset: missing (or set eval_data or eval_fraction)")
-        measures, _ = self._measure()
-        self.callbacks.evaluated(measures)
+        with self.run.model.engaged():
+            measures, _ = self._measure()
+            self._sync()
+            self.callbacks.evaluated(measures)
         return {f"eval_{name}": value for name, value in measures.items()}
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -225,13 +243,9 @@ class RRHFTrainer:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The causal LM that is trained. Its attention is that of packed forests; generate inside
-        `with trainer.generation():`."""
+        """The causal LM that is trained; a plain Hugging Face model except while `train` and
+        `evaluate` run packs, so that callbacks too can generate with it."""
         return self.run.model.lm
-
-    def generation(self) -> AbstractContextManager:
-        """Inside, `model` has its own attention again, so that it can generate."""
-        return self.run.model.generation()
 
     def close(self) -> None:
         """Leave the process group."""
@@ -267,8 +281,6 @@ class RRHFTrainer:
                     self._event("on_epoch_begin")
                 self._event("on_step_begin")
                 yield batch
-                if self.step % run.steps_per_epoch == 0 or self.step == run.num_steps:
-                    self._event("on_epoch_end")
 
     def _record(
         self,

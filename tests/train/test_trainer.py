@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
     TrainerCallback,
@@ -82,8 +83,7 @@ def test_save_model_and_generation(tmp_path):
     first, second = weights(tmp_path / "out"), weights(tmp_path / "copy")
     assert all(torch.equal(first[name], second[name]) for name in first)
     prompt = torch.tensor([[5, 6, 7]])
-    with trainer.generation():
-        found = trainer.model.generate(prompt, max_new_tokens=5, do_sample=False)
+    found = trainer.model.generate(prompt, max_new_tokens=5, do_sample=False)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     assert torch.equal(found, saved.generate(prompt, max_new_tokens=5, do_sample=False))
 
@@ -126,12 +126,12 @@ def test_every_event_comes_in_its_place(tmp_path):
     args = options(tmp_path, max_steps=3, train_batch_size=8, save_steps=2)
     RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[events]).train()
     assert events.calls == [
-        ("init_end", 0), ("train_begin", 0), ("evaluate", 0),
+        ("init_end", 0), ("train_begin", 0), ("log", 0), ("evaluate", 0),
         ("epoch_begin", 0), ("step_begin", 0), ("step_end", 1), ("log", 1),
-        ("step_begin", 1), ("step_end", 2), ("log", 2), ("evaluate", 2), ("save", 2),
-        ("epoch_end", 2),
-        ("epoch_begin", 2), ("step_begin", 2), ("step_end", 3), ("log", 3), ("epoch_end", 3),
-        ("evaluate", 3), ("train_end", 3),
+        ("step_begin", 1), ("step_end", 2), ("epoch_end", 2), ("log", 2),
+        ("log", 2), ("evaluate", 2), ("save", 2),
+        ("epoch_begin", 2), ("step_begin", 2), ("step_end", 3), ("epoch_end", 3), ("log", 3),
+        ("log", 3), ("evaluate", 3), ("train_end", 3),
     ]  # fmt: skip
 
 
@@ -141,7 +141,10 @@ def test_what_callbacks_are_told(tmp_path):
     trainer = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[events])
     trainer.train()
     told = {name: more for name, _, more in events.calls}
-    assert told["on_log"]["logs"]["loss"] == records(tmp_path)[-2]["loss"]
+    logs = [more["logs"] for name, _, more in events.calls if name == "on_log"]
+    assert logs[-2]["loss"] == records(tmp_path)[-2]["loss"]
+    assert logs[-1]["eval_loss"] == records(tmp_path)[-1]["eval/loss"]
+    assert events.calls[-1][1].log_history == logs
     assert told["on_evaluate"]["metrics"]["eval_loss"] == trainer.evaluate()["eval_loss"]
     assert told["on_step_end"]["model"] is trainer.model
     assert isinstance(told["on_step_end"]["optimizer"], torch.optim.Optimizer)
@@ -188,6 +191,95 @@ def test_early_stopping_of_transformers(tmp_path):
     assert result.steps == 2  # after the evaluations of steps 1 and 2
 
 
+def test_an_evaluation_before_training_costs_no_patience(tmp_path):
+    args = options(tmp_path, max_steps=3, eval_steps=1)
+    stopper = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[stopper])
+    trainer.evaluate()
+    assert trainer.train().steps == 3
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [("save", ["checkpoint-2", "checkpoint-4"]), ("training_stop", []), ("evaluate", [])],
+)
+def test_wishes_at_the_end_of_an_epoch_are_granted_there(wish, expected, tmp_path):
+    class AtEpochEnd(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **more):
+            setattr(control, f"should_{wish}", True)
+
+    args = options(tmp_path, train_batch_size=8, eval_steps=100)
+    result = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[AtEpochEnd]).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == expected
+    assert result.steps == (2 if wish == "training_stop" else 4)
+    evaluated = [r["step"] for r in records(tmp_path) if "eval/loss" in r]
+    assert evaluated == {"evaluate": [0, 2, 4], "save": [0, 4], "training_stop": [0, 2]}[wish]
+
+
+def test_the_model_is_a_plain_one_outside_and_in_callbacks(tmp_path):
+    """Its attention is that of forests only while packs run."""
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    prompt = torch.tensor([[5, 6, 7, 8], [9, 5, 6, 7]])
+
+    def logits(model):
+        with torch.no_grad():
+            return model(prompt).logits
+
+    before, seen = logits(lm), []
+
+    class Looks(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **more):
+            seen.append(logits(model))
+
+        def on_evaluate(self, args, state, control, model=None, **more):
+            seen.append(logits(model))
+
+    trainer = RRHFTrainer(lm, options(tmp_path, max_steps=2), ROWS, HELD_OUT, callbacks=[Looks])
+    torch.testing.assert_close(logits(lm), before)
+    trainer.train()
+    torch.testing.assert_close(seen[0], before)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(seen[-1], logits(saved))
+    torch.testing.assert_close(logits(lm), logits(saved))
+    trainer.evaluate()
+    torch.testing.assert_close(logits(lm), logits(saved))
+
+
+def test_a_run_that_fails_leaves_a_plain_model(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, *args, **more):
+            raise RuntimeError("no")
+
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    with pytest.raises(RuntimeError, match="no"):
+        RRHFTrainer(lm, options(tmp_path), ROWS, callbacks=[Fails]).train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(lm(prompt).logits, saved(prompt).logits)
+
+
+def test_the_tensorboard_callback_of_transformers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from transformers.integrations import TensorBoardCallback
+
+    args = options(tmp_path, max_steps=2)
+    RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[TensorBoardCallback]).train()
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_paths_frames_and_names(tmp_path, by_name):
+    pandas = pytest.importorskip("pandas")
+    trainer = RRHFTrainer(
+        demo.MODEL_DIR,
+        options(tmp_path),
+        pandas.DataFrame(ROWS),
+        by_name / "eval.jsonl",
+        processing_class=str(demo.MODEL_DIR),
+    )
+    trainer.train()
+    assert records(tmp_path) == records(by_name / "out")
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
@@ -197,12 +289,41 @@ def test_early_stopping_of_transformers(tmp_path):
         ({"train_dataset": [{"prompt": "a"}]}, r"train_dataset\[0\]"),
         ({"train_dataset": []}, "train_dataset: no usable row among the 0 read"),
         ({"train_dataset": None}, "train_data: missing"),
+        ({"callbacks": [print]}, "callbacks: expected transformers' TrainerCallback"),
+        ({"callbacks": TrainerCallback()}, "callbacks: expected a list of callbacks"),
+        ({"reward_fn": "package:fn"}, "reward_fn: expected a function, found 'package:fn'"),
+        ({"args": {"max_steps": 3}}, "args: expected a TrainConfig, found a dict"),
     ],
 )
 def test_mistakes_name_the_argument(given, problem, tmp_path):
     arguments = {"model": str(demo.MODEL_DIR), "train_dataset": ROWS} | given
+    arguments = {"args": options(tmp_path)} | arguments
     with pytest.raises(ValueError, match=problem):
-        RRHFTrainer(args=options(tmp_path), **arguments)
+        RRHFTrainer(**arguments)
+
+
+def test_models_that_cannot_be_trained(tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    nameless = AutoModelForCausalLM.from_config(lm.config)
+    nameless.config._name_or_path = ""
+    frozen = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR).requires_grad_(False)
+    other = AutoModelForSequenceClassification.from_config(lm.config)
+    for model, problem in (
+        (nameless, "processing_class: missing"),
+        (frozen, "model: all of its weights are frozen"),
+        (other, "model: expected a causal language model, found a LlamaForSequence"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            RRHFTrainer(model, options(tmp_path), ROWS)
+
+
+def test_a_callback_that_returns_something_else_is_named(tmp_path):
+    class Returns(TrainerCallback):
+        def on_step_end(self, *args, **more):
+            return True
+
+    with pytest.raises(ValueError, match="callbacks: expected the control or None from Returns.on"):
+        RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path), ROWS, callbacks=[Returns]).train()
 
 
 def test_a_model_with_adapters_is_refused(tmp_path):

@@ -8,7 +8,7 @@ WITHOUT = """
 import signal, sys
 sys.modules["fcntl"] = None
 del signal.SIGUSR1
-from rrhf_fast.{command} import main
+from rrhf_fast.{command}.__main__ import main
 sys.exit(main({arguments}))
 """
 

@@ -60,7 +60,7 @@ class IterateConfig(RowsConfig, EvaluationOptions):
     finished_only: bool = False
     """Leave responses that max_new_tokens cut off out of training."""
     kl_coef: Annotated[float, Ge(0)] = 0.0
-    """Take kl_coef * log(model / reference) from the scores that are trained on, against reward
+    """Subtract kl_coef * log(model / reference) from the scores that are trained on, against reward
     hacking. The paper's online runs use 0.01."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Options of the trainer; the rounds set its model, data and output_dir."""

@@ -14,8 +14,8 @@ class LossConfig:
     """Exponent a in the score of a response, p = (sum of its log-probs) / length**a: 1 compares
     responses by their mean log-prob; 0 by the sum, which is lower for longer ones."""
     rank_weight: Annotated[float, Ge(0)] = 1.0
-    """Weight of the ranking loss. More ranks better; whether samples gain reward, too, depends on
-    the rows: look at samples of 1, 3 and 10."""
+    """Weight of the ranking loss. A higher weight improves ranking accuracy; whether it also raises
+    the reward of samples depends on the rows: try 1, 3 and 10 and compare samples."""
     sft_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the negative log-likelihood of the best response. Without it (0) samples became
     short and earned hardly more reward than before training."""

@@ -77,6 +77,14 @@ def uncompile_layers(lm: PreTrainedModel) -> None:
         del layer.forward  # uncovers the class's method
 
 
+def restore_layers(lm: PreTrainedModel) -> None:
+    """Undo what an earlier `RRHFModel` of the same decoder did to its layers."""
+    for module in lm.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in (_with_more_graphs, checkpoint):
+            del module.forward  # the class has another
+
+
 def count_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

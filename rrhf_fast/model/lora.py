@@ -18,6 +18,11 @@ class LoraOptions(Protocol):
     lora_target_modules: str | list[str]
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to adapters."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
     """Freeze the model and add uninitialised adapters; `init_lora` sets their values.
 
@@ -42,7 +47,7 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
         raise ValueError(f"lora_target_modules: {error}") from error
     adapters = [name for name, p in lm.named_parameters() if p.requires_grad]
     head = type(lm.get_output_embeddings()).__module__.startswith("peft.")
-    if head or not all(".lora_A." in name or ".lora_B." in name for name in adapters):
+    if head or not all(map(is_adapter, adapters)):
         raise ValueError(
             f"lora_target_modules: expected linear layers below the head, found {targets!r}"
         )

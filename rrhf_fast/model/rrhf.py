@@ -31,11 +31,12 @@ from rrhf_fast.model.layers import (
     checkpoint_layers,
     compile_layers,
     compiles_by_default,
+    restore_layers,
     trial_length,
     uncompile_layers,
 )
 from rrhf_fast.model.sharded import small_twin
-from rrhf_fast.model.weight_copies import copy_weights, keep_gradients, update_copies
+from rrhf_fast.model.weight_copies import copy_weights, keep_gradients, remove_copies, update_copies
 from rrhf_fast.spans import span
 
 # The tokens of a pack are padded to a multiple of this, FlexAttention's block, if kernels or
@@ -81,6 +82,8 @@ class RRHFModel(nn.Module):
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             self.workspace_mb = workspace_for(memory)
+        remove_copies(lm)
+        restore_layers(lm)
         self.plain_attention = lm.config._attn_implementation
         self.attention: Choice | None = None
         self.warnings: list[str] = []  # preferences that failed and were replaced

@@ -115,6 +115,14 @@ def copy_weights(lm: PreTrainedModel, dtype: torch.dtype) -> list[CopiedLinear]:
     return copied
 
 
+def remove_copies(lm: PreTrainedModel) -> None:
+    """Undo `copy_weights`."""
+    for module in lm.modules():
+        if type(module) is CopiedLinear:
+            del module.weight_copy, module.copied
+            module.__class__ = nn.Linear
+
+
 def update_copies(layers: Sequence[CopiedLinear]) -> None:
     """Call `CopiedLinear.update` on each; required before they run in a compiled graph."""
     for layer in layers:

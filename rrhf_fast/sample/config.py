@@ -37,13 +37,13 @@ class Policy:
     """Sample from the likeliest tokens that hold this share of the probability. null, for openai
     alone, sends none."""
     top_k: Annotated[int, Ge(0)] = 0
-    """Sample from this many of the likeliest tokens; 0 for all."""
+    """Sample from the k likeliest tokens; 0 for all."""
     num_beams: Annotated[int, Ge(1)] | None = None
     """Beams per prompt. Default: num_responses."""
     num_beam_groups: Annotated[int, Ge(1)] | None = None
     """Groups that diverse beams are dealt into evenly. Default: one per beam."""
     diversity_penalty: Annotated[float, Ge(0)] = 1.0
-    """Taken from the log-prob of a token for each beam of an earlier group that chose it."""
+    """Subtracted from the log-prob of a token for each beam of an earlier group that chose it."""
     use_responses: Literal["all", "provided", "sampled"] = "all"
     """Which responses of the row `provided` takes. provided: those whose source begins with
     provided, chosen or rejected; in rows without sources the last two. sampled: the others."""

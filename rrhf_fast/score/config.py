@@ -115,8 +115,8 @@ class ScoreConfig(RowsConfig, ScorerConfig):
     overwrite: bool = False
     """Replace an output that exists already, and drop unfinished work."""
     kl_coef: Annotated[float, Ge(0)] = 0.0
-    """Take kl_coef * log(policy(response) / reference(response)) from each score, so that training
-    does not drift far from the reference model. The paper's online runs use 0.01."""
+    """Subtract kl_coef * log(policy(response) / reference(response)) from each score, so that
+    training does not drift far from the reference model. The paper's online runs use 0.01."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""

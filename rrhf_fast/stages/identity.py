@@ -9,6 +9,8 @@ from rrhf_fast.data.sources import local_files
 
 # Options that decide where and when results appear, but not what they are.
 _IRRELEVANT = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
+# Options of the trainer that only callbacks read.
+_FOR_CALLBACKS = ("metric_for_best_model", "greater_is_better")
 # Options that name files or folders, whose content may change under the same name.
 _ROWS = ("data", "eval_data", "ranking_data")
 _MODELS = ("baseline", "model_name_or_path")
@@ -20,6 +22,8 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
 def identity(config: object) -> dict:
     """The options that a stage's results depend on, and the content of the files they name."""
     parts = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT}
+    if "train" in parts:
+        parts["train"] = {k: v for k, v in parts["train"].items() if k not in _FOR_CALLBACKS}
     paths = {name: [parts[name]] for name in _MODELS if parts.get(name)}
     if parts.get("reward_fn"):
         paths["reward_fn"] = [_module_file(parts["reward_fn"])]

@@ -22,7 +22,8 @@ from rrhf_fast.stages.options import REMOVED, check, check_names, limits
 Config = TypeVar("Config")
 
 _EPILOG = (
-    "Lists are written [a, b]; --OPTION+ VALUE adds to one. null is the value of what is not set."
+    "Lists are written [a, b]; --OPTION+ VALUE appends to one. "
+    "Write null for an option that is not set."
 )
 # Options that jsonargparse adds and explains otherwise.
 _HELP = {
@@ -74,12 +75,36 @@ def parse_config(
     )  # fmt: skip
     _add_options(parser, config_class)
     options = parser.parse_args(arguments).clone(with_meta=False).as_dict()
+    _read_keys(options, config_class, arguments)
     for field in fields(config_class):
         if field.default is field.default_factory is MISSING and options[field.name] is None:
             raise ValueError(f"{field.name}: missing")
     config = config_class(**{f.name: options[f.name] for f in fields(config_class)})
     check(config)
     return config
+
+
+def _read_keys(options: dict, config_class: type, arguments: list[str]) -> None:
+    """Read VALUE of --NAME.KEY VALUE as YAML where NAME is a mapping, or a list of configs and KEY
+    is not a text: jsonargparse leaves a string. Quoted values elsewhere stay strings."""
+    words = iter(arguments)
+    for word in words:
+        name, has_value, text = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            continue
+        text = text if has_value else next(words, "")
+        *path, key = name.removeprefix("--").split(".")
+        place, kind, is_item = options, config_class, False
+        for part in path:
+            kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+            place = place.get(part) if isinstance(place, dict) else None
+            if get_origin(kind) is list and isinstance(place, list) and place:
+                place, kind, is_item = place[-1], get_args(kind)[0], True
+        wants = get_type_hints(kind).get(key, str) if is_item and is_dataclass(kind) else kind
+        if wants in (str, str | None) or not (is_item or kind is dict):
+            continue
+        if isinstance(place, dict) and place.get(key) == text:
+            place[key] = yaml.safe_load(text)
 
 
 _Parser = partial(
@@ -160,8 +185,7 @@ def _bare(kind: Any) -> Any:
         return list[_bare(args[0])]
     if origin is Literal:
         return kind | str  # Any would make False of "no"
-    # Values in dict[str, Any] are parsed, those in a plain dict stay strings.
-    return dict[str, Any] if kind is dict or is_dataclass(kind) else kind
+    return dict if is_dataclass(kind) else kind
 
 
 def _metavar(kind: Any) -> str:

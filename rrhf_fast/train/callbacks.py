@@ -61,6 +61,7 @@ class Callbacks:
 
     def __init__(self, callbacks: list[TrainerCallback], run: Run):
         self.callbacks, self.run, self.control = callbacks, run, TrainerControl()
+        self.any_rank_has_some = any(run.world.gather(bool(callbacks)))
         config = run.config
         self.args = _Arguments(config, run)
         self.state = TrainerState(
@@ -109,7 +110,7 @@ class Callbacks:
 
     def take(self, name: str) -> bool:
         """Whether a callback of any rank asked for `should_<name>`; the wish is granted once."""
-        if not self.callbacks:
+        if not self.any_rank_has_some:
             return False
         wish = getattr(self.control, f"should_{name}")
         setattr(self.control, f"should_{name}", False)

@@ -75,8 +75,8 @@ class StepsConfig:
     learning_rate: Annotated[float, Gt(0)] = 2e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: str = "linear"
-    """Schedule of the learning rate, one of transformers.get_scheduler that follows no metric:
-    linear, cosine, cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, ..."""
+    """Schedule of the learning rate, one of transformers.get_scheduler except those that follow a
+    metric: linear, cosine, cosine_with_min_lr, warmup_stable_decay, constant_with_warmup, ..."""
     lr_scheduler_kwargs: dict = field(default_factory=dict)
     """Arguments of the schedule, for example {min_lr_rate: 0.1} for cosine_with_min_lr or
     {num_decay_steps: 100} for warmup_stable_decay."""

@@ -48,6 +48,8 @@ class Given:
             if not model.can_generate():
                 kind = type(model).__name__
                 raise ValueError(f"model: expected a causal language model, found a {kind}")
+            if config.use_peft and not model.config._name_or_path:
+                raise ValueError("model: adapters need a model with a name (save it and name it)")
             if not model.config._name_or_path and self.processing_class is None:
                 raise ValueError("processing_class: missing (the model has no name to find it by)")
             if not any(p.requires_grad for p in model.parameters()):

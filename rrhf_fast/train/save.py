@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rrhf_fast.model.lora import is_adapter
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.save import write_model
 from rrhf_fast.model.sharded import named_tensors
@@ -15,12 +16,9 @@ from rrhf_fast.train.prepare import Run
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that training changes, by name: the adapters if there are any, else all
     parameters and persistent buffers. They share memory with the model."""
-    parameters = dict(model.named_parameters())
-    adapters = {name for name, parameter in parameters.items() if parameter.requires_grad}
     tensors = named_tensors(model)
-    if len(adapters) == len(parameters):
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if name in adapters}
+    adapters = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+    return adapters or tensors
 
 
 def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:

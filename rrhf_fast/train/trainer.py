@@ -1,11 +1,11 @@
 """`RRHFTrainer`: load, then step, log, evaluate and save until all steps are done."""
 
 import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -110,6 +110,8 @@ class RRHFTrainer:
     ):
         if not isinstance(args, TrainConfig | None):
             raise ValueError(f"args: expected a TrainConfig, found a {type(args).__name__}")
+        if args is not None and (args.dry_run or args.show_tokens):
+            raise ValueError("dry_run, show_tokens: nothing is trained (use rrhf_fast.train)")
         callbacks = checked_callbacks(callbacks)
         given = Given.of(
             model=model,
@@ -124,16 +126,19 @@ class RRHFTrainer:
         self.world = self._open.enter_context(join_world(config))
         try:
             self.run = prepare(config, self.world, given)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+            self.run.model.release()
+            self.log = MetricsLog(self.run.output_dir, self.run.config, writes=self.world.is_first)
+            self.callbacks = Callbacks(callbacks, self.run)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
             raise
-        self.run.model.release()
-        self.log = MetricsLog(self.run.output_dir, self.run.config, writes=self.world.is_first)
-        self.callbacks = Callbacks(callbacks, self.run)
         self.step = 0
         self._latest: tuple[int, dict] = (-1, {})  # step and metrics of the last evaluation
+        self._logged: dict | None = None
         self._given_up = count_given_up()
         self._profiler: StepProfiler | None = None
+        self._peak_flops: float | None = None  # on a GPU, per second
+        self._bar: tqdm | None = None
         self._event("on_init_end")
 
     def train(self) -> TrainResult:
@@ -155,23 +160,17 @@ class RRHFTrainer:
             raise ValueError("train: this trainer has trained already (make another)")
         optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
         checkpoints = Checkpoints(run, optimizer, schedule)
-        self.world.print(run.summary)
-        if self.world.size > 1:
-            copies, shards = self.world.mesh.shape
-            self.world.print(
-                f"ranks      {self.world.size}, weights in {copies} copies of {shards} parts"
-            )
+        self._announce()
         progress = start(run, checkpoints, self.log)
         self.step = progress.step
         result = TrainResult(run.output_dir, metrics=self.log.records, steps=progress.step)
         self.callbacks.given = {"optimizer": optimizer, "lr_scheduler": schedule}
 
-        engaged = run.model.engaged()
-        with Signals(self.world) as signals, engaged, self._saving(result, checkpoints):
-            self.callbacks.state.best_metric = None
+        steps = self._batches(optimizer)
+        with Signals(self.world) as signals, self._saving(result, checkpoints, steps):
             self._event("on_train_begin")
             result.before = self._evaluate_at_start()
-            for batch in self._batches(optimizer):
+            for batch in steps:
                 started = time.perf_counter()
                 totals, grad_norm, problem = take_step(
                     run, batch, optimizer, self.step + 1, progress, signals
@@ -192,9 +191,7 @@ class RRHFTrainer:
                     self._event("on_epoch_end")
                     is_last |= self.callbacks.take("training_stop")
                 if self.callbacks.take("log") or is_last or problem or self._is_due("logging"):
-                    self.log.write(record)
-                    self._sync()
-                    self.callbacks.logged(record)
+                    self._log(record)
                 signals.release()
                 is_stopped = totals.flagged and self.step < run.num_steps
                 if is_stopped and config.optim == "adamw_8bit":  # cannot be resumed: keep the model
@@ -204,7 +201,10 @@ class RRHFTrainer:
                 if wants_evaluation and not is_last and not is_stopped:
                     self._evaluate()
                     is_last = self.callbacks.take("training_stop")
-                if self.callbacks.take("save") or is_stopped or self._is_due("save"):
+                    if is_last:
+                        self._log(record)
+                wants_checkpoint = self.callbacks.take("save") and config.optim != "adamw_8bit"
+                if wants_checkpoint or is_stopped or self._is_due("save"):
                     checkpoints.save(progress)
                     self._event("on_save")
                 checkpoints.finish(wait=is_stopped)
@@ -257,7 +257,7 @@ class RRHFTrainer:
     def __exit__(self, *error) -> None:
         self._open.__exit__(*error)
 
-    def _batches(self, optimizer: torch.optim.Optimizer) -> Iterator[Batch]:
+    def _batches(self, optimizer: torch.optim.Optimizer) -> Generator[Batch]:
         """This rank's packs of each step to come, built ahead, behind a progress bar."""
         run, config, world = self.run, self.run.config, self.world
         steps = batches(
@@ -275,7 +275,7 @@ class RRHFTrainer:
             self._profiler = StepProfiler(run.model, optimizer, num_ranks=world.size, **options)
             loader = self._profiler.watch(loader)
         options = {"total": run.num_steps, "initial": self.step, "disable": not world.is_first}
-        with tqdm(loader, unit="step", **options) as self._bar:
+        with closing(loader), tqdm(loader, unit="step", **options) as self._bar:
             for batch in self._bar:
                 if self.step % run.steps_per_epoch == 0:
                     self._event("on_epoch_begin")
@@ -320,9 +320,26 @@ class RRHFTrainer:
         )
         return record
 
-    @cached_property
-    def _peak_flops(self) -> float:
-        return product_speed(self.world.device, self.run.model.compute_dtype)
+    def _announce(self) -> None:
+        """Print what the run is about to do; on a GPU measure what it can do at best."""
+        world, run = self.world, self.run
+        world.print(run.summary)
+        if world.size > 1:
+            copies, shards = world.mesh.shape
+            world.print(f"ranks      {world.size}, weights in {copies} copies of {shards} parts")
+        if world.device.type == "cuda":
+            dtype = run.model.compute_dtype
+            self._peak_flops = product_speed(world.device, dtype, seconds=0.2)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _log(self, record: dict[str, float]) -> None:
+        """Write the metrics of this step, once."""
+        if record is not self._logged:
+            self._logged = record
+            self.log.write(record)
+            self._sync()
+            self.callbacks.logged(record)
 
     def _is_due(self, what: str) -> bool:
         """Whether logging, evaluation or saving is due after this step."""
@@ -384,11 +401,15 @@ class RRHFTrainer:
         self.callbacks(name, **more)
 
     @contextmanager
-    def _saving(self, result: TrainResult, checkpoints: Checkpoints) -> Iterator[None]:
-        """Whatever ends the run, keep the model of its complete steps."""
+    def _saving(
+        self, result: TrainResult, checkpoints: Checkpoints, steps: Generator[Batch]
+    ) -> Iterator[None]:
+        """Inside, packs can be run. Whatever ends the run, keep the model of its complete steps."""
         together = True  # whether all ranks got here by the same way
+        self.callbacks.state.best_metric = None
         try:
-            yield
+            with self.run.model.engaged():
+                yield
         except KeyboardInterrupt:
             result.interrupted = True
         except NotFinite:
@@ -398,6 +419,7 @@ class RRHFTrainer:
             raise
         finally:
             with uninterrupted():
+                steps.close()  # ends the loader's thread and a profiler
                 if result.steps and together and not result.preempted:
                     save_model(self.run)
                 if result.steps and together:

@@ -256,3 +256,33 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     assert claim(str(tmp_path), options) == tmp_path
     with pytest.raises(ValueError, match="holds a run with another train"):
         claim(str(tmp_path), options | {"train": options["train"] | {"lora_dropout": 0.1}})
+
+
+MAPPING = "{date: '2026', d: '007', c: '1e-5', e: 'no', f: 3, g: false, n: {m: '1'}}"
+
+
+@pytest.mark.parametrize("by", ["command line", "file"])
+def test_quoted_values_of_a_mapping_stay_strings(by, tmp_path):
+    arguments = ["--chat_template_kwargs", MAPPING]
+    if by == "file":
+        (tmp_path / "run.yaml").write_text(f"chat_template_kwargs: {MAPPING}\n")
+        arguments = ["--config", str(tmp_path / "run.yaml")]
+    values = parse_config(TrainConfig, arguments).chat_template_kwargs
+    expected = {"date": "2026", "d": "007", "c": "1e-5", "e": "no", "f": 3, "g": False}
+    assert values == expected | {"n": {"m": "1"}}
+
+
+def test_a_policy_may_have_a_name_that_looks_like_a_number():
+    arguments = ["--policies", "[{method: openai, model: '123', source: 'no'}]"]
+    (policy,) = parse_config(SampleConfig, arguments).policies
+    assert (policy.model, policy.source) == ("123", "no")
+
+
+def test_values_of_keys_on_the_command_line_are_read_as_yaml():
+    arguments = ["--chat_template_kwargs.a", "1", "--chat_template_kwargs.b=false"]
+    arguments += ["--lr_scheduler_kwargs.min_lr_rate", "0.1"]
+    config = parse_config(TrainConfig, arguments)
+    assert config.chat_template_kwargs == {"a": 1, "b": False}
+    assert config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    (policy,) = parse_config(SampleConfig, ["--policies.top_p", "0.3"]).policies
+    assert policy.top_p == 0.3

@@ -277,7 +277,9 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     other = data | {"train_data": str(tmp_path / "fewer.jsonl")}
     with pytest.raises(ValueError, match="checkpoint-4 is from a run on other rows"):
         run(tmp_path / "out", other, resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-5 is no complete"):
+    with pytest.raises(
+        ValueError, match="resume_from_checkpoint: .*checkpoint-5 is not a complete"
+    ):
         run(tmp_path / "new", data, resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
     (tmp_path / "out/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
@@ -285,7 +287,10 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     # A folder of another run is refused, whatever the checkpoint.
     with pytest.raises(ValueError, match="already holds metrics.jsonl of another run"):
         run(unharmed, data, resume_from_checkpoint=checkpoint)
-    for moments, problem in ((checkpoint, "output_dir that --over"), ("latest", "no complete")):
+    for moments, problem in (
+        (checkpoint, "output_dir, which --over"),
+        ("latest", "not a complete"),
+    ):
         with pytest.raises(ValueError, match=f"init_optimizer_from: .*{problem}"):
             run(tmp_path / "out", data, overwrite_output_dir=True, init_optimizer_from=moments)
     assert complete_checkpoints(tmp_path / "out")[-1] == Path(checkpoint)

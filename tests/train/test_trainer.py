@@ -14,7 +14,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from rrhf_fast import RRHFTrainer, TrainConfig, demo, train
+from rrhf_fast import ExportConfig, RRHFTrainer, TrainConfig, demo, export, train
 
 
 def rows_of(path, count):
@@ -243,6 +243,65 @@ def test_the_model_is_a_plain_one_outside_and_in_callbacks(tmp_path):
     torch.testing.assert_close(logits(lm), logits(saved))
     trainer.evaluate()
     torch.testing.assert_close(logits(lm), logits(saved))
+
+
+@pytest.mark.parametrize("part", ["embedding", "a layer"])
+def test_frozen_weights_are_saved_too(part, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    frozen = lm.get_input_embeddings() if part == "embedding" else lm.model.layers[0]
+    frozen.requires_grad_(False)
+    before = {name: p.clone() for name, p in lm.named_parameters() if not p.requires_grad}
+    args = options(tmp_path / "out", max_steps=2, save_steps=2)
+    RRHFTrainer(lm, args, ROWS).train()
+    saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, dict(lm.named_parameters())[name])
+        assert name not in before or torch.equal(parameter, before[name])
+    export(ExportConfig(str(tmp_path / "out" / "checkpoint-2"), str(tmp_path / "exported")))
+    exported = weights(tmp_path / "exported")
+    assert all(torch.equal(exported[name], value) for name, value in saved.state_dict().items())
+
+
+@pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16"}, {"activation_checkpointing": "full"}])
+def test_a_second_trainer_goes_on_where_the_first_one_ended(more, tmp_path):
+    """As if the model had been saved and loaded in between."""
+    lm = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    RRHFTrainer(lm, options(tmp_path / "first", **more), ROWS, HELD_OUT).train()
+    again = RRHFTrainer(lm, options(tmp_path / "again", **more), ROWS, HELD_OUT)
+    again.train()
+    loaded = options(tmp_path / "loaded", **more)
+    RRHFTrainer(str(tmp_path / "first"), loaded, ROWS, HELD_OUT).train()
+    assert records(tmp_path / "again") == records(tmp_path / "loaded")
+    assert len(again.run.model.copied) == (14 if "dtype" in more else 0) * len(lm.model.layers) / 2
+
+
+def test_what_is_no_training_is_refused(tmp_path):
+    for more in ({"dry_run": True}, {"show_tokens": 2}):
+        with pytest.raises(ValueError, match="dry_run, show_tokens: nothing is trained"):
+            RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path, **more), ROWS)
+
+
+def test_the_traceback_of_an_error_in_the_rows_is_kept(tmp_path):
+    class Rows:
+        def __iter__(self):
+            raise KeyError("here")
+
+    with pytest.raises(Exception) as error:
+        RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path), Rows())
+    assert "__iter__" in [entry.name for entry in error.traceback] or "here" in str(error.value)
+
+
+def test_an_early_stop_ends_the_profiler_and_logs_the_last_step(tmp_path):
+    class Stops(TrainerCallback):
+        def on_evaluate(self, args, state, control, **more):
+            control.should_training_stop = state.global_step == 4
+
+    args = options(tmp_path, max_steps=20, logging_steps=10, profile_steps=4)
+    trainer = RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, HELD_OUT, callbacks=[Stops])
+    assert trainer.train().steps == 4
+    assert not torch.autograd._profiler_enabled()
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [4]
 
 
 def test_a_run_that_fails_leaves_a_plain_model(tmp_path):

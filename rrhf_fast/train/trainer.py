@@ -71,12 +71,13 @@ class RRHFTrainer:
 
     Args:
         model: a name, a folder, or a loaded causal LM, which is trained in place with float32
-            weights; default `args.model_name_or_path`, and without that the embedded demo.
+            weights; default `args.model_name_or_path`, and without that the embedded demo. Frozen
+            weights stay frozen.
         args: the options; default `TrainConfig()`.
         train_dataset: rows with prompt, responses and scores: a list of dicts, a
-            `datasets.Dataset`, or what `args.train_data` takes.
+            `datasets.Dataset`, a pandas DataFrame, or what `args.train_data` takes.
         eval_dataset: held-out rows of the same kinds.
-        processing_class: the tokenizer; default the model's own.
+        processing_class: the tokenizer, or its name; default the model's own.
         reward_fn: reward_fn(prompts, responses) -> scores of fresh samples at each evaluation;
             default the function that `args.eval_reward_fn` names.
         callbacks: of transformers, see `rrhf_fast.train.callbacks`. Their

@@ -1,13 +1,28 @@
 """Generate responses in batches: greedy, beam, diverse beam and random sampling."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rrhf_fast.model.diverse_beam import diverse_beam_search
-from rrhf_fast.sample.config import Policy
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode; `rrhf_fast.sample.Policy` has these fields too, and explains them."""
+
+    max_new_tokens: int
+    method: str = "sample"
+    count: int = 1  # responses per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int | None = None
+    num_beam_groups: int | None = None
+    diversity_penalty: float = 1.0
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -20,7 +35,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 def generate_batch(
     lm: PreTrainedModel,
     prompts: Sequence[np.ndarray],
-    policy: Policy,
+    policy: Decoding,
     *,
     max_length: int | None = None,
     end_token_ids: list[int],
@@ -111,9 +126,7 @@ def sample_responses(
         seed: seeds this call alone; the caller's random state is preserved.
         batch_size: prompts decoded at once; batches hold prompts of similar length.
     """
-    policy = Policy(
-        num_responses=1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
+    policy = Decoding(max_new_tokens, temperature=temperature, top_p=top_p)
     responses: list[np.ndarray | None] = [None] * len(prompts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import safe_open
 
@@ -16,6 +15,7 @@ from rrhf_fast.model.decoder import load_model, load_tokenizer
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.save import take_generation_config, write_model
 from rrhf_fast.model.sharded import empty_model, named_tensors
+from rrhf_fast.stages.checkpoint_reader import load_checkpoint
 from rrhf_fast.stages.options import check
 from rrhf_fast.stages.run_folder import is_complete, read_state
 
@@ -72,7 +72,7 @@ def _unpack(folder: Path, tokenizer, output_dir: Path, config: ExportConfig) -> 
     }
     # Checkpoints store the decoder as `lm` of the module around it.
     state = {"model": {f"lm.{name}": tensor for name, tensor in weights.items()}}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    load_checkpoint(state, folder, "checkpoint", no_dist=True)
     write_model(lm, tokenizer, output_dir, dtype=dtype, weights=weights)
 
 

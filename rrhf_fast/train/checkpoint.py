@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import warnings
@@ -38,6 +37,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.model.save import SaveFailed, write_config, write_generation_config
+from rrhf_fast.stages.checkpoint_reader import load_checkpoint, names_in
 from rrhf_fast.stages.run_folder import (
     STATE_FILE,
     complete_checkpoints,
@@ -118,7 +118,7 @@ class Checkpoints:
         folder = self._run.output_dir / f"checkpoint-{progress.step}"
         with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
-            state = self._tensors() | {self._rng_key: pickle.dumps(_random_states())}
+            state = self._tensors() | {self._rng_key: _random_states()}
             options = {"async_stager": self._stager, **self._ranks}
             future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(folder), **options)
         self._pending = folder, future
@@ -168,8 +168,9 @@ class Checkpoints:
         own = {"base_lrs": self._schedule.base_lrs}
         self._schedule.load_state_dict(saved["schedule"] | own | step)
         self._schedule.step()
-        if self._rng_key in state:  # absent if the saving run had fewer ranks
-            _set_random_states(pickle.loads(state[self._rng_key]))
+        # Absent if the saving run had fewer ranks; pickled, and not read, in old checkpoints.
+        if isinstance(random_states := state.get(self._rng_key), str):
+            _set_random_states(random_states)
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
         # In another output_dir the files start anew.
         is_own = folder.parent.resolve() == self._run.output_dir.resolve()
@@ -238,14 +239,9 @@ class Checkpoints:
     def _load(self, folder: Path, parts: tuple[str, ...], option: str) -> dict:
         """Read into the run's own tensors."""
         state = self._tensors(parts)
-        reader = dcp.FileSystemReader(folder)
-        if self._rng_key in reader.read_metadata().state_dict_metadata:
-            state[self._rng_key] = b""
-        try:
-            dcp.load(state, storage_reader=reader, **self._ranks)
-        except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-            problem = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{option}: {folder} does not fit this model ({problem})") from error
+        if self._rng_key in names_in(folder, option):
+            state[self._rng_key] = ""
+        load_checkpoint(state, folder, option, **self._ranks)
         return state
 
 
@@ -284,19 +280,34 @@ def _clear_errors(folder: Path):
         reasons = [error]
         if isinstance(error, dcp.api.CheckpointException):
             reasons = [reason for reason, _ in error.failures.values()]
-        reason = one_line(reasons[0])
+        reason = one_line(_cause(reasons[0]))
         raise SaveFailed(f"output_dir: {folder} could not be written ({reason})") from error
 
 
-def _random_states() -> tuple:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+def _cause(error: BaseException) -> BaseException:
+    """The system's error behind one of PyTorch's, if there is one: a full disk, say."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen or error
 
 
-def _set_random_states(states: tuple) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+def _random_states() -> str:
+    """The states of all random generators, as JSON."""
+    _, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": [keys.tolist(), *rest]}
+    states["torch"] = torch.get_rng_state().tolist()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
+    return json.dumps(states)
+
+
+def _set_random_states(text: str) -> None:
+    states = json.loads(text)
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))

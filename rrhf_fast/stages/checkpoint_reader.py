@@ -43,13 +43,18 @@ def load_checkpoint(state: dict, folder: Path, option: str, **ranks: Any) -> Non
     try:
         dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(), **ranks)
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
-        reasons = [error]
-        if isinstance(error, dcp.api.CheckpointException):
-            reasons = [reason for reason, _ in error.failures.values()]
-        problem = str(reasons[0]).strip().splitlines()[-1:] or [type(reasons[0]).__name__]
+        reason = first_failure(error)
+        problem = str(reason).strip().splitlines()[-1:] or [type(reason).__name__]
         raise ValueError(
             f"{option}: {folder} does not fit this model, or is damaged ({one_line(problem[0])})"
         ) from error
+
+
+def first_failure(error: Exception) -> BaseException:
+    """What failed first behind the exception in which DCP collects those of all ranks."""
+    if isinstance(error, dcp.api.CheckpointException):
+        return next(reason for reason, _ in error.failures.values())
+    return error
 
 
 def names_in(folder: Path, option: str) -> set[str]:

@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.model.save import SaveFailed, write_config, write_generation_config
-from rrhf_fast.stages.checkpoint_reader import load_checkpoint, names_in
+from rrhf_fast.stages.checkpoint_reader import first_failure, load_checkpoint, names_in
 from rrhf_fast.stages.run_folder import (
     STATE_FILE,
     complete_checkpoints,
@@ -277,10 +277,7 @@ def _clear_errors(folder: Path):
     try:
         yield
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        reasons = [error]
-        if isinstance(error, dcp.api.CheckpointException):
-            reasons = [reason for reason, _ in error.failures.values()]
-        reason = one_line(_cause(reasons[0]))
+        reason = one_line(_cause(first_failure(error)))
         raise SaveFailed(f"output_dir: {folder} could not be written ({reason})") from error
 
 

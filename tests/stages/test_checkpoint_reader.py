@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from rrhf_fast import ExportConfig, TrainConfig, demo, export, train
+from rrhf_fast import ExportConfig, TrainConfig, export, train
 
 OPTIONS = {"max_steps": 2, "save_steps": 1, "train_batch_size": 4, "save_total_limit": None}
 
@@ -30,14 +30,24 @@ class Exec(Payload):
         return exec, (f"import os; os.mkdir({str(self.path)!r})",)
 
 
-class Getattr(Payload):
-    """Through a name that is known to the reader."""
+def pickled(module, name, argument):
+    """A pickle, of protocol 4, that calls a name of a module, which may hold dots."""
 
-    def __reduce__(self):
-        return torch.serialization.os.mkdir, (str(self.path),)
+    def text(value):
+        value = value.encode()
+        return b"\x8c" + bytes([len(value)]) + value
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 
 
-PAYLOADS = [Payload, Exec, Getattr]
+# Modules from which the reader takes other names.
+KNOWN_MODULES = {
+    "torch.serialization": "os.mkdir",
+    "torch.distributed.checkpoint.metadata": "os.mkdir",
+    "torch.distributed.checkpoint.filesystem": "os.mkdir",
+    "torch": "os.mkdir",
+    "pathlib": "os.mkdir",
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def uses(checkpoint, tmp_path):
     }
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("payload", [Payload, Exec])
 @pytest.mark.parametrize("option", ["checkpoint", "resume_from_checkpoint", "init_optimizer_from"])
 def test_code_in_the_metadata_is_refused(payload, option, checkpoint, tmp_path):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(payload(tmp_path / "ran")))
@@ -75,7 +85,16 @@ def test_code_in_the_metadata_is_refused(payload, option, checkpoint, tmp_path):
     assert not (tmp_path / "ran").exists() and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("module", KNOWN_MODULES)
+def test_no_other_name_of_a_known_module_is_taken(module, checkpoint, tmp_path):
+    payload = pickled(module, KNOWN_MODULES[module], os.path.relpath(tmp_path / "ran"))
+    (checkpoint / ".metadata").write_bytes(payload)
+    with pytest.raises(ValueError, match="^checkpoint: .*which no checkpoint needs"):
+        uses(checkpoint, tmp_path)["checkpoint"]()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("payload", [Payload, Exec])
 def test_code_in_a_value_is_refused(payload, checkpoint, tmp_path):
     """In the place of the random states, which every resume reads."""
     reader = dcp.FileSystemReader(checkpoint)
@@ -109,4 +128,3 @@ def test_the_same_checkpoint_resumes_and_exports_unharmed(run, checkpoint, tmp_p
         use()
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
     assert (tmp_path / "exported" / "model.safetensors").exists()
-    assert demo.MODEL_DIR.exists()

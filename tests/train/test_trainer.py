@@ -1,6 +1,7 @@
 """RRHFTrainer as users of transformers and TRL know one: objects in, callbacks, evaluate, save."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -273,6 +274,9 @@ def test_a_second_trainer_goes_on_where_the_first_one_ended(more, tmp_path):
     loaded = options(tmp_path / "loaded", **more)
     RRHFTrainer(str(tmp_path / "first"), loaded, ROWS, HELD_OUT).train()
     assert records(tmp_path / "again") == records(tmp_path / "loaded")
+    for layer in lm.model.layers:  # wrapped once
+        wrapped = getattr(vars(layer).get("forward"), "args", [None])[0]
+        assert not isinstance(wrapped, partial)
     assert len(again.run.model.copied) == (14 if "dtype" in more else 0) * len(lm.model.layers) / 2
 
 

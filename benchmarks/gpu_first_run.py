@@ -42,7 +42,7 @@ SECONDS = 570
 NEEDED = ["torch", "triton", "transformers", "numpy", "safetensors", "matplotlib", "tqdm"]
 WHEELS = {
     "datasets": "datasets", "dill": "dill", "multiprocess": "multiprocess",
-    "jsonargparse": "jsonargparse", "docstring_parser": "docstring-parser",
+    "yaml": "pyyaml", "docstring_parser": "docstring-parser",
     "annotated_types": "annotated-types", "torchao": "torchao",
     "vaderSentiment": "vaderSentiment", "liger_kernel": "liger-kernel",
     "cut_cross_entropy": "cut-cross-entropy", "pytest": "pytest", "xdist": "pytest-xdist",

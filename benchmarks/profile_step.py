@@ -3,6 +3,7 @@
 Here packs are built within the step, so that their cost shows; `train` builds them in a concurrent
 thread (`--profile_steps` profiles that)."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -60,8 +61,10 @@ def profile(
     count = WARMUP + num_steps
     world = World(engine.device)
     run = Run(
-        config, world, out, engine, torch.float32, None, planner, None, None, count, summary=""
-    )
+        config=config, world=world, output_dir=out, checkpoint=None, model=engine,
+        save_dtype=torch.float32, tokenizer=None, train=planner, held_out=None, reward_fn=None,
+        num_steps=count, summary="", lock=ExitStack(),
+    )  # fmt: skip
     optimizer, _ = build_optimizer(engine, config, count)
     progress, signals = Progress(), Signals(world)
     profiler = StepProfiler(engine, optimizer, num_steps=num_steps, folder=out)

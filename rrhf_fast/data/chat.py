@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.rows import BadRow, Row
+from rrhf_fast.stages.bounded import Limits, TooMuch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,9 @@ _OTHER = "rrhf-other-text"
 _OTHER_TEMPLATE = " (if the tokenizer has another one for tools, name it: "
 _OTHER_TEMPLATE += "--chat_template_kwargs '{chat_template: tool_use}')"
 _BY_HAND = "to train on it unchanged, render the messages yourself and give the prompt as a string"
+# A conversation of a million tokens takes a second and some megabytes. A block of `RENDERING.many`
+# around many renders sets the timer once for all of them.
+RENDERING = Limits(seconds=5, size=2**31)
 # Arguments of `apply_chat_template` that the engine sets.
 _OURS = (
     "conversation",
@@ -147,12 +152,13 @@ class ChatTemplate:
             raise BadRow("wrong chat_template_kwargs", row.where, str(error)) from error
         kwargs = self.kwargs | (row.chat_template_kwargs or {})
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, **{"tools": row.tools} | kwargs | options
-            )
+            return render(self.tokenizer, messages, **{"tools": row.tools} | kwargs | options)
+        except TooMuch as error:  # would be so for every row
+            problem = f"the chat template of {self.tokenizer.name_or_path} {error}"
+            raise ValueError(f"{row.where}: prompt: {problem}") from error
         except Exception as error:  # templates raise any type, for example on two user turns
             what = "these messages" if messages is row.prompt else "an answer after these messages"
-            problem = f"prompt: the chat template rejects {what} ({error})"
+            problem = f"prompt: the chat template rejects {what} ({one_line(error)})"
             raise BadRow("rejected by the chat template", row.where, problem) from error
 
     def _check_dropped(self, row: Row, answered: str) -> None:
@@ -180,6 +186,18 @@ class ChatTemplate:
         if row.tools and is_ignored(replace(row, tools=None)):
             problem = "tools: the chat template ignores them"
             raise BadRow("tools ignored", row.where, problem + _OTHER_TEMPLATE)
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], **options: Any) -> str:
+    """Render messages by the tokenizer's chat template. It comes with the model, and runs in
+    transformers' sandbox, which keeps it from files and modules, but not from running for ever.
+
+    Raises:
+        TooMuch: it takes more time or memory than any conversation needs.
+        Exception: of any type; the template rejects the messages.
+    """
+    with RENDERING:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def _replaced(row: Row, i: int, **entries: Any) -> Row:

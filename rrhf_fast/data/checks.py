@@ -2,8 +2,12 @@
 
 import json
 import math
+import re
+import unicodedata
 
 NO_ARRAY = "expected a JSON object on each line, found what looks like a JSON array"
+# Levels of lists and objects in a record. Functions that visit all of it call themselves.
+MAX_DEPTH = 64
 
 
 class BadRow(ValueError):
@@ -23,6 +27,7 @@ class Cell(str):
     expected."""
 
 
+_VIRAMA = 9  # the combining class of such signs
 # How messages begin when Python prints them.
 PRINTED = tuple(f"{{'{key}':" for key in ("role", "content", "from", "value"))
 
@@ -35,23 +40,39 @@ def check_text(text: object, name: str, where: str) -> str:
     if text.lstrip(" [").startswith(PRINTED):
         problem = f"{name}: messages as Python prints them, expected JSON (json.dumps, or Parquet)"
         raise BadRow("wrong type", where, problem)
-    check_unicode(text, name, where)
+    check_json(text, name, where)
     return str(text)
 
 
-def check_unicode(value: object, name: str, where: str) -> None:
-    """Raise BadRow if any string in a JSON value holds half of a surrogate pair."""
+def check_json(value: object, name: str, where: str, levels: int = MAX_DEPTH - 8) -> None:
+    """Raise BadRow if anything in the value cannot be written as JSON, half of a surrogate pair,
+    NaN or infinity, bytes, or is nested too deeply to be read again from where stages put it."""
+    if levels < 0:
+        raise BadRow("nested too deeply", where, f"{name}: nested too deeply")
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not is_unicode(value):
             problem = f"{name}: holds half of a surrogate pair, expected valid Unicode"
             raise BadRow("not Unicode", where, problem)
     elif isinstance(value, dict):
         for key, item in value.items():
-            check_unicode(key, name, where)
-            check_unicode(item, name, where)
+            check_json(key, name, where)
+            check_json(item, name, where, levels - 1)
     elif isinstance(value, list):
         for item in value:
-            check_unicode(item, name, where)
+            check_json(item, name, where, levels - 1)
+    elif isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        raise BadRow("not JSON", where, f"{name}: holds {show(value)}, which JSON lacks")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether the text has no lone surrogates, and so can be encoded."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_list(value: object, name: str, where: str) -> list:
@@ -71,6 +92,18 @@ def check_texts(value: object, name: str, where: str) -> list[str] | None:
         return None
     texts = check_list(value, name, where)
     return [check_text(text, f"{name}[{i}]", where) for i, text in enumerate(texts)]
+
+
+def check_reasons(value: object, name: str, where: str) -> list[str | None] | None:
+    """Return a list of strings, or None for each that is missing; None for None. Raises BadRow for
+    anything else."""
+    if value is None:
+        return None
+    reasons = check_list(value, name, where)
+    return [
+        None if reason is None else check_text(reason, f"{name}[{i}]", where)
+        for i, reason in enumerate(reasons)
+    ]
 
 
 def check_flags(value: object, name: str, where: str) -> list[bool] | None:
@@ -130,28 +163,95 @@ def check_object(record: object, where: str) -> dict:
         raise BadRow("not an object", where, NO_ARRAY)
     if not isinstance(record, dict):
         raise BadRow("not an object", where, f"expected a JSON object, found {show(record)}")
+    if _is_deeper(record, MAX_DEPTH):
+        problem = f"expected at most {MAX_DEPTH} levels of lists and objects within each other"
+        raise BadRow("nested too deeply", where, problem)
     return record
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(
+        levels == 0 or _is_deeper(item, levels - 1)
+        for item in items
+        if isinstance(item, dict | list)
+    )
+
+
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+# Reads integers of more digits than Python converts as infinite, as 1e999 is.
+ANY_INTEGER = json.JSONDecoder(parse_int=_integer)
+
+
+def printed(value: object, limit: int = 80) -> str:
+    """A value as Python prints it, on one line, shortened to `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
+        text = "(too large to show)"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def show(value: object) -> str:
     """Describe a value on one line for a message: its type and the value, shortened."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
-        text = "..."
     kind = "str" if isinstance(value, str) else type(value).__name__
-    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
+    return f"{kind} {printed(value, 40)}"
+
+
+def visible(text: str) -> str:
+    """The text with every character that a terminal obeys or hides written out, as \\x1b: controls,
+    line ends, directions, zero widths, halves of surrogate pairs. Joiners and non-joiners stay
+    where they shape emoji or letters, as in Persian and Indic text."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape", "surrogatepass").decode() if _is_hidden(text, i) else c
+        for i, c in enumerate(text)
+    )
+
+
+def visible_lines(text: str) -> str:
+    """`visible` for a text of several lines, which may hold tabs."""
+    return re.sub(r"[^\n\t]+", lambda part: visible(part[0]), text)
+
+
+def _is_hidden(text: str, i: int) -> bool:
+    if unicodedata.category(text[i]) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return False
+    if text[i] not in "\u200c\u200d":
+        return True
+    before, after = text[i - 1 : i], text[i + 1 : i + 2]
+    # A virama ends a word in its pure form by a joiner.
+    ends_word = before and unicodedata.combining(before) == _VIRAMA
+    return not (ends_word or (_is_shaped(before) and _is_shaped(after)))
+
+
+def _is_shaped(letter: str) -> bool:
+    """Whether joiners beside this change its looks: an emoji or a letter, but none of ASCII, where
+    they would only hide."""
+    kind = unicodedata.category(letter) if letter and not letter.isascii() else ""
+    return kind.startswith(("L", "M")) or kind in ("So", "Sk")
 
 
 def one_line(problem: object, limit: int | None = 300) -> str:
-    """An error, or a text from elsewhere, as a part of a message: its first `limit` characters
-    without line breaks and lone surrogates; the type of an error that says nothing."""
-    text = " ".join(str(problem).split()).encode(errors="replace").decode()
+    """An error, or a text from elsewhere, as a part of a message: its first `limit` characters,
+    `visible` and on one line; the type of an error that says nothing."""
+    text = visible(" ".join(str(problem).split()))
     return text[:limit] if text or isinstance(problem, str) else type(problem).__name__
 
 
-def listed(names: list[str]) -> str:
-    """List at most 20 field names for a message, odd ones quoted."""
-    shown = [name if name.isprintable() and len(name) <= 40 else show(name)[4:] for name in names]
-    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return ", ".join(shown[:20]) + more
+def listed(names: list[str], most: int = 20, length: int = 40) -> str:
+    """List names for a message, `most` of them at most, odd ones and those longer than `length`
+    quoted."""
+    shown = [
+        name if name.isprintable() and len(name) <= length else printed(name, length)
+        for name in names[:most]
+    ]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown) + more

@@ -56,7 +56,7 @@ class Columns:
                 raise ValueError(f"columns: {name}: not a field of a row ({expected})")
             try:
                 self._parsed[name] = jmespath.compile(path).parsed
-            except JMESPathError as error:
+            except (JMESPathError, RecursionError) as error:
                 reason = one_line(str(error).partition(" for expression")[0]).rstrip(" ^,")
                 raise ValueError(f"columns: {name}: {path!r} is not JMESPath ({reason})") from error
         self._interpreter = _KeepNulls()

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from rrhf_fast.data.checks import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    """Return the tokens of texts, without the tokenizer's prefix and end token."""
+    """Return the tokens of texts, without the tokenizer's prefix and end token. Raises ValueError
+    if the tokenizer cannot, for example without a token for unknown letters."""
     if not texts:
         return []
     # verbose=False: the tokenizer's warning about texts longer than the model's window would
     # mislead, because they are cut later.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    options = {"return_attention_mask": False, "verbose": False}
+    try:
+        return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+    except Exception as error:  # tokenizers raises a bare Exception
+        problem = f"tokenizer {tokenizer.name_or_path} cannot encode a text ({one_line(error)})"
+        raise ValueError(problem) from error
 
 
 def encode_responses(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

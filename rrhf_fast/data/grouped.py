@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, fields_hint
-from rrhf_fast.data.checks import BadRow, Cell, check_length, check_score, check_text, from_json
+from rrhf_fast.data.checks import (
+    BadRow,
+    Cell,
+    check_flags,
+    check_length,
+    check_reasons,
+    check_score,
+    check_text,
+    check_texts,
+    from_json,
+)
 from rrhf_fast.data.messages import answer_text, from_cell
 
 # Rows that differ in one of these fields have different prompts.
@@ -88,6 +98,10 @@ def _add(
     source = _single(record, "sources", where)
     source = record.get("model") if source is None else source
     flag, reason = (_single(record, name, where) for name in ("as_generated", "finish_reasons"))
+    # Checked here and not with the group, which would be lost as a whole.
+    check_texts([source] if isinstance(source, str) else [], "sources", where)
+    check_flags(None if flag is None else [flag], "as_generated", where)
+    check_reasons([reason], "finish_reasons", where)
     # The other fields describe the prompt.
     used = {name, score_name, "model", "sources", "as_generated", "finish_reasons"}
     rest = {k: value for k, value in record.items() if k not in used}

@@ -195,7 +195,7 @@ def _shp(record: dict, where: str) -> Canonical:
         # If votes and label disagree, the label states the preference.
         if not numbers or scores[0] == scores[1] or (scores[0] > scores[1]) != (first == 1.0):
             scores, score_names = [first, 1.0 - first], ["labels", "labels"]
-    prompt, responses = record["history"], [record[name] for name in names]
+    prompt, responses = prompt_of(record, ("history",))[0], [record[name] for name in names]
     return Canonical(prompt, "history", responses, scores, None, used, names, score_names)
 
 

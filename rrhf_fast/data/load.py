@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from rrhf_fast.data.canonical import Canonical
-from rrhf_fast.data.checks import BadRow, check_object
+from rrhf_fast.data.checks import BadRow, check_object, one_line
 from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.files import Records
 from rrhf_fast.data.grouped import grouped
@@ -28,23 +28,50 @@ class RowReport:
     bad: Counter = field(default_factory=Counter)  # skipped rows, by kind of error
     bad_responses: Counter = field(default_factory=Counter)  # left out of kept rows, by kind
     unused: Counter = field(default_factory=Counter)  # rows per unused field
+    first: dict[tuple[str, str], BadRow] = field(default_factory=dict)  # error of each kind
 
     def skip(self, error: BadRow, on_bad_rows: str) -> None:
         """Count a bad row. If `on_bad_rows` is "error", raise `error` with what to do instead."""
         if on_bad_rows == "error":
             raise _with_hint(error)
         self.bad[error.kind] += 1
+        self.first.setdefault(("row", error.kind), error)
+
+    def leave_out(self, errors: Iterable[BadRow]) -> None:
+        """Count bad responses."""
+        for error in errors:
+            self.bad_responses[error.kind] += 1
+            self.first.setdefault(("response", error.kind), error)
 
     def left_out(self) -> dict[str, int]:
         """Return the non-zero totals of skipped rows and bad responses, for a stage's summary."""
         counts = {"skipped": self.bad.total(), "bad_responses": self.bad_responses.total()}
         return {name: count for name, count in counts.items() if count}
 
+    def by_kind(self) -> dict[str, int]:
+        """Return the totals of `left_out` by kind, such as {"skipped: wrong type": 2}."""
+        parts = (("skipped", self.bad), ("bad_responses", self.bad_responses))
+        return {f"{name}: {kind}": count for name, kinds in parts for kind, count in kinds.items()}
+
+    def lines(self, name: str) -> list[str]:
+        """Say what was left out of the source `name`: how many of each kind, and the first one."""
+        lines = []
+        for what, kinds in (("row", self.bad), ("response", self.bad_responses)):
+            parts = [
+                f"{count} {kind} (first: {one_line(self.first[what, kind])})"
+                for kind, count in kinds.most_common()
+            ]
+            if parts:
+                plural = "s" if kinds.total() > 1 else ""
+                lines.append(f"{name}: {kinds.total()} {what}{plural} skipped: {'; '.join(parts)}")
+        return lines
+
     def add(self, other: "RowReport") -> None:
         """Add the counts of another report, except `kept`."""
         self.read += other.read
         for name in ("bad", "bad_responses", "unused"):
             getattr(self, name).update(getattr(other, name))
+        self.first = other.first | self.first
 
 
 def _with_hint(error: BadRow) -> BadRow:
@@ -98,11 +125,12 @@ def load_drafts(
     columns: dict[str, str] | None = None,
     group_by: str | None = None,
     apply_chat_template: bool = False,
+    needs_responses: bool = False,
 ) -> tuple[list[Draft], RowReport]:
     """Read prompts, with or without responses, from the same sources as `load_rows`; raises the
-    same errors."""
+    same errors. If `needs_responses`, a row without the field is bad."""
     report = RowReport()
-    parse = partial(draft_of, drop=on_bad_rows == "skip")
+    parse = partial(draft_of, drop=on_bad_rows == "skip", needs_responses=needs_responses)
     reading = on_bad_rows, columns, group_by, apply_chat_template
     return _load(sources, report, parse, *reading, unused=None), report
 
@@ -126,7 +154,7 @@ def _load(
         def on_bad(error: BadRow) -> None:
             if on_bad_rows == "error":
                 raise _with_hint(error)
-            report.bad_responses[error.kind] += 1
+            report.leave_out([error])
 
         mapped = _mapped(records, paths, group_by, on_bad)
         records, paths = grouped(mapped, group_by, on_bad, unused=unused), None
@@ -141,7 +169,7 @@ def _load(
             report.skip(error, on_bad_rows)
             continue
         rows.append(row)
-        report.bad_responses.update(error.kind for error in bad)
+        report.leave_out(bad)
     if not rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad.most_common())
         problem = f"no usable row among the {report.read} read" + (f" ({kinds})" if kinds else "")

@@ -3,7 +3,7 @@
 import json
 import re
 
-from rrhf_fast.data.checks import BadRow, Cell, check_text, check_unicode, from_json, show
+from rrhf_fast.data.checks import ANY_INTEGER, BadRow, Cell, check_json, check_text, from_json, show
 
 # Role names in ShareGPT files.
 ROLES = {
@@ -55,7 +55,8 @@ def check_message(message: object, name: str, where: str) -> dict:
         problem = f"{name}.role: expected user, assistant, system or tool, found {show(role)}"
         raise BadRow("wrong role", where, problem)
     for key, value in message.items():
-        check_unicode(value, f"{name}.{key}", where)
+        check_json(key, name, where)
+        check_json(value, f"{name}.{key}", where)
     return message
 
 
@@ -114,7 +115,7 @@ def check_tools(tools: object, where: str) -> list[dict] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong type", where, f"tools: expected a list of objects, found {show(tools)}")
-    check_unicode(tools, "tools", where)
+    check_json(tools, "tools", where)
     return tools
 
 
@@ -128,7 +129,7 @@ def check_kwargs(kwargs: object, where: str) -> dict | None:
         return None
     if not isinstance(kwargs, dict):
         raise BadRow("wrong type", where, f"{name}: expected an object, found {show(kwargs)}")
-    check_unicode(kwargs, name, where)
+    check_json(kwargs, name, where)
     return kwargs
 
 
@@ -141,7 +142,7 @@ def from_cell(value: object) -> object:
     if not isinstance(value, str) or not _OBJECTS.match(value):
         return value
     try:
-        parsed = json.loads(value)
+        parsed = ANY_INTEGER.decode(value)
     except (ValueError, RecursionError):
         return value
     items = parsed if isinstance(parsed, list) else [parsed]
@@ -161,7 +162,11 @@ def _from_sharegpt(message: dict, name: str, where: str) -> dict:
     if role is None:
         problem = f"{name}.from: expected human, gpt, system or tool, found {show(sender)}"
         raise BadRow("wrong type", where, problem)
-    others = {key: item for key, item in message.items() if key not in ("from", "value", "role")}
+    others = {
+        key: item
+        for key, item in message.items()
+        if key not in ("from", "value", "role") and item is not None
+    }
     return {"role": role, "content": message["value"]} | others
 
 

@@ -36,8 +36,11 @@ def sharegpt(record: dict, where: str) -> Canonical:
 def alpaca(record: dict, where: str) -> Canonical:
     """Convert `instruction`, `input` and `history` with a pair, or with `output`: one response or
     [better, worse]. Raises BadRow."""
-    prompt = check_text(record["instruction"], "instruction", where)
-    if record.get("input") not in (None, ""):
+    prompt, _ = prompt_of(record, ("instruction",))
+    has_input = record.get("input") not in (None, "")
+    if has_input or not isinstance(prompt, list):  # messages have no further input
+        prompt = check_text(prompt, "instruction", where)
+    if has_input:
         prompt += "\n" + check_text(record["input"], "input", where)
     used = {"instruction", "input"}
     if record.get("history"):

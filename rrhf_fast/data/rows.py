@@ -7,6 +7,8 @@ The own format is
 Records of other layouts are first converted to it (layouts.py).
 """
 
+import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,16 +17,19 @@ from rrhf_fast.data.canonical import Canonical, fields_hint
 from rrhf_fast.data.checks import (
     BadRow,
     check_flags,
+    check_json,
     check_length,
     check_list,
     check_object,
+    check_reasons,
     check_score,
     check_text,
     check_texts,
+    listed,
     show,
 )
 from rrhf_fast.data.columns import Columns
-from rrhf_fast.data.layouts import canonical
+from rrhf_fast.data.layouts import PER_RESPONSE, canonical
 from rrhf_fast.data.messages import (
     answer_text,
     as_messages,
@@ -74,7 +79,7 @@ class Draft:
     sources: list[str] | None
     # Per response "stop" or "length" (cut off by a limit) as the sampler reported it, else None.
     finish_reasons: list[str | None] | None
-    others: dict  # fields that the stages pass on unchanged
+    others: dict  # fields that the stages pass on, as JSON
     where: str
     # As in `Row`.
     tools: list[dict] | None = None
@@ -113,11 +118,6 @@ def parse_row(record: object, where: str) -> Row:
     """Convert one record of any layout to a `Row`. Raises `BadRow`, which names the field and what
     was expected."""
     return row_of(complete(record, where), record, where)[0]
-
-
-def parse_draft(record: object, where: str) -> Draft:
-    """Convert one record of any layout to a `Draft`; raises `BadRow` like `parse_row`."""
-    return draft_of(complete(record, where), record, where)[0]
 
 
 def complete(
@@ -210,9 +210,14 @@ def row_of(
 
 
 def draft_of(
-    canon: Canonical, record: dict, where: str, *, drop: bool = False
+    canon: Canonical,
+    record: dict,
+    where: str,
+    *,
+    drop: bool = False,
+    needs_responses: bool = False,
 ) -> tuple[Draft, list[BadRow]]:
-    """Check the responses of a complete record, if it has any.
+    """Check the responses of a complete record, if it has any or `needs_responses`.
 
     Returns:
         The draft, and the errors of its bad responses, which are left out if `drop` is True.
@@ -221,11 +226,12 @@ def draft_of(
         BadRow: the first bad response, unless `drop` is True.
     """
     # Check the lists that describe the responses; all have one item per response.
-    raw = None if canon.responses is None else check_list(canon.responses, "responses", where)
+    raw = canon.responses
+    if raw is not None or needs_responses:
+        raw = _needed(raw, "responses", record, where)
     sources = check_texts(canon.sources, "sources", where)
     as_generated = check_flags(canon.common["as_generated"], "as_generated", where)
-    reasons = canon.common["finish_reasons"]
-    reasons = None if reasons is None else check_list(reasons, "finish_reasons", where)
+    reasons = check_reasons(canon.common["finish_reasons"], "finish_reasons", where)
     lists = {"sources": sources, "finish_reasons": reasons, "as_generated": as_generated}
     for name, values in lists.items():
         check_length(name, values, len(raw or []), where)
@@ -243,8 +249,10 @@ def draft_of(
         keep.append(i)
     # Everything that was not read into the draft is passed on, and so are these two, whatever a
     # stage does to the responses.
-    used = canon.used | {*STAGE_FIELDS} - {"failures"}
+    # Lists for each response describe those of the layout's own fields at best.
+    used = canon.used | {*STAGE_FIELDS, "scores", *PER_RESPONSE} - {"failures"}
     others = {name: value for name, value in record.items() if name not in used}
+    others = _passed_on(others, "the name of a field", where)
     named = {name: canon.common[name] for name in ("tools", "chat_template_kwargs")}
     others |= {name: value for name, value in named.items() if value is not None}
     draft = Draft(
@@ -256,6 +264,23 @@ def draft_of(
         **{name: _at(keep, values) for name, values in lists.items()},
     )
     return draft, bad
+
+
+def _passed_on(value: object, name: str, where: str) -> object:
+    """Return a value as it can be written: NaN and infinity, which JSON lacks, as null, bytes as
+    base64. Raises BadRow for half of a surrogate pair."""
+    if isinstance(value, dict):
+        for key in value:
+            check_json(key, name, where)
+        return {key: _passed_on(item, listed([key]), where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_passed_on(item, name, where) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    check_json(value, name, where)
+    return value
 
 
 def _response(

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrhf_fast.data.checks import one_line
+from rrhf_fast.data.checks import BadRow, one_line
 from rrhf_fast.data.files import KINDS, Records, kind_of, plain_record, read_file
 
 # Words in a file name that name its split, as in `datasets`.
@@ -48,8 +48,8 @@ class InMemory:
 
 
 def read_records(source: str | InMemory) -> Records:
-    """Yield (where, record) for each record of a source. For a line that is not JSON, the record
-    is a BadRow.
+    """Yield (where, record) for each record of a source. For a record that cannot be read, as a
+    line that is not JSON, it is a BadRow.
 
     Raises:
         ValueError: there is no such file, dataset or split, or it cannot be read.
@@ -61,6 +61,8 @@ def read_records(source: str | InMemory) -> Records:
     path = Path(name)
     if not name:
         raise ValueError(f"{source!r}: expected the name of a file, a folder or a dataset")
+    if "\0" in name:
+        raise ValueError(f"{source!r}: expected a name without NUL characters")
     if path.is_dir():
         yield from _folder(path, parts, source)
     elif not path.exists() and glob.has_magic(name):
@@ -197,8 +199,17 @@ def _dataset_records(dataset, name: str) -> Records:
     index = 0
     try:
         for record in dataset:
-            is_row = isinstance(record, Mapping)
-            yield f"{name}[{index}]", plain_record(record) if is_row else record
+            where = f"{name}[{index}]"
+            yield where, _plain_row(record, where)
             index += 1
     except Exception as error:  # damaged files, images that cannot be decoded, ...
         raise ValueError(f"{name}[{index}]: cannot be read ({one_line(error)})") from error
+
+
+def _plain_row(record: object, where: str) -> object:
+    if not isinstance(record, Mapping):
+        return record
+    try:
+        return plain_record(record)
+    except Exception as error:  # values of any class; lists that contain themselves
+        return BadRow("cannot be read", where, f"cannot be read ({one_line(error)})")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rrhf_fast.data.chat import ChatTemplate, Conversation, refuse_reserved
+from rrhf_fast.data.chat import RENDERING, ChatTemplate, Conversation, refuse_reserved
 from rrhf_fast.data.encode import Endings, added_prefix, encode, encode_responses
 from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.rows import BadRow, Row
@@ -94,15 +94,16 @@ def tokenise_rows(
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         # Render the texts of each row.
         batch = []
-        for row in rows[start : start + _ROWS_AT_ONCE]:
-            try:
-                texts, bad = _texts(row, template, endings)
-                if bad and (on_bad_rows == "error" or len(texts.responses) < 2):
-                    raise bad[0]
-                report.bad_responses.update(error.kind for error in bad)
-                batch.append(texts)
-            except BadRow as error:
-                report.skip(error, on_bad_rows)
+        with RENDERING.many():
+            for row in rows[start : start + _ROWS_AT_ONCE]:
+                try:
+                    texts, bad = _texts(row, template, endings)
+                    if bad and (on_bad_rows == "error" or len(texts.responses) < 2):
+                        raise bad[0]
+                    report.leave_out(bad)
+                    batch.append(texts)
+                except BadRow as error:
+                    report.skip(error, on_bad_rows)
         # Encode them all at once, then cut each row to the maximum lengths.
         for texts, prompt_ids, responses in _encode_rows(tokenizer, batch, endings):
             row = texts.row
@@ -119,8 +120,10 @@ def tokenise_rows(
             rewards = _float32_rewards(row.rewards)
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
     if not queries:
+        first = next(iter(report.first.values()), "there are no rows")
         raise ValueError(
-            "no row is left: every prompt is empty, too long or rejected by the chat template"
+            "no row is left: every prompt is empty, too long or rejected by the chat template "
+            f"(first: {first})"
         )
     report.kept = len(queries)
     return queries, counts

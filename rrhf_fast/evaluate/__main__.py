@@ -7,16 +7,17 @@ Prints a table; writes samples.jsonl, scored.jsonl, evaluation.json, evaluation.
 If it is killed, the same command resumes.
 """
 
-import sys
 from pathlib import Path
 
 from rrhf_fast.evaluate import EvaluateConfig, evaluate
-from rrhf_fast.stages.command import fail, how_to_resume, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
+from rrhf_fast.stages.lock import locked
+from rrhf_fast.stages.outlet import say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the judge is down, 2 a mistake in options
-    or data, 130 Ctrl-C."""
+    or data, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return run_command("evaluate", __doc__, EvaluateConfig, _run, arguments)
 
 
@@ -25,14 +26,16 @@ def _run(config: EvaluateConfig) -> int:
     from rrhf_fast.evaluate.report import write_report
     from rrhf_fast.stages.endpoint import EndpointDown
 
-    try:
-        evaluation = evaluate(config)
-    except EndpointDown as error:
-        return fail("evaluate", f"{error}; {how_to_resume(config)}", 1)
-    print(write_report(evaluation, Path(config.output_dir)))
-    print(f"report.html is in {config.output_dir}")
+    config.validate()
+    with locked(config.output_dir):
+        try:
+            evaluation = evaluate(config)
+        except EndpointDown as error:
+            return fail("evaluate", f"{error}; {how_to_resume(config)}", 1)
+        say(write_report(evaluation, Path(config.output_dir)))
+    say(f"report.html is in {config.output_dir}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -7,13 +7,14 @@ from annotated_types import Ge, Gt, Le
 
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.score.config import ScorerConfig
+from rrhf_fast.stages.options import check_temperature
 
 
 @dataclass
 class EvaluationOptions(ScorerConfig):
     """Fresh samples and their measures"""
 
-    num_samples: Annotated[int, Ge(1)] = 4
+    num_samples: Annotated[int, Ge(1), Le(10**4)] = 4
     """Fresh samples per held-out prompt; more narrow the intervals and show more of best-of-n."""
     max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens per fresh sample at most, its end token included."""
@@ -21,7 +22,7 @@ class EvaluationOptions(ScorerConfig):
     """Divides the logits of the model that samples."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Sample from the likeliest tokens that hold this share of the probability."""
-    num_bootstrap: Annotated[int, Ge(1)] = 2000
+    num_bootstrap: Annotated[int, Ge(1), Le(10**6)] = 2000
     """Bootstrap draws of the prompts behind each 95 % interval."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the samples and the intervals."""
@@ -29,6 +30,7 @@ class EvaluationOptions(ScorerConfig):
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
+        check_temperature(self.temperature)
         if self.policy_as_reward:
             raise ValueError(
                 "policy_as_reward: a model's own p cannot say how good its samples are"

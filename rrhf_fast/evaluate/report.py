@@ -47,6 +47,13 @@ img { max-width: 100% }
 """
 
 
+def is_reported(folder: Path) -> bool:
+    """Whether `evaluate` and `write_report` have written all their files, the last of which is the
+    report: a kill may come between any two."""
+    names = ("by_prompt.json", "evaluation.json", "evaluation.png", "report.html")
+    return all((folder / name).exists() for name in names)
+
+
 def write_report(evaluation: Evaluation, folder: Path) -> str:
     """Write evaluation.png and report.html; returns the tables for the terminal."""
     plot_evaluation(evaluation, folder / "evaluation.png")

@@ -1,16 +1,17 @@
 """The stage `evaluate`: sample a model, score and measure the samples, compare with a baseline."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.data.checks import check_score, one_line
 from rrhf_fast.data.encode import encode_responses
-from rrhf_fast.data.load import RowReport, load_drafts, load_rows
+from rrhf_fast.data.load import load_drafts, load_rows
 from rrhf_fast.data.options import OWN_FORMAT
 from rrhf_fast.data.rows import Draft
+from rrhf_fast.data.sources import read_records
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import (
     Bootstrap,
@@ -28,16 +29,19 @@ from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.run import check_scorer
-from rrhf_fast.stages.files import write_text
-from rrhf_fast.stages.identity import identity
+from rrhf_fast.stages.files import to_json, write_text
+from rrhf_fast.stages.identity import identity, refuse_pipes
+from rrhf_fast.stages.journal import is_finished
+from rrhf_fast.stages.lock import locked
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.run_folder import claim, pass_on
 
 # The two sides, as named in `sources`.
 MODEL, BASELINE = "model", "baseline"
-# Everything that an evaluation writes, complete or not.
-FILES = ("options.json", "samples.jsonl", "scored.jsonl", "by_prompt.json", "evaluation.json")
-FILES += ("evaluation.png", "report.html", "samples.jsonl.journal", "scored.jsonl.journal")
-FILES += tuple(f"{name}.saving" for name in FILES)
+# Everything that an evaluation writes, complete or not; in the order of its removal. The options
+# go last: while there is anything else, they say whose it is.
+FILES = ("report.html", "evaluation.png", "evaluation.json", "by_prompt.json", "scored.jsonl")
+FILES += ("samples.jsonl", "scored.jsonl.journal", "samples.jsonl.journal", "options.json")
 
 
 @dataclass
@@ -81,16 +85,24 @@ class Evaluation:
 def run(config: EvaluateConfig) -> Evaluation:
     """See `rrhf_fast.evaluate`."""
     config.validate()
+    with locked(config.output_dir):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
     models = {MODEL: config.model_name_or_path}
     if config.baseline is not None and not config.baseline.endswith(".jsonl"):
         models[BASELINE] = config.baseline
-    earlier = _check_inputs(config, models)
+    prompts, earlier = _check_inputs(config, models)
 
     # Draw and score the samples, unless an interrupted run already has.
     replaces = FILES if config.overwrite else ()
     folder = claim(config.output_dir, identity(config), replaces=replaces)
     scored = _scored_samples(config, models, folder)
     sides = {name: read_side(scored, name) for name in models}
+    if sides[MODEL].prompts != prompts:
+        problem = f"{scored} has other prompts than data, so it was changed or cut"
+        raise ValueError(f"output_dir: {problem} (remove it and samples.jsonl to draw again)")
     if earlier is not None:
         sides[BASELINE] = earlier
     total = len(sides[MODEL].prompts)
@@ -129,39 +141,34 @@ def run(config: EvaluateConfig) -> Evaluation:
     return evaluation
 
 
-def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> Side | None:
-    """Fail on unreadable data, functions or models before anything is written; returns the samples
-    of an earlier evaluation if the baseline is one."""
-    drafts, report = load_drafts(config.data, **config.reading())
-    _print_left_out("data", report)
-    earlier = None
+def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> tuple[list, Side | None]:
+    """Fail on unreadable data, functions or models before anything is written; returns the prompts,
+    and the samples of an earlier evaluation if the baseline is one."""
+    refuse_pipes(config)
+    drafts, _ = load_drafts(config.data, **config.reading())  # `sample` says what it skips
+    prompts, earlier = [draft.prompt for draft in drafts], None
     if config.baseline is not None and BASELINE not in models:
-        earlier = _earlier(config.baseline, [draft.prompt for draft in drafts])
+        earlier = _earlier(config.baseline, prompts)
     if config.ranking_data is not None:
         _, report = load_rows(config.ranking_data, **config.reading())
-        _print_left_out("ranking_data", report)
+        for line in report.lines("ranking_data"):
+            say(line)
     check_scorer(config)
     options = ["model_name_or_path", "reference_model_name_or_path"]
     for option in options + ["baseline"] * (BASELINE in models):
         if (name := getattr(config, option)) is not None:
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
-    return earlier
-
-
-def _print_left_out(option: str, report: RowReport) -> None:
-    if counts := report.left_out():
-        parts = (f"{count} {name}" for name, count in counts.items())
-        print(f"{option}: {', '.join(parts)}", flush=True)
+    return prompts, earlier
 
 
 def _scored_samples(config: EvaluateConfig, models: dict[str, str], folder: Path) -> Path:
     """Run the stages `sample` and `score` where their files are missing; returns scored.jsonl."""
     samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
-    if scored.exists():
-        print(f"reusing {scored}", flush=True)
+    if is_finished(scored):
+        say(f"reusing {scored}")
         return scored
-    if samples.exists():
-        print(f"reusing {samples}", flush=True)
+    if is_finished(samples):
+        say(f"reusing {samples}")
     else:
         policies = [
             Policy(
@@ -185,22 +192,18 @@ def read_side(path: str | Path, source: str) -> Side:
     """The scored samples of one source, by prompt. Raises ValueError if the file holds none."""
     drafts, _ = load_drafts(str(path))
     side = Side([], [])
-    for draft, record in zip(drafts, _records(path), strict=True):
+    for draft, (where, record) in zip(drafts, read_records(str(path)), strict=True):
         sources, scores = draft.sources or [], record.get("scores")
         if not isinstance(scores, list) or len(scores) != len(draft.responses or []):
-            raise ValueError(f"{draft.where}: scores: expected one for each response (see score)")
+            raise ValueError(f"{where}: scores: expected one for each response (see score)")
         keep = [i for i, name in enumerate(sources) if name == source]
+        rewards = [check_score(scores[i], f"scores[{i}]", where) for i in keep]
         side.drafts.append(draft.pick(keep))
-        side.rewards.append(np.array([scores[i] for i in keep], dtype=np.float64))
+        side.rewards.append(np.array(rewards, dtype=np.float64))
     if not any(side.responses):
         expected = "expected the scored.jsonl of an evaluation"
         raise ValueError(f"{path}: holds no scored samples of an evaluated model ({expected})")
     return side
-
-
-def _records(path: str | Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
 
 
 def _earlier(path: str, prompts: list) -> Side:
@@ -256,13 +259,15 @@ def _plain(value: float) -> Estimate:
 
 def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
     """exp(-mean log-prob) of the samples' tokens under the reference, given the prompt."""
+    by_row = reference(side.drafts)
+    _print_unread("reference_model_name_or_path", by_row)
     kept = [
         [
             generated(logps, reason)
             for logps, reason in zip(row, reasons, strict=True)
             if not isinstance(logps, str)
         ]
-        for row, reasons in zip(reference(side.drafts), side.finish_reasons, strict=True)
+        for row, reasons in zip(by_row, side.finish_reasons, strict=True)
     ]
     sums = [sum(float(logps.sum()) for logps in row) for row in kept]
     counts = [sum(len(logps) for logps in row) for row in kept]
@@ -272,12 +277,20 @@ def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
 def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
-    pairs = []
-    for row, logps in zip(rows, model(rows), strict=True):
+    pairs, by_row = [], model(rows)
+    _print_unread("ranking_data", by_row)
+    for row, logps in zip(rows, by_row, strict=True):
         keep = [i for i, values in enumerate(logps) if not isinstance(values, str)]
         p, scores = [logps[i].mean() for i in keep], [row.rewards[i] for i in keep]
         pairs.append(pairs_in_order(np.array(p), np.array(scores)))
     return ByPrompt(*zip(*pairs, strict=True))
+
+
+def _print_unread(option: str, by_row: list[list[np.ndarray | str]]) -> None:
+    """Say how many responses a model could not read, and why the first one."""
+    if reasons := [logps for row in by_row for logps in row if isinstance(logps, str)]:
+        first = one_line(reasons[0])
+        say(f"{option}: {len(reasons)} responses have no log-probs (first: {first})")
 
 
 def _compare(sides: dict[str, Side], bootstrap: Bootstrap) -> dict[str, Estimate]:
@@ -309,18 +322,8 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         }
         for name, value in evaluation.by_prompt.items()
     }
-    write_text(folder / "by_prompt.json", json.dumps(by_prompt) + "\n")
+    write_text(folder / "by_prompt.json", to_json(by_prompt) + "\n")
     names = ("model", "baseline", "comparison", "best_of_n", "prompts", "dropped")
     record = asdict(replace(evaluation, sides={}, by_prompt={}))
-    text = json.dumps({name: _finite(record[name]) for name in names}, indent=2)
-    # Written last: it marks the evaluation as done.
+    text = to_json({name: record[name] for name in names}, indent=2)
     write_text(folder / "evaluation.json", text + "\n")
-
-
-def _finite(value):
-    """Replace NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

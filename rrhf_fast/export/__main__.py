@@ -4,15 +4,14 @@ python -m rrhf_fast.export --checkpoint out/checkpoint-100 --output_dir model
 python -m rrhf_fast.export --checkpoint out --output_dir model --merge true   # out: LoRA adapters
 """
 
-import sys
-
 from rrhf_fast.export import ExportConfig, export
-from rrhf_fast.stages.command import fail, run_command
+from rrhf_fast.stages.command import fail, leave, run_command
+from rrhf_fast.stages.outlet import say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 it could not be written, 2 a mistake in
-    options."""
+    options, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return run_command("export", __doc__, ExportConfig, _run, arguments)
 
 
@@ -21,11 +20,11 @@ def _run(config: ExportConfig) -> int:
     from rrhf_fast.model.save import SaveFailed
 
     try:
-        print(f"the model is in {export(config)}")
+        say(f"the model is in {export(config)}")
     except SaveFailed as error:
-        return fail("export", error, 1)
+        return fail("export", f"{error}; run the same command again", 1)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,15 +8,14 @@ python -m rrhf_fast.iterate --config rounds.yaml --kl_coef 0.01 --steps_per_roun
 If it is killed, the same command with its --output_dir resumes.
 """
 
-import sys
-
 from rrhf_fast.iterate import IterateConfig, iterate
-from rrhf_fast.stages.command import PREEMPTED, fail, run_command
+from rrhf_fast.stages.command import PREEMPTED, fail, leave, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a stage failed, 2 a mistake in options or
-    data, 75 stopped by SIGTERM or SIGUSR1 while training, 130 Ctrl-C."""
+    data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP while training, 130 Ctrl-C, 143 and 129 SIGTERM
+    and SIGHUP elsewhere."""
     return run_command("iterate", __doc__, IterateConfig, _run, arguments)
 
 
@@ -37,4 +36,4 @@ def _run(config: IterateConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from rrhf_fast import demo
 from rrhf_fast.data.options import RowsConfig
@@ -43,7 +43,7 @@ class IterateConfig(RowsConfig, EvaluationOptions):
     rounds: Annotated[int, Ge(1)] = 2
     """Rounds of sampling, scoring, training and evaluating (IP-n in the paper). A finished run can
     be given more."""
-    steps_per_round: Annotated[int, Ge(1)] | None = None
+    steps_per_round: Annotated[int, Ge(1), Le(10**9)] | None = None
     """Make a round this many optimizer steps over fresh prompts (OP-k in the paper), at a constant
     learning rate; the optimizer's state is carried on. Default: a round passes over all rows."""
     on_bad_rows: Literal["error", "skip"] = "error"
@@ -74,6 +74,8 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         self.reading()
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty text would cut every response to nothing")
         for name in ("model_name_or_path", "data", "eval_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
@@ -87,7 +89,7 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         if self.steps_per_round is not None and self.train.optim == "adamw_8bit":
             problem = "the moments of adamw_8bit cannot be carried on from round to round"
             raise ValueError(f"steps_per_round, train.optim: {problem}")
-        rounds = [self.train_config(i, "model", Path(f"round-{i}")) for i in (1, 2)]
+        rounds = [self.train_config(i, "model", Path(f"round-{i}")) for i in (1, 2, self.rounds)]
         for train in (self.train, *rounds):
             check_within("train", TrainConfig.validate, train)
 

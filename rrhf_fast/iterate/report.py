@@ -26,13 +26,18 @@ HACKING = (
 
 
 def read_round(evaluation: Path, number: int) -> dict:
-    """Read {"round": number, measure: Estimate} from a round's evaluation.json."""
-    record = read_json(evaluation / "evaluation.json")
-    measures = record["model"] | record["comparison"]
-    return {"round": number} | {
-        name: Estimate(*(float("nan") if value is None else value for value in parts.values()))
-        for name, parts in measures.items()
-    }
+    """Read {"round": number, measure: Estimate} from a round's evaluation.json. Raises ValueError
+    if it is damaged."""
+    file = evaluation / "evaluation.json"
+    record = read_json(file)
+    try:
+        measures = record["model"] | record["comparison"]
+        return {"round": number} | {
+            name: Estimate(*(float("nan") if value is None else value for value in parts.values()))
+            for name, parts in measures.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged (expected the measures of an evaluation)") from error
 
 
 def write_rounds(folder: Path, records: list[dict]) -> str:

@@ -8,7 +8,6 @@ output_dir/
 """
 
 import gc
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rrhf_fast.data.rows import Draft
 from rrhf_fast.data.split import count_shared
 from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.config import EvaluateConfig
-from rrhf_fast.evaluate.report import write_report
+from rrhf_fast.evaluate.report import is_reported, write_report
 from rrhf_fast.iterate.config import IterateConfig, with_demo
 from rrhf_fast.iterate.report import read_round, write_rounds
 from rrhf_fast.sample import sample
@@ -29,8 +28,11 @@ from rrhf_fast.sample.config import SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.stages.files import write_rows
-from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.run_folder import claim, complete_checkpoints, pass_on
+from rrhf_fast.stages.identity import identity, refuse_pipes
+from rrhf_fast.stages.journal import is_finished
+from rrhf_fast.stages.lock import locked
+from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.run_folder import claim, complete_checkpoints, new_folder, pass_on
 from rrhf_fast.train import train
 
 
@@ -44,21 +46,29 @@ def run(config: IterateConfig) -> list[dict]:
         config = with_demo(config)
     config.validate()
     reference = config.reference_model_name_or_path or config.model_name_or_path
-    output_dir = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    output_dir = config.output_dir or str(new_folder())
     config = replace(config, reference_model_name_or_path=reference, output_dir=output_dir)
+    with locked(output_dir):
+        return _rounds(config)
+
+
+def _rounds(config: IterateConfig) -> list[dict]:
     # More rounds may be added to a run.
     options = {name: value for name, value in identity(config).items() if name != "rounds"}
-    folder = claim(output_dir, options)
+    folder = claim(config.output_dir, options)
+    refuse_pipes(config)
     _warn_of_shared_prompts(config)
 
     model = config.model_name_or_path
     records = [_evaluate(config, 0, model)]
     for number in range(1, config.rounds + 1):
-        _print(f"round {number} of {config.rounds}")
+        say(f"round {number} of {config.rounds}")
         model = _round(config, number, model)
         records.append(_evaluate(config, number, model))
-        table = write_rounds(folder, records)
-    _print(table)
+        # While a resumed run passes the rounds that it has, their report stays as it is.
+        if number == config.rounds or not is_reported(_evaluation(config, number + 1)):
+            table = write_rounds(folder, records)
+    say(table)
     return records
 
 
@@ -70,9 +80,9 @@ def _round(config: IterateConfig, number: int, model: str) -> str:
     trained = folder / "trained.json"
     same_rows = scored.exists()
     for file in (samples, scored, trained):
-        if file.exists():
-            _print(f"reusing {file}")
-    if not samples.exists():
+        if is_finished(file):
+            say(f"reusing {file}")
+    if not is_finished(samples):
         data = {"data": config.data}
         if config.steps_per_round is not None:
             prompts = _slice(config, number, folder / "prompts.jsonl")
@@ -80,7 +90,7 @@ def _round(config: IterateConfig, number: int, model: str) -> str:
         options = {"output": str(samples), "model_name_or_path": model}
         stage = pass_on(config, SampleConfig, **options, **data)
         _print_counts("sampled", sample(replace(stage, seed=config.seed + number)))
-    if not scored.exists():
+    if not is_finished(scored):
         options = {"data": str(samples), "output": str(scored), "model_name_or_path": model}
         stage = pass_on(config, ScoreConfig, **options, **OWN_FORMAT)
         _print_counts("scored", score(stage))
@@ -97,7 +107,7 @@ def _warn_of_shared_prompts(config: IterateConfig) -> None:
         load_drafts(source, **config.reading())[0] for source in (config.eval_data, config.data)
     )
     if shared := count_shared(held_out, data):
-        _print(f"warning: {shared} of {len(held_out)} rows of eval_data have a prompt of data")
+        say(f"warning: {shared} of {len(held_out)} rows of eval_data have a prompt of data")
 
 
 def _train(config: IterateConfig, number: int, model: str, folder: Path, *, resume: bool) -> int:
@@ -117,9 +127,9 @@ def _train(config: IterateConfig, number: int, model: str, folder: Path, *, resu
 
 def _evaluate(config: IterateConfig, number: int, model: str) -> dict:
     """Measure a round's model, with round 0's samples as the baseline."""
-    folder = Path(config.output_dir, f"round-{number}", "evaluation")
-    if not (folder / "evaluation.json").exists():
-        baseline = Path(config.output_dir, "round-0", "evaluation", "scored.jsonl")
+    folder = _evaluation(config, number)
+    if not is_reported(folder):
+        baseline = _evaluation(config, 0) / "scored.jsonl"
         stage = pass_on(
             config,
             EvaluateConfig,
@@ -131,13 +141,19 @@ def _evaluate(config: IterateConfig, number: int, model: str) -> dict:
         write_report(evaluate(stage), folder)
         _free()
     record = read_round(folder, number)
-    _print(f"round {number}: reward {record['reward']}, perplexity {record['perplexity']}")
+    say(f"round {number}: reward {record['reward']}, perplexity {record['perplexity']}")
     return record
+
+
+def _evaluation(config: IterateConfig, number: int) -> Path:
+    return Path(config.output_dir, f"round-{number}", "evaluation")
 
 
 def _slice(config: IterateConfig, number: int, path: Path) -> Path:
     """Write the prompts of a round of k steps: the next ones of an endlessly reshuffled dataset."""
-    drafts, _ = load_drafts(config.data, **config.reading())
+    drafts, report = load_drafts(config.data, **config.reading())
+    for line in report.lines("data"):
+        say(line)
     count = config.steps_per_round * config.train.train_batch_size
     start, stop = (number - 1) * count, number * count
     order = []
@@ -154,11 +170,8 @@ def _record(draft: Draft) -> dict:
 
 
 def _print_counts(title: str, counts: dict[str, int]) -> None:
-    _print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
+    totals = {name: count for name, count in counts.items() if count and ":" not in name}
+    say(f"{title}: " + ", ".join(f"{count} {name}" for name, count in totals.items()))
 
 
 def _free() -> None:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 
 @dataclass
 class LossConfig:
     """The loss: rank_weight * L_rank + sft_weight * L_sft (RRHF, arXiv 2304.05302)"""
 
-    length_penalty: Annotated[float, Ge(0)] = 1.0
+    length_penalty: Annotated[float, Ge(0), Le(100)] = 1.0
     """Exponent a in the score of a response, p = (sum of its log-probs) / length**a: 1 compares
     responses by their mean log-prob; 0 by the sum, which is lower for longer ones."""
     rank_weight: Annotated[float, Ge(0)] = 1.0

@@ -9,7 +9,6 @@ silently train on wrong log-probs.
 
 import contextlib
 import copyreg
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +31,14 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model import forest_sdpa
 from rrhf_fast.model.attention import FOREST, Forest, NoForest
 from rrhf_fast.model.backend import AttentionSpec
+from rrhf_fast.model.pretrained import (
+    check_tokenizer,
+    check_tokenizer_config,
+    check_weights,
+    load_pretrained,
+    loading,
+    refuse_adapters,
+)
 
 # Largest difference in a log-prob between forest and unpacked runs, float32. Rounding causes about
 # 1e-5; attention to one wrong token, 0.01 or more.
@@ -70,45 +75,26 @@ def load_model(
 
     Raises:
         ValueError: no causal language model of that name can be loaded from safetensors, or a
-            weight is not finite.
+            weight is missing or not finite.
     """
-    _refuse_adapters(name_or_path, option)
-    try:
-        # dtype: transformers 5 keeps the checkpoint's, but the optimizer needs float32 weights.
-        model, info = AutoModelForCausalLM.from_pretrained(
+    # dtype: transformers 5 keeps the checkpoint's, but the optimizer needs float32 weights.
+    with loading(name_or_path, option):
+        refuse_adapters(name_or_path, option)
+        return load_pretrained(
+            AutoModelForCausalLM,
             name_or_path,
             dtype=torch.float32,
-            use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
         )
-    except Exception as error:  # damaged and foreign checkpoints raise any type
-        raise ValueError(f"{option}: {name_or_path}: {_why(name_or_path, error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        names = ", ".join(missing[:3])
-        problem = f"{len(missing)} weights are missing and would start at random ({names}, ...)"
-        raise ValueError(f"{option}: {name_or_path}: {problem}")
-    check_finite(model, name_or_path, option)
-    # RRHF compares log-probs of responses, so they must depend on the weights alone: eval mode
-    # turns dropout off.
-    return model.eval()
 
 
-@torch.no_grad()
 def check_finite(
     model: PreTrainedModel, name_or_path: str, option: str = "model_name_or_path"
 ) -> None:
     """Raise ValueError with the name of the first weight that holds NaN or infinity. Each rank
     checks its own shard."""
-    for name, parameter in model.named_parameters():
-        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if part.numel() == 0 or not part.is_floating_point():
-            continue
-        low, high = (value.item() for value in part.aminmax())
-        if not math.isfinite(low + high):
-            what = "NaN" if math.isnan(low) else "infinite values"
-            problem = f"its weights are damaged: {name} holds {what}"
-            raise ValueError(f"{option}: {name_or_path}: {problem}")
+    with loading(name_or_path, option):
+        check_weights(model)
 
 
 def load_tokenizer(
@@ -120,22 +106,20 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, or with `of_adapters` that of LoRA adapters. Raises ValueError
     with the option's name if there is none."""
-    if not of_adapters:
-        _refuse_adapters(name_or_path, option)
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
-        problem = _why(name_or_path, error)
-        if Path(name_or_path).exists():
-            problem = f"no tokenizer ({problem})"
-        raise ValueError(f"{option}: {name_or_path}: {problem}") from error
-
-
-def _refuse_adapters(name_or_path: str, option: str) -> None:
-    folder = Path(name_or_path)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        how = f"python -m rrhf_fast.export --checkpoint {folder} --merge true --output_dir MERGED"
-        raise ValueError(f"{option}: {folder} holds LoRA adapters, not a model; merge them: {how}")
+    with loading(name_or_path, option):
+        if not of_adapters:
+            refuse_adapters(name_or_path, option)
+        try:
+            check_tokenizer_config(name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=bool(trust_remote_code)
+            )
+            check_tokenizer(tokenizer)
+        except Exception as error:  # as damaged and foreign folders raise any type
+            if Path(name_or_path).exists():
+                raise ValueError(f"no tokenizer ({one_line(error)})") from error
+            raise
+        return tokenizer
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -155,7 +139,9 @@ def read_head(model: PreTrainedModel) -> Head:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence the model supports, in tokens; None if its config does not say."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    names = ("max_position_embeddings", "n_positions")
+    sizes = (getattr(config, name, None) for name in names)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)  # XLNet: -1
 
 
 @contextmanager
@@ -302,16 +288,6 @@ def decode_forest(model: PreTrainedModel, pack: PackedForest, forest: Forest) ->
 
 def _ids(ids: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
     return torch.from_numpy(ids).long().to(model.device)
-
-
-def _why(name_or_path: str, error: Exception) -> str:
-    """Why loading failed, on one line."""
-    if Path(name_or_path).exists():
-        return one_line(error)
-    problem = "no such folder, and no such model on the hub could be loaded"
-    # Given a path that is not a hub name, the hub's client complains about "repo ids".
-    is_path = isinstance(error.__cause__ or error, HFValidationError)
-    return problem if is_path else f"{problem} ({one_line(error)})"
 
 
 def inference_dtype(name: str) -> torch.dtype:

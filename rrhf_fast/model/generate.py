@@ -97,7 +97,12 @@ def generate_batch(
             stop_strings=None if policy.method == "beam" else stop_strings or None,
             use_cache=True,
         )
-        out = lm.generate(**inputs, generation_config=settings, tokenizer=tokenizer)[:, width:]
+        # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
+        own, lm.generation_config = lm.generation_config, GenerationConfig()
+        try:
+            out = lm.generate(**inputs, generation_config=settings, tokenizer=tokenizer)[:, width:]
+        finally:
+            lm.generation_config = own
     responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
     return [[_until_end(ids, end_token_ids) for ids in row] for row in responses]
 

@@ -12,6 +12,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.files import sync_folder
+from rrhf_fast.stages.lock import when_released
 
 # Leftovers that would change what a folder loads as: an earlier run's weights, split into other
 # files, and adapters, settings and templates that this model does not have.
@@ -31,6 +33,11 @@ STALE_FILES = (
 )
 
 
+# Without either, a folder is no model: adapters have the second alone.
+MARKERS = ("config.json", "adapter_config.json")
+STAGING = ".saving"
+
+
 class SaveFailed(RuntimeError):
     """A checkpoint or the model could not be written; earlier saves are intact."""
 
@@ -44,16 +51,17 @@ def write_model(
     weights: dict[str, torch.Tensor],
 ) -> None:
     """Write model and tokenizer to a staging folder, then move each file into place: no file is
-    ever half-written. Of a model with adapters, only the adapters are written.
+    ever half-written, and no half-moved model can be loaded. Of a model with adapters, only the
+    adapters are written.
 
     Raises:
         SaveFailed: the folder cannot be written. Its contents are unchanged, unless moving a file
             failed: then the files not yet moved are in `output_dir/.saving`.
     """
-    staging = output_dir / ".saving"
+    staging, was_unfinished = output_dir / STAGING, is_unfinished(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        _empty(staging)
         generation, lm.generation_config = lm.generation_config, GenerationConfig()
         try:
             lm.save_pretrained(staging, state_dict=weights)
@@ -63,8 +71,12 @@ def write_model(
             write_config(lm, staging, dtype)
         write_generation_config(lm, staging)
         tokenizer.save_pretrained(staging)
+        for path in _files(staging):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
     except Exception as error:  # safetensors raises its own type for a full disk
-        shutil.rmtree(staging, ignore_errors=True)
+        if not was_unfinished:
+            shutil.rmtree(staging, ignore_errors=True)
         raise SaveFailed(
             f"output_dir: {output_dir} could not be written ({one_line(error)})"
         ) from error
@@ -75,26 +87,63 @@ def write_model(
         raise SaveFailed(f"output_dir: {problem}; the new files are in {staging}") from error
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a save to this folder was cut off, so that what it holds is no whole model."""
+    return (folder / STAGING).is_dir() and not (folder / STAGING).is_symlink()
+
+
+def _empty(staging: Path) -> None:
+    """Make it an empty folder. One of an earlier save stays, as the sign that it was cut off; a
+    link, which could lead to files of someone else, is removed."""
+    if staging.is_symlink() or staging.is_file():
+        staging.unlink()
+    if not staging.exists():
+        staging.mkdir()
+    if hasattr(os, "getuid") and staging.stat().st_uid != os.getuid():
+        raise PermissionError(f"{staging} is another user's, who could put links into it")
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        staging.chmod(0o700)
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _move_into_place(staging: Path, output_dir: Path) -> None:
-    """Move every file of `staging`, keeping its folders, and remove stale files."""
+    """Move every file of `staging`, keeping its folders, and remove stale files. The file by which
+    the folder is loaded goes first and comes last."""
     probe = staging / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
-    files = sorted(path for path in staging.rglob("*") if not path.is_dir())
+    files = sorted(_files(staging), key=lambda path: path.name in MARKERS)
     moved = {path.relative_to(staging) for path in files}
-    for path in files:
-        target = output_dir / path.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.chmod(mode)  # safetensors makes its files private to their owner
-        os.replace(path, target)
-    shutil.rmtree(staging)
+    for name in MARKERS:
+        (output_dir / name).unlink(missing_ok=True)
+    for path in files[:-1]:
+        _move(path, output_dir / path.relative_to(staging), mode)
     for pattern in STALE_FILES:
         for path in output_dir.glob(pattern):
             if path.relative_to(output_dir) not in moved:
                 path.unlink()
     with contextlib.suppress(OSError):  # absent or not empty
         (output_dir / "additional_chat_templates").rmdir()
+    sync_folder(output_dir)
+    _move(files[-1], output_dir / files[-1].name, mode)
+    sync_folder(output_dir)
+    _empty(staging)
+    when_released(output_dir, staging.rmdir)
+
+
+def _move(path: Path, target: Path, mode: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.chmod(mode)  # safetensors makes its files private to their owner
+    os.replace(path, target)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
 def learn_end_tokens(
@@ -112,12 +161,6 @@ def learn_end_tokens(
     if config.pad_token_id is None or config.pad_token_id < 0:
         pad = tokenizer.pad_token_id
         config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-
-
-def take_generation_config(lm: PreTrainedModel, folder: Path) -> None:
-    """Load the generation settings stored in `folder`, if any."""
-    if (folder / GENERATION_CONFIG_NAME).is_file() and lm.generation_config is not None:
-        lm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def write_generation_config(lm: PreTrainedModel, folder: Path) -> None:

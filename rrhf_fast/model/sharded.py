@@ -5,68 +5,53 @@ This requires files that store tensors under the model's own names. Checkpoints 
 converts while loading (experts fused into one tensor, old names) are loaded whole instead.
 """
 
-import contextlib
 import copy
-import json
-from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rrhf_fast.data.checks import one_line
+from rrhf_fast.model.pretrained import (
+    FLOATS,
+    Stored,
+    check_generation_config,
+    loading,
+    make_empty,
+    read_config,
+    refuse_adapters,
+    stored_tensors,
+)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor of the model is stored."""
-
-    file: str
-    key: str
-
-
-def empty_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+) -> PreTrainedModel:
     """The model on the meta device: shapes, no weights. Raises ValueError if it cannot be made."""
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # foreign folders make transformers raise any type
-        raise ValueError(f"model_name_or_path: {name_or_path}: {one_line(error)}") from error
-    with contextlib.suppress(OSError):  # the file is optional
-        lm.generation_config = GenerationConfig.from_pretrained(name_or_path)
+    with loading(name_or_path, option):
+        refuse_adapters(name_or_path, option)
+        config = read_config(name_or_path, trust_remote_code=trust_remote_code)
+        lm = make_empty(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
+        if (settings := check_generation_config(name_or_path)) is not None:
+            lm.generation_config = settings
     return lm.eval()
 
 
 def locate_weights(lm: PreTrainedModel, name_or_path: str) -> dict[str, Stored] | None:
     """Where each tensor of `lm.state_dict()` is stored, by name; tied names once. None if a tensor
     is missing or has another shape: then transformers must load the model."""
-    index = _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        with open(index, encoding="utf-8") as file:
-            parts = set(json.load(file)["weight_map"].values())
-    else:
-        parts = {SAFE_WEIGHTS_NAME}
-    shapes, files = {}, {}
-    for part in sorted(parts):
-        path = _cached(name_or_path, part)
-        if path is None:
-            return None
-        with safe_open(path, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (not a dict)
-                shapes[key], files[key] = stored.get_slice(key).get_shape(), path
+    with loading(name_or_path, "model_name_or_path"):
+        stored = stored_tensors(name_or_path, lm.config)
     locations = {}
     for name, tensor in named_tensors(lm).items():
         prefixed = (name, name.removeprefix(f"{lm.base_model_prefix}."))
-        key = next((key for key in prefixed if key in files), None)
-        if key is None or shapes[key] != list(tensor.shape):
+        key = next((key for key in prefixed if key in stored), None)
+        if key is None or stored[key].shape != tuple(tensor.shape):
             return None
-        locations[name] = Stored(files[key], key)
+        if tensor.is_floating_point() != (stored[key].dtype in FLOATS):
+            return None
+        locations[name] = stored[key]
     return locations
 
 
@@ -115,7 +100,8 @@ def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         text.layer_types = kinds[: text.num_hidden_layers]
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
-        twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        code = {"trust_remote_code": lm.is_remote_code()}
+        twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **code)
     return twin.eval()
 
 
@@ -125,13 +111,3 @@ def rows_of_rank(tensor: DTensor) -> slice:
     rows_each = -(-tensor.shape[0] // tensor.device_mesh.size(dim))
     start = min(rows_each * tensor.device_mesh.get_local_rank(dim), tensor.shape[0])
     return slice(start, start + len(tensor.to_local()))
-
-
-def _cached(name_or_path: str, file: str) -> str | None:
-    return cached_file(
-        name_or_path,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )

@@ -17,7 +17,8 @@ def sample(config: SampleConfig) -> Counter:
     Returns:
         Counts: rows, responses, duplicates, empty, unfinished, failures, unrankable (rows with
         fewer than 2 responses), an endpoint's requests, prompt_tokens and completion_tokens,
-        skipped (bad rows) and bad_responses.
+        unanswered (prompts that a local model cannot read, such as too long ones), skipped (bad
+        rows) and bad_responses, these two also by kind, as "skipped: wrong type".
 
     Raises:
         ValueError: a mistake in options, files or rows.

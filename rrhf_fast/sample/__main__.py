@@ -8,15 +8,14 @@ python -m rrhf_fast.sample --data rows.jsonl --output sampled.jsonl --model_name
 If it is killed, the same command resumes.
 """
 
-import sys
-
 from rrhf_fast.sample import SampleConfig, sample
-from rrhf_fast.stages.command import fail, how_to_resume, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
+from rrhf_fast.stages.outlet import say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 an endpoint is down, 2 a mistake in options
-    or data, 130 Ctrl-C."""
+    or data, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return run_command("sample", __doc__, SampleConfig, _run, arguments)
 
 
@@ -28,10 +27,11 @@ def _run(config: SampleConfig) -> int:
         counts = sample(config)
     except EndpointDown as error:
         return fail("sample", f"{error}; {how_to_resume(config)}", 1)
-    print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
-    print(f"rows are in {config.output}")
+    totals = {name: count for name, count in counts.items() if count and ":" not in name}
+    say(", ".join(f"{count} {name}" for name, count in totals.items()))
+    say(f"rows are in {config.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,7 +8,13 @@ from annotated_types import Ge, Gt, Le
 from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
-from rrhf_fast.stages.options import as_config, check, check_within
+from rrhf_fast.stages.options import (
+    as_config,
+    check,
+    check_magnitudes,
+    check_temperature,
+    check_within,
+)
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Policy:
     """Name to record in the `sources` of rows. Default: the method, or openai:MODEL. Provided
     responses keep theirs."""
 
-    num_responses: Annotated[int, Ge(1)] | None = None
+    num_responses: Annotated[int, Ge(1), Le(10**4)] | None = None
     """Responses per prompt. Default: 1 for greedy and openai, else 4; provided takes all."""
     max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens per response at most, its end token included. A model behind an endpoint that thinks
@@ -38,7 +44,7 @@ class Policy:
     alone, sends none."""
     top_k: Annotated[int, Ge(0)] = 0
     """Sample from the k likeliest tokens; 0 for all."""
-    num_beams: Annotated[int, Ge(1)] | None = None
+    num_beams: Annotated[int, Ge(1), Le(10**4)] | None = None
     """Beams per prompt. Default: num_responses."""
     num_beam_groups: Annotated[int, Ge(1)] | None = None
     """Groups that diverse beams are dealt into evenly. Default: one per beam."""
@@ -67,12 +73,15 @@ class Policy:
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
+        check_magnitudes(self)
         remote = self.method == "openai"
         for name in ("temperature", "top_p"):
             if getattr(self, name) is None and not remote:
                 raise ValueError(f"{name}: expected a number (null is for method openai)")
         if self.temperature == 0 and not remote:
             raise ValueError("temperature: expected more than 0 (or method greedy), found 0")
+        if not remote:
+            check_temperature(self.temperature)
         if not isinstance(self.extra_body.get("chat_template_kwargs", {}), dict):
             raise ValueError("extra_body: chat_template_kwargs: expected names and values")
         if self.method == "greedy" and self.count > 1:
@@ -133,6 +142,8 @@ class SampleConfig(RowsConfig, EndpointConfig):
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
         self.reading()
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty text would cut every response to nothing")
         for name in ("data", "output", "policies"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")

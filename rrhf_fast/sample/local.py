@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig
 
 from rrhf_fast.data.encode import decode_response
 from rrhf_fast.data.load import RowReport
@@ -11,6 +10,7 @@ from rrhf_fast.data.rows import Draft, cut_at
 from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.generate import batches_by_length, generate_batch
+from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.stages.journal import fingerprint
 
@@ -19,25 +19,26 @@ class LocalModel:
     """Weights, tokenizer and tokenised prompts; answers them batch by batch.
 
     batches: row numbers of prompts of similar length; rows that exceed the window are left out.
+    report: counts these rows.
     """
 
     def __init__(self, name: str, drafts: Sequence[Draft], config: SampleConfig, option: str):
         """Load the model named by `option`. Raises ValueError if there is no such model or a prompt
         does not fit its window."""
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
-        self.name, self.config = name, config
+        self.name, self.config, self.report = name, config, RowReport()
         self.tokenizer = load_tokenizer(name, **code)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.lm = load_model(name, **code).to(device, inference_dtype(config.dtype))
-        # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
-        self.lm.generation_config = GenerationConfig()
+        with loading(name, option):
+            check_forward(self.lm)
         self.max_length = max_positions(self.lm)
         rows = [draft.pick([]).as_row() for draft in drafts]
         template = {"chat_template_kwargs": config.chat_template_kwargs}
         queries, _ = tokenise_rows(
             rows,
             self.tokenizer,
-            RowReport(),
+            self.report,
             max_length=self.max_length or 10**9,
             max_prompt_length=config.max_prompt_length,
             on_bad_rows=config.on_bad_rows,
@@ -47,6 +48,7 @@ class LocalModel:
         self.end_token_ids = end_token_ids(self.tokenizer, usable, **template)
         numbers = {id(row): i for i, row in enumerate(rows)}
         self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
+        check_vocabulary([*self.prompts.values(), self.end_token_ids], self.lm, name, option)
         usable = list(self.prompts)
         self.batches = [
             [usable[i] for i in batch]
@@ -57,7 +59,6 @@ class LocalModel:
 
     def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
         """The responses to each prompt of a batch, as {"text", "finish_reason", "as_generated"}."""
-        pad = self.tokenizer.pad_token_id
         stop_strings = self.config.stop_strings
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -67,7 +68,7 @@ class LocalModel:
                 policy,
                 max_length=self.max_length,
                 end_token_ids=self.end_token_ids,
-                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                pad_token_id=padding_id(self.tokenizer, self.lm),
                 stop_strings=stop_strings,
                 tokenizer=self.tokenizer,
             )

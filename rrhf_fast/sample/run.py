@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.load import load_drafts
 from rrhf_fast.data.rows import Draft, cut_at, provided_mask
 from rrhf_fast.model.decoder import load_tokenizer
@@ -16,20 +17,26 @@ from rrhf_fast.sample.local import LocalModel, seed_of
 from rrhf_fast.stages.answer import EndedThinking, Refused
 from rrhf_fast.stages.endpoint import Endpoint, ask_all
 from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.journal import Journal, fingerprint
+from rrhf_fast.stages.journal import Journal, fingerprint, is_usage
+from rrhf_fast.stages.outlet import say
 
 
 def run(config: SampleConfig) -> Counter:
     """See `rrhf_fast.sample`."""
     config.validate()
     drafts, report = load_drafts(config.data, **config.reading())
+    for line in report.lines("data"):
+        say(line)
     prompts = [asdict(draft) | {"where": None} for draft in drafts]
-    for number, policy in enumerate(config.policies):  # fail early on a bad model name
-        if policy.method not in ("openai", "provided"):
+    for number, policy in enumerate(config.policies):  # fail early on a bad name, address or key
+        if policy.method == "openai":
+            _endpoint(number, config)
+        elif policy.method != "provided":
             name, option = _model_of(number, config)
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
     depends_on = fingerprint("sample", identity(config), prompts)
-    with Journal(config.output, depends_on, overwrite=config.overwrite) as journal:
+    options = {"overwrite": config.overwrite, "accepts": _is_result}
+    with Journal(config.output, depends_on, **options) as journal:
         local: LocalModel | None = None
         for number, policy in enumerate(config.policies):
             if policy.method == "openai":
@@ -38,8 +45,26 @@ def run(config: SampleConfig) -> Counter:
                 local = _decode(journal, number, policy, drafts, config, local)
         rows, counts = _merge(journal, drafts, config)
         journal.finish(rows)
-    counts.update(report.left_out())
+    counts.update(report.left_out() | report.by_kind())
     return counts
+
+
+def _is_result(key: str, result: object) -> bool:
+    """Whether `_decode` or `_ask_endpoint` may have journalled this."""
+    if key.endswith("/all"):
+        return result is None
+    if "/batch " not in key:
+        return _is_answer(result)
+    rows = result.values() if isinstance(result, dict) else [None]
+    return all(isinstance(row, list) and all(map(_is_answer, row)) for row in rows)
+
+
+def _is_answer(result: object) -> bool:
+    """A response, or the reason why there is none."""
+    if not isinstance(result, dict) or not is_usage(result.get("usage", {})):
+        return False
+    names = ("error",) if "error" in result else ("text", "finish_reason")
+    return all(isinstance(result.get(name), str) for name in names)
 
 
 def _decode(
@@ -57,7 +82,9 @@ def _decode(
     if local is None or local.name != name:
         local = None  # free the old weights before loading new ones
         local = LocalModel(name, drafts, config, option)
-    title = source_of(policy)
+        for line in local.report.lines(f"policies[{number}]"):
+            say(line)
+    title = one_line(source_of(policy))
     with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
         for index, batch in enumerate(local.batches):
             key = f"{number}/batch {index}"
@@ -76,15 +103,21 @@ def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
     return config.model_name_or_path, "model_name_or_path"
 
 
-def _ask_endpoint(
-    journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
-) -> None:
+def _endpoint(number: int, config: SampleConfig) -> Endpoint:
+    """The endpoint of a policy. Raises ValueError for an address or a key that cannot work."""
     cures = {name: (f"policies[{number}].{name}", "null") for name in ("temperature", "top_p")}
     cures |= {"top_k": (f"policies[{number}].top_k", "0")}
     cures |= {"seed": ("send_seed", "false"), "stop": ("stop_strings", "[]")}
     if config.token_limit_parameter != "auto":
         cures[config.token_limit_parameter] = ("token_limit_parameter", "auto")
-    endpoint = Endpoint(policy.base_url, policy.api_key_env, config, cures)
+    policy = config.policies[number]
+    return Endpoint(policy.base_url, policy.api_key_env, config, cures, f"policies[{number}].")
+
+
+def _ask_endpoint(
+    journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
+) -> None:
+    endpoint = _endpoint(number, config)
     model = policy.model or config.model_name_or_path
 
     def ask(row: int, copy: int) -> dict:
@@ -160,6 +193,8 @@ def _merge(
         out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
         failures, as_generated = [], []
         for number, policy in enumerate(config.policies):
+            is_local = policy.method not in ("openai", "provided")
+            counts["unanswered"] += is_local and not results[number][row]
             for result in results[number][row]:
                 counts.update(result.get("usage", {}))
                 source = result.get("source", source_of(policy))

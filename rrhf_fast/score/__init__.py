@@ -18,7 +18,7 @@ def score(config: ScoreConfig) -> Counter:
     Returns:
         Counts: rows, scored, unscored, unrankable (rows with fewer than 2 scored responses), a
         judge's requests, prompt_tokens and completion_tokens, skipped (bad rows) and
-        bad_responses.
+        bad_responses, these two also by kind, as "skipped: wrong type".
 
     Raises:
         ValueError: a mistake in options, files or rows, or a reward function that failed.

@@ -9,15 +9,14 @@ python -m rrhf_fast.score --data sampled.jsonl --output scored.jsonl --model_nam
 If it is killed, the same command resumes.
 """
 
-import sys
-
 from rrhf_fast.score import ScoreConfig, score
-from rrhf_fast.stages.command import fail, how_to_resume, run_command
+from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
+from rrhf_fast.stages.outlet import say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the judge is down, 2 a mistake in options
-    or data, 130 Ctrl-C."""
+    or data, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return run_command("score", __doc__, ScoreConfig, _run, arguments)
 
 
@@ -29,10 +28,11 @@ def _run(config: ScoreConfig) -> int:
         counts = score(config)
     except EndpointDown as error:
         return fail("score", f"{error}; {how_to_resume(config)}", 1)
-    print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
-    print(f"rows are in {config.output}")
+    totals = {name: count for name, count in counts.items() if count and ":" not in name}
+    say(", ".join(f"{count} {name}" for name, count in totals.items()))
+    say(f"rows are in {config.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,7 +8,7 @@ from annotated_types import Ge
 from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
-from rrhf_fast.stages.options import check
+from rrhf_fast.stages.options import check, check_magnitudes
 
 
 @dataclass
@@ -91,6 +91,7 @@ class ScorerConfig(RewardConfig, LogProbsConfig, ModelsConfig, JudgeConfig, Endp
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
+        check_magnitudes(self)
         kinds = ("reward_model_name_or_path", "reward_fn", "judge_model", "policy_as_reward")
         named = [name for name in kinds if getattr(self, name)]
         if len(named) != 1:

@@ -58,6 +58,8 @@ class Judge:
         text = RUBRIC.format(prompt=plain_text(prompt), response=response)
         usage: dict[str, int] = {}
         for attempt in range(self.config.max_retries + 1):
+            if usage.get("requests", 0) > self.config.max_retries:
+                break  # the endpoint has used up the retries
             try:
                 answer = self._ask(text, attempt)
             except Refused as refusal:
@@ -99,10 +101,11 @@ def _sum(usage: dict[str, int], more: dict[str, int]) -> dict[str, int]:
 def parse_judgement(text: str) -> dict[str, float] | None:
     """The criteria in the last JSON object of an answer that has all four, each from 1 to 5, or
     None."""
-    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
+    end = text[-(2**16) :]  # of a text of any length, which may hold millions of objects
+    for candidate in reversed(re.findall(r"\{[^{}]*\}", end)):
         try:
             record = {str(name).lower(): value for name, value in json.loads(candidate).items()}
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         values = [record.get(name) for name in CRITERIA]
         if all(type(value) in (int, float) and 1 <= value <= 5 for value in values):

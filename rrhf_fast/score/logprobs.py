@@ -11,6 +11,7 @@ from rrhf_fast.data.rows import BadRow, Draft, Row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.score.config import ScorerConfig
 
@@ -27,8 +28,10 @@ class LogProbs:
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.tokenizer = load_tokenizer(name, **code)
         lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
+        with loading(name, option):
+            check_forward(lm)
         self.max_length = max_positions(lm) or DEFAULT_WINDOW
-        self.config = config
+        self.config, self._name, self._option = config, name, option
         self.model = RRHFModel(
             lm,
             LossConfig(),
@@ -61,7 +64,7 @@ class LogProbs:
             queries,
             packing=self.config.packing,
             max_tokens_per_pack=self.config.max_tokens_per_pack,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=padding_id(self.tokenizer, self.model.lm),
             pad_to_multiple_of=self.model.pad_to_multiple_of,
             plan=self.model.plan,
         )
@@ -85,6 +88,8 @@ class LogProbs:
             max_prompt_length=self.max_length // 2,
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
+        ids = (ids for query in queries for ids in (query.prompt_ids, *query.response_ids))
+        check_vocabulary(ids, self.model.lm, self._name, self._option)
         return queries
 
     def _usable(self, row: Row, reasons: list[np.ndarray | str]) -> list[int]:

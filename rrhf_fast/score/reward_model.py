@@ -5,13 +5,21 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rrhf_fast.data.chat import with_answer
+from rrhf_fast.data.chat import RENDERING, render, with_answer
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.messages import plain_content
-from rrhf_fast.model.decoder import check_finite, inference_dtype, load_tokenizer, max_positions
+from rrhf_fast.model.decoder import inference_dtype, load_tokenizer, max_positions
+from rrhf_fast.model.pretrained import (
+    check_vocabulary,
+    load_pretrained,
+    loading,
+    refuse_adapters,
+)
 from rrhf_fast.score.config import ScorerConfig
+from rrhf_fast.stages.bounded import TooMuch
 
 Prompt = str | list[dict]
+OPTION = "reward_model_name_or_path"
 
 
 class RewardModel:
@@ -20,33 +28,40 @@ class RewardModel:
     def __init__(self, config: ScorerConfig):
         """Raises ValueError if there is no such model or it lacks a trained head of one label."""
         name, code = config.reward_model_name_or_path, config.trust_remote_code
-        option = "reward_model_name_or_path"
-        where = f"{option}: {name}"
-        self.tokenizer = load_tokenizer(name, trust_remote_code=code, option=option)
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                dtype=inference_dtype(config.dtype),
-                use_safetensors=True,
-                trust_remote_code=code,
-                output_loading_info=True,
-            )
-        except Exception as error:  # a damaged or foreign checkpoint may raise anything
-            raise ValueError(f"{where}: not a sequence classifier ({one_line(error)})") from error
-        if missing := sorted(info["missing_keys"]):
-            problem = f"weights are missing and would be random ({', '.join(missing[:3])})"
-            raise ValueError(f"{where}: not a reward model: {problem}")
-        check_finite(model, name, option)
-        if model.config.num_labels != 1:
-            problem = f"expected a head of 1 label, found {model.config.num_labels}"
-            raise ValueError(f"{where}: {problem}")
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.tokenizer = load_tokenizer(name, trust_remote_code=code, option=OPTION)
+        with loading(name, OPTION):
+            refuse_adapters(name, OPTION)
+            try:
+                model = load_pretrained(
+                    AutoModelForSequenceClassification,
+                    name,
+                    dtype=inference_dtype(config.dtype),
+                    trust_remote_code=code,
+                )
+            except ValueError as error:
+                raise ValueError(f"not a reward model: {error}") from error
+            if model.config.num_labels != 1:
+                raise ValueError(f"expected a head of 1 label, found {model.config.num_labels}")
+        self.model, self._name = model.to("cuda" if torch.cuda.is_available() else "cpu"), name
         self.max_length = config.reward_max_length
         if (window := max_positions(model)) is not None:
             # Models like RoBERTa start positions after the padding id.
             offset = (model.config.pad_token_id or 0) + 1 if _counts_from_padding(model) else 0
             self.max_length = min(self.max_length, window - offset)
         self._input = config.reward_input
+        self._check_forward()
+
+    def _check_forward(self) -> None:
+        """Score any text, to fail early."""
+        row = self.tokenizer("a", truncation=True, max_length=self.max_length)
+        check_vocabulary([row["input_ids"]], self.model, self._name, OPTION)
+        with loading(self._name, OPTION):
+            try:
+                self.score([dict(row)])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # any type, for a config that fits no code
+                raise ValueError(f"it cannot compute ({one_line(error)})") from error
 
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
         """The inputs of each response: input_ids, and token_type_ids if the tokenizer has them.
@@ -54,7 +69,11 @@ class RewardModel:
         Raises ValueError for `reward_input` "chat" without a chat template, or with one that
         rejects the messages.
         """
-        return [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        with RENDERING.many():
+            rows = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        ids = (row["input_ids"] for row in rows)
+        check_vocabulary(ids, self.model, self._name, OPTION)
+        return rows
 
     def _encode(self, prompt: Prompt, response: str) -> dict:
         tokenizer, how = self.tokenizer, self._input
@@ -77,9 +96,12 @@ class RewardModel:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = with_answer(turns, response)
             try:
-                text = tokenizer.apply_chat_template(turns, tokenize=False)
+                text = render(tokenizer, turns)
+            except TooMuch as error:
+                raise ValueError(f"{OPTION}: {self._name}: the chat template {error}") from error
             except Exception as error:  # a template may raise anything
-                problem = f"the reward model's chat template rejects {str(turns)[:80]}... ({error})"
+                shown = f"{one_line(turns, 80)}... ({one_line(error)})"
+                problem = f"the reward model's chat template rejects {shown}"
                 raise ValueError(f"reward_input: {problem}") from error
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
@@ -111,9 +133,10 @@ class RewardModel:
         padding."""
         used = set().union(*(row["input_ids"] for row in rows))
         pad = self.tokenizer.pad_token_id
-        if pad is not None and pad not in used:
+        known = range(self.model.get_input_embeddings().num_embeddings)
+        if pad in known and pad not in used:
             return pad
-        return next(token for token in range(self.model.config.vocab_size) if token not in used)
+        return next(token for token in known if token not in used)
 
 
 def plain_text(prompt: Prompt) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.load import load_drafts
 from rrhf_fast.data.rows import Draft
 from rrhf_fast.model.decoder import load_tokenizer
@@ -19,17 +20,20 @@ from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.reward_model import Prompt, RewardModel
 from rrhf_fast.stages.endpoint import ask_all
 from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.journal import Journal, fingerprint
-from rrhf_fast.stages.reward_fn import load_reward_fn
+from rrhf_fast.stages.journal import Journal, fingerprint, is_usage
+from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.reward_fn import call_reward_fn, load_reward_fn
+
+# How the journal's keys of log-probs begin.
+_LOGPS = "log-probs of "
 
 
 def run(config: ScoreConfig) -> Counter:
     """See `rrhf_fast.score`."""
     config.validate()
-    drafts, report = load_drafts(config.data, **config.reading())
-    for draft in drafts:
-        if draft.responses is None:
-            raise ValueError(f"{draft.where}: responses: missing (expected a list)")
+    drafts, report = load_drafts(config.data, needs_responses=True, **config.reading())
+    for line in report.lines("data"):
+        say(line)
     texts = [asdict(draft) | {"where": None} for draft in drafts]
     check_scorer(config)  # fail early on a bad model name
     for option in ("model_name_or_path", "reference_model_name_or_path"):
@@ -37,27 +41,50 @@ def run(config: ScoreConfig) -> Counter:
             _check_tokenizer(option, config)
     pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
     depends_on = fingerprint("score", identity(config), texts)
-    with Journal(config.output, depends_on, overwrite=config.overwrite) as journal:
+    options = {"overwrite": config.overwrite, "accepts": _is_result}
+    with Journal(config.output, depends_on, **options) as journal:
         results = _score(journal, drafts, pairs, config)
         ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
         if ratios is not None:
             results = [
-                {"error": ratios[row][i]} if isinstance(ratios[row][i], str) else result
+                _penalised(result, ratios[row][i], config.kl_coef)
                 for (row, i), result in zip(pairs, results, strict=True)
             ]
-        rows, counts = _merge(drafts, pairs, results, ratios, config.kl_coef)
+        rows, counts = _merge(drafts, pairs, results, ratios)
         if pairs and not counts["scored"]:
             reason = next(row["unscored"] for row in rows if "unscored" in row)[0]["error"]
             journal.forget(list(journal.done))
             raise ValueError(f"no response could be scored: {reason}")
         journal.finish(rows)
-    counts.update(report.left_out())
+    counts.update(report.left_out() | report.by_kind())
     return counts
 
 
+def _is_result(key: str, result: object) -> bool:
+    """Whether `_judge` or `_in_batches` may have journalled this."""
+    if isinstance(result, list):
+        rows = result if key.startswith(_LOGPS) else [result]
+        return all(isinstance(row, list) and all(map(_is_score, row)) for row in rows)
+    if not isinstance(result, dict) or not is_usage(result.get("usage", {})):
+        return False
+    if "error" in result:
+        return isinstance(result["error"], str)
+    return type(result.get("score")) in (int, float) and isinstance(result.get("criteria"), dict)
+
+
+def _is_score(value: object) -> bool:
+    """A number or the reason why there is none; or the two numbers of `_logps`."""
+    if isinstance(value, list):
+        return len(value) == 2 and all(type(number) in (int, float) for number in value)
+    return type(value) in (int, float, str)
+
+
 def check_scorer(config: ScorerConfig) -> None:
-    """Raise ValueError, with the option's name, if there is no such function or model."""
-    if config.reward_fn:
+    """Raise ValueError, with the option's name, if there is no such function or model, or the judge
+    has an address or a key that cannot work."""
+    if config.judge_model:
+        Judge(config)
+    elif config.reward_fn:
         load_reward_fn(config.reward_fn, "reward_fn")
     elif config.reward_model_name_or_path:
         _check_tokenizer("reward_model_name_or_path", config)
@@ -81,7 +108,7 @@ def _score(
     if config.reward_fn:
         return _reward_fn(journal, drafts, pairs, config)
     logps = _logps(journal, "model_name_or_path", drafts, config)
-    return [_checked(logps[row][i]) for row, i in pairs]
+    return [_result(p if isinstance(p, str) else p[0]) for p in (logps[row][i] for row, i in pairs)]
 
 
 def _in_batches(
@@ -92,13 +119,17 @@ def _in_batches(
     unit: str,
 ) -> dict[int, object]:
     """Results of `work` by item number; missing batches are computed and journalled."""
-    results = {}
-    with tqdm(total=sum(map(len, batches)), unit=unit, desc=name, disable=None) as progress:
+    results, title = {}, one_line(name)
+    with tqdm(total=sum(map(len, batches)), unit=unit, desc=title, disable=None) as progress:
         for number, batch in enumerate(batches):
             key = f"{name}/{number}"
             if key not in journal.done:
                 journal.write(key, work(batch))
-            results |= dict(zip(batch, journal.done[key], strict=True))
+            done = journal.done[key]
+            if not isinstance(done, list) or len(done) != len(batch):
+                problem = f"is damaged (expected {len(batch)} results for {key})"
+                raise ValueError(f"output: {journal.path} {problem}")
+            results |= dict(zip(batch, done, strict=True))
             progress.update(len(batch))
     return results
 
@@ -121,11 +152,11 @@ def _reward_model(
     rows = model.encode(*_texts(drafts, pairs))
     batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
 
-    def work(batch: Sequence[int]) -> list[float]:
-        return model.score([rows[i] for i in batch])
+    def work(batch: Sequence[int]) -> list[float | str]:
+        return list(map(_score_or_reason, model.score([rows[i] for i in batch])))
 
     scores = _in_batches(journal, "reward model", batches, work, "response")
-    return [_checked(scores[i]) for i in range(len(pairs))]
+    return [_result(scores[i]) for i in range(len(pairs))]
 
 
 def _reward_fn(
@@ -133,28 +164,34 @@ def _reward_fn(
 ) -> list[dict]:
     function, name = load_reward_fn(config.reward_fn, "reward_fn"), config.reward_fn
 
-    def call(batch: Sequence[int]) -> list[float]:
+    def call(batch: Sequence[int]) -> list[float | str]:
         prompts, responses = _texts(drafts, [pairs[i] for i in batch])
-        try:
-            scores = np.asarray(function(prompts, responses), dtype=np.float64)
-        except Exception as error:  # the user's function may raise anything
-            raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}") from error
-        if scores.shape != (len(responses),):
-            expected = f"expected {len(responses)} numbers, one per response"
-            raise ValueError(f"reward_fn: {name}: {expected}, found shape {scores.shape}")
-        return scores.tolist()
+        scores = call_reward_fn(function, prompts, responses, name, "reward_fn")
+        return list(map(_score_or_reason, scores.tolist()))
 
     batches = _chunks(len(pairs), config.batch_size)
     scores = _in_batches(journal, "reward function", batches, call, "response")
-    return [_checked(scores[i]) for i in range(len(pairs))]
+    return [_result(scores[i]) for i in range(len(pairs))]
 
 
-def _checked(value: float | list[float] | str) -> dict:
-    """A score (p of `_logps`), or the reason why there is none."""
-    if isinstance(value, str):
-        return {"error": value}
-    value = value[0] if isinstance(value, list) else value
-    return {"score": value} if math.isfinite(value) else {"error": f"a score of {value}"}
+def _score_or_reason(score: float) -> float | str:
+    """A score, or the reason why it is none."""
+    return score if math.isfinite(score) else f"a score of {score}"
+
+
+def _result(score: float | str) -> dict:
+    """A score, or the reason why there is none, as {"score"} or {"error"}."""
+    return {"error" if isinstance(score, str) else "score": score}
+
+
+def _penalised(result: dict, ratio: float | str, kl_coef: float) -> dict:
+    """Subtract kl_coef * ratio from the score of a result, whose score before is its "reward"."""
+    if isinstance(ratio, str):
+        return {"error": ratio}
+    if "error" in result:
+        return result
+    score = _result(_score_or_reason(result["score"] - kl_coef * ratio))
+    return score if "error" in score else result | score | {"reward": result["score"]}
 
 
 def _judge(
@@ -185,17 +222,20 @@ def _logps(
             reasons = drafts[row].finish_reasons or [None] * len(responses)
             out.append(
                 [
-                    logps
-                    if isinstance(logps, str)
-                    else [float(logps.mean()), float(generated(logps, reason).sum())]
+                    logps if isinstance(logps, str) else _mean_and_sum(logps, reason)
                     for logps, reason in zip(responses, reasons, strict=True)
                 ]
             )
         return out
 
     batches = _chunks(len(drafts), config.batch_size)
-    by_row = _in_batches(journal, f"log-probs of {name}", batches, work, "row")
+    by_row = _in_batches(journal, f"{_LOGPS}{name}", batches, work, "row")
     return [by_row[row] for row in range(len(drafts))]
+
+
+def _mean_and_sum(logps: np.ndarray, finish_reason: str | None) -> list[float] | str:
+    values = [float(logps.mean()), float(generated(logps, finish_reason).sum())]
+    return values if all(map(math.isfinite, values)) else f"a log-prob of {values[0]}"
 
 
 def _log_ratios(
@@ -221,7 +261,6 @@ def _merge(
     pairs: Sequence[tuple[int, int]],
     results: Sequence[dict],
     ratios: list[list[float]] | None,
-    kl_coef: float,
 ) -> tuple[list[dict], Counter]:
     """The final rows, in input order."""
     by_pair = dict(zip(pairs, results, strict=True))
@@ -230,14 +269,10 @@ def _merge(
         results = [by_pair[row, i] for i in range(len(draft.responses))]
         keep = [i for i, result in enumerate(results) if "score" in result]
         out = {"prompt": draft.prompt, "responses": [draft.responses[i] for i in keep]}
-        scores = [results[i]["score"] for i in keep]
         if ratios is not None:
-            out |= {"rewards": scores, "log_ratios": [ratios[row][i] for i in keep]}
-            scores = [
-                reward - kl_coef * ratio
-                for reward, ratio in zip(scores, out["log_ratios"], strict=True)
-            ]
-        out["scores"] = scores
+            out["rewards"] = [results[i]["reward"] for i in keep]
+            out["log_ratios"] = [ratios[row][i] for i in keep]
+        out["scores"] = [results[i]["score"] for i in keep]
         for name in ("sources", "finish_reasons", "as_generated"):
             if (values := getattr(draft, name)) is not None:
                 out[name] = [values[i] for i in keep]

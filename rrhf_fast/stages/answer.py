@@ -21,7 +21,8 @@ _BROKEN_OFF = {
 
 class Refused(ValueError):
     """The endpoint gives no text for this request, and a retry would not help: it is too long or
-    filtered, for example. usage: what the request cost, as in `Answer`."""
+    filtered, for example. Its message holds words of the endpoint in full. usage: what the request
+    cost, as in `Answer`."""
 
     def __init__(self, reason: str, usage: dict[str, int] | None = None):
         super().__init__(reason)
@@ -32,8 +33,8 @@ class EndedThinking(Refused):
     """The token limit was reached before the answer began."""
 
 
-class NoCompletion(ValueError):
-    """JSON that is not a completion; a retry may help."""
+class NoCompletion(Refused):
+    """JSON that is not a completion; here a retry may help."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,21 @@ def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
     Raises:
         Refused: a completion without a complete text.
         NoCompletion: JSON that is not a completion.
-        ValueError, RecursionError: not JSON.
+        ValueError: not JSON.
     """
-    record = json.loads(body)
+    try:
+        record = json.loads(body, parse_int=_integer, parse_constant=lambda _: None)
+        return _answer(record, chat, requests)
+    except RecursionError:
+        raise NoCompletion("an answer nested too deeply") from None
+
+
+def _integer(digits: str) -> int | None:
+    """A count; None for a number of so many digits that int() may refuse it."""
+    return int(digits) if len(digits) < 20 else None
+
+
+def _answer(record: Any, chat: bool, requests: int) -> Answer:
     choice = _first_choice(record)
     message = choice.get("message") if chat else choice
     if not isinstance(message, dict):
@@ -67,7 +80,7 @@ def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
     reason = choice.get("finish_reason")
     reason = reason if isinstance(reason, str) else None
     if refusal := _refusal(message):
-        raise Refused(f"the model refused: {one_line(refusal)}", usage)
+        raise Refused(f"the model refused: {one_line(refusal, None)}", usage)
     if reason in _BROKEN_OFF:
         raise Refused(f"{_BROKEN_OFF[reason]} (finish_reason {reason})", usage)
     if not text and (message.get("tool_calls") or message.get("function_call")):
@@ -88,7 +101,7 @@ def _first_choice(record: Any) -> dict:
         raise NoCompletion("an answer that is not a JSON object")
     if error := record.get("error"):
         message = error.get("message") if isinstance(error, dict) else error
-        raise NoCompletion(f"an error instead of an answer: {one_line(message or error)}")
+        raise NoCompletion(f"an error instead of an answer: {one_line(message or error, None)}")
     choices = record.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise NoCompletion("an answer without choices")

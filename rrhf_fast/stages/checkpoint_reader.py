@@ -8,6 +8,7 @@ are known, and values are numbers, texts and tensors.
 import io
 import pathlib
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from rrhf_fast.data.checks import one_line
+from rrhf_fast.data.checks import one_line, show
+from rrhf_fast.stages.checkpoint_files import read_state, wrong_files
+
+# DCP warns so wherever there is no launcher.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
@@ -57,6 +62,25 @@ def first_failure(error: Exception) -> BaseException:
     return error
 
 
+def damage(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
+    """What is damaged in a complete checkpoint, one line each. Each of `size` ranks reads its share
+    of the files."""
+    problems = []
+    if rank == 0:
+        for look in (read_state, lambda folder: _Reader(folder).read_metadata()):
+            try:
+                look(folder)
+            except ValueError as error:
+                problems.append(str(error))
+    return problems + wrong_files(folder, rank, size)
+
+
+def summary(problems: list[str]) -> str | None:
+    """The first of them on one line, or None if there are none."""
+    more = [f"{len(problems) - 3} more"] if len(problems) > 3 else []
+    return "; ".join(problems[:3] + more) or None
+
+
 def names_in(folder: Path, option: str) -> set[str]:
     """The names of everything that a checkpoint holds. Raises ValueError as `load_checkpoint`."""
     try:
@@ -84,12 +108,30 @@ class _Reader(dcp.FileSystemReader):
                 metadata = _Unpickler(file).load()
             if not isinstance(metadata, dcp.Metadata):
                 raise pickle.UnpicklingError("it holds something else")
+            self._check_files(metadata)
         except Exception as error:  # a damaged pickle raises a dozen types
             raise ValueError(f".metadata cannot be read ({one_line(error)})") from error
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _check_files(self, metadata: dcp.Metadata) -> None:
+        """Raise ValueError unless all entries are in files of the checkpoint, and these are long
+        enough."""
+        dict(metadata.state_dict_metadata)
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            name, end = info.relative_path, info.offset + info.length
+            if not isinstance(name, str) or Path(name).name != name or min(info.offset, end) < 0:
+                raise ValueError(f"it names the file {show(name)}")
+            ends[name] = max(end, ends.get(name, 0))
+        for name, end in ends.items():
+            path = Path(self.path) / name
+            if not path.is_file():
+                raise ValueError(f"{name} is missing")
+            if path.stat().st_size < end:
+                raise ValueError(f"{name} has {path.stat().st_size} bytes, expected {end}")
 
 
 class _Planner(DefaultLoadPlanner):
@@ -99,8 +141,9 @@ class _Planner(DefaultLoadPlanner):
         try:
             content = torch.load(value, weights_only=True)
         except Exception as error:
-            problem = f"{read_item.dest_index.fqn} cannot be read ({one_line(error)})"
-            raise ValueError(problem) from error
+            # Not PyTorch's reason, which advises to run what is there.
+            problem = "holds something else than numbers, texts and tensors, or is damaged"
+            raise ValueError(f"{read_item.dest_index.fqn} {problem}") from error
         safe = io.BytesIO()
         torch.save(content, safe)
         safe.seek(0)

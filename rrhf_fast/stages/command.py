@@ -1,18 +1,39 @@
 """Run a command: errors as one line, and the exit code."""
 
+import errno
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.files import disk_problem
+from rrhf_fast.stages.launcher import launched
+from rrhf_fast.stages.outlet import Outlet
 from rrhf_fast.stages.parse import Config, parse_config
 
 # EX_TEMPFAIL of sysexits.h: try again later.
 PREEMPTED = 75
+# Characters of an error line, at most, and of a word in it.
+_LONGEST_LINE, _LONGEST_WORD = 2000, 400
+# What a name that the user gave leads to; any other failure of the system has reasons outside.
+_OF_NAMES = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP arrived; its argument is the signal."""
 
 
 def run_command(
@@ -25,52 +46,180 @@ def run_command(
     many_processes: bool = False,
 ) -> int:
     """Parse the options and run; returns the exit code: that of `run`, 2 for a mistake in options
-    or data (a ValueError), 1 if the device runs out of memory, 130 for Ctrl-C. A launcher of
-    several processes is refused unless the command shares its work among `many_processes`."""
+    or data (a ValueError, or a file that cannot be used), 1 if memory, disk or system fail, 130 for
+    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP. A launcher of several processes is refused unless
+    the command shares its work among `many_processes`. What cannot be printed stops nothing."""
+    out = Outlet(sys.stdout)
+    with redirect_stdout(out), redirect_stderr(Outlet(sys.stderr)):
+        try:
+            code = _ending(name, description, config_class, run, arguments, many_processes)
+        except SystemExit:  # of --help
+            code = None
+        out.flush()
+        if not code and out.problem is not None:
+            return fail(name, f"standard output: {out.problem}", 1)
+        if code is None:
+            raise SystemExit(0)
+        return code
+
+
+def _ending(
+    name: str,
+    description: str,
+    config_class: type[Config],
+    run: Callable[[Config], int],
+    arguments: list[str] | None,
+    many_processes: bool,
+) -> int:
+    """Run the command and say how it ended, on one line; returns the exit code."""
+    rank, config = 0, None
     try:
-        if not many_processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        world = launched()
+        rank = world.rank
+        if not many_processes and world.size > 1:
             raise ValueError(
-                f"this command is one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
+                f"this command is one process, but WORLD_SIZE is {world.size}: "
                 f"start it by python -m rrhf_fast.{name}, not by torchrun"
             )
-        return run(parse_config(config_class, arguments, name, description))
-    except (ArgumentError, ValueError) as error:
-        # Nearly always every rank makes the same mistake. The first one reports it, and the
-        # launcher then ends the others while they wait.
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)
-        return fail(name, error, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: torch loads slowly
+        with _stopped_by_signals(alone=world.size == 1):
+            config = parse_config(config_class, arguments, name, description)
+            return run(config)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if problem := disk_problem(error):
+            return fail(name, _of_the_disk(problem, error, config), 1)
+        if isinstance(error, ValueError):
+            # Nearly always every rank makes the same mistake. The first one reports it, and the
+            # launcher then ends the others while they wait.
+            if rank > 0:
+                time.sleep(10)
+            return fail(name, error, 2)
+        if isinstance(error, OSError):
+            is_name = isinstance(error, _OF_NAMES)
+            is_name |= error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+            problem = f"{_where(error, config)}{error.strerror or one_line(error)}"
+            return fail(name, problem, 2 if is_name else 1)
+        problem = _lack_of_memory(error)
+        if problem is None:
             raise
-        problem, has_batch = str(error).partition(". ")[0], hasattr(config_class, "batch_size")
+        has_batch = hasattr(config_class, "batch_size")
         return fail(name, f"{problem}{': lower --batch_size' if has_batch else ''}", 1)
+    except Stopped as error:
+        return fail(name, f"stopped by {error.args[0].name}", 128 + error.args[0])
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
+    except SystemExit as error:  # --help ends so, and so does code that others wrote
+        if config is None:
+            raise
+        return fail(name, f"something that was called ended the process (SystemExit {error})", 1)
+
+
+def _where(error: OSError, config: object) -> str:
+    """The file that the error is about, and the option that named it or a folder around it."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return ""
+    path = os.fspath(error.filename)
+    values = vars(config).items() if config is not None else ()
+    texts = {name: value for name, value in values if isinstance(value, str) and value}
+    named = [name for name, text in texts.items() if path.startswith((text, os.path.abspath(text)))]
+    return f"{named[0]}: {path}: " if named else f"{path}: "
+
+
+def _lack_of_memory(error: Exception) -> str | None:
+    """The problem, if the error says that there is too little memory."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({one_line(error)})" if str(error) else "out of memory"
+    text = str(error)
+    # torch's type by its name: torch loads slowly. The CPU's allocator has no type of its own.
+    if type(error).__name__ == "OutOfMemoryError":
+        return text.partition(". ")[0]
+    if "DefaultCPUAllocator" in text:
+        return f"out of memory ({one_line(text.rpartition(': ')[2])})"
+    return None
+
+
+@contextmanager
+def _stopped_by_signals(*, alone: bool) -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Stopped` where they would have ended the process without a
+    word. Not among several ranks: one that waits for others in C would not end."""
+
+    own = os.getpid()
+
+    def stop(number: int, _) -> None:
+        if os.getpid() != own:  # a child that was forked, as multiprocessing does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Stopped(signal.Signals(number))
+
+    names = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if not alone or threading.current_thread() is not threading.main_thread():
+        names = []
+    names = [name for name in names if signal.getsignal(name) == signal.SIG_DFL]
+    try:
+        for name in names:
+            signal.signal(name, stop)
+        yield
+    finally:
+        for name in names:
+            signal.signal(name, signal.SIG_DFL)
+
+
+def _of_the_disk(problem: str, error: Exception, config: object) -> str:
+    """The line for what `disk_problem` found behind an error."""
+    if isinstance(error, ValueError):  # it names option and file
+        problem = str(error)
+    else:
+        problem = f"{'output' if hasattr(config, 'output') else 'output_dir'}: {problem}"
+    return f"{problem}; {how_to_resume(config)}" if config is not None else problem
 
 
 def how_to_resume(config: object) -> str:
-    """What to do after a stage stopped half-way, for its error line."""
-    how = ", without --overwrite" if config.overwrite else ""
+    """What to do after a command stopped half-way, for its error line."""
+    how = ", without --overwrite" if getattr(config, "overwrite", False) else ""
+    if getattr(config, "output_dir", "") is None:
+        how = ", with its --output_dir"
+    if getattr(config, "resume_from_checkpoint", "latest") != "latest":
+        how += ", with --resume_from_checkpoint latest"
     return f"what is done is kept: run the same command again{how}"
 
 
 def fail(name: str, problem: object, code: int) -> int:
     """Print the problem as one line; returns the exit code."""
-    print(f"rrhf_fast.{name}: error: {one_line(problem, None)}", file=sys.stderr)
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", _shortened, one_line(problem, None))
+    if len(text) > _LONGEST_LINE:
+        text = f"{text[: _LONGEST_LINE - 3]}..."
+    print(f"rrhf_fast.{name}: error: {text}", file=sys.stderr)
     return code
+
+
+def _shortened(word: re.Match) -> str:
+    return f"{word[0][:100]}...{word[0][-100:]}"
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `main`. With several ranks it ends at once: a failed
     rank that waits for the others, which wait for it, keeps the launcher from ending the job."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(main())
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        code = main()
+        _drop_output_nobody_reads()
+        sys.exit(code)
     try:
         code = main()
+    except SystemExit as error:  # of --help
+        code = error.code or 0
     except Exception:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _drop_output_nobody_reads()
     os._exit(code)
+
+
+def _drop_output_nobody_reads() -> None:
+    """Flush; where a stream is closed or its reader gone, point it to nowhere, since Python's own
+    flush at the end would complain."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1 if stream is sys.stdout else 2)

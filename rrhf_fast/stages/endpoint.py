@@ -1,20 +1,22 @@
 """OpenAI-compatible endpoints: ask, retry, count; and journal many concurrent requests."""
 
-import json
 import os
 import re
+import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from tqdm import tqdm
 
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
 from rrhf_fast.stages.journal import Journal
+from rrhf_fast.stages.secrets import hide, hide_in_logs, keep_secret, repeats_secret
 
 # How endpoints report that they do not support a parameter at all.
 _UNSUPPORTED = re.compile(
@@ -23,17 +25,20 @@ _UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 
+# One answer at a time: parsed JSON may take 30 times its size. Threads gain nothing there anyway.
+_READING = threading.Lock()
+
 
 @dataclass
 class EndpointConfig:
     """Requests to OpenAI-compatible endpoints (pip install rrhf-fast[openai])"""
 
-    timeout: Annotated[float, Gt(0)] = 120.0
-    """Seconds to wait for an answer."""
-    max_retries: Annotated[int, Ge(0)] = 5
+    timeout: Annotated[float, Gt(0), Le(86400)] = 120.0
+    """Seconds in which one try has to end: connection, request and the whole answer."""
+    max_retries: Annotated[int, Ge(0), Le(1000)] = 5
     """Further tries, with growing pauses, after a time-out, a refusal for load (429), a server
     error or an answer that cannot be read."""
-    max_concurrency: Annotated[int, Ge(1)] = 8
+    max_concurrency: Annotated[int, Ge(1), Le(1000)] = 8
     """Requests under way at the same time."""
     token_limit_parameter: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
     """Name of the token limit in chat requests. auto: max_tokens, and max_completion_tokens once
@@ -56,38 +61,51 @@ class Endpoint:
         api_key_env: str,
         config: EndpointConfig,
         cures: Mapping[str, tuple[str, str]] | None = None,
+        where: str = "",
     ):
         """
         Args:
             cures: for each request parameter that some endpoints do not support, the option to
                 change and its new value.
+            where: what precedes the names of options in errors, such as "policies[0].".
 
         Raises:
-            ValueError: the openai package or the key is missing, or the key is not printable ASCII.
+            ValueError: the openai package is missing; the key is missing or holds characters that
+                no key has; the address is none, or cannot be reached as the environment says
+                (proxies, certificates). Says so without the key.
         """
         try:
             import openai
+
+            from rrhf_fast.stages.transport import LOGGERS, BoundedClient
         except ImportError as error:
             problem = "the openai package is not installed; pip install rrhf-fast[openai]"
             raise ValueError(f"openai: {problem}") from error
-        self._key = os.environ.get(api_key_env, "").strip()
-        if not self._key and base_url is None:
-            raise ValueError(f"api_key_env: the environment variable {api_key_env} is not set")
-        if not (self._key.isascii() and self._key.isprintable()):
-            problem = f"{api_key_env} does not fit into an HTTP header (expected printable ASCII)"
-            raise ValueError(f"api_key_env: {problem}")
+        key = _key(base_url, api_key_env, where)
         self._openai, self._max_retries = openai, config.max_retries
         self._cures = cures or {}
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=self._key or "none",
-            timeout=config.timeout,
-            # The client waits and retries after time-outs, lost connections, 408, 409, 429, 5xx.
-            max_retries=config.max_retries,
-        )
+        option, address, login, self.name = f"{where}base_url", base_url, {}, "OpenAI"
+        if address is None:
+            option, address = "OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL") or None
+        if address is not None:
+            address, login = split_login(address, option)
+            self.name = one_line(address, 100)
+        keep_secret(key)
+        hide_in_logs(*LOGGERS)
+        try:
+            self._client = openai.OpenAI(
+                base_url=address,
+                api_key=key or "none",
+                default_headers=login,
+                timeout=config.timeout,
+                http_client=BoundedClient(config.timeout),
+            )
+        except Exception as error:  # proxies and certificates of the environment
+            reason = _shown(re.sub(r"//\S*@", "//", str(error)))
+            problem = f"{self.name} cannot be asked ({reason})"
+            raise ValueError(f"{option}: {problem}") from None
         self._find_limit = config.token_limit_parameter == "auto"
         self._limit = "max_tokens" if self._find_limit else config.token_limit_parameter
-        self.name = base_url or "OpenAI"
 
     def ask(
         self,
@@ -119,49 +137,69 @@ class Endpoint:
         else:
             options["prompt"] = prompt
         requests = 0
-        for attempt in range(self._max_retries + 1):
-            if attempt:
-                time.sleep(min(0.5 * 2**attempt, 8.0))
-            response = self._post(chat, max_tokens, options)
+        while True:
+            response = self._post(chat, max_tokens, options, self._max_retries - requests)
             requests += 1 + response.retries_taken
-            try:
-                return read_answer(response.http_response.content, chat, requests)
-            except Refused:
-                raise
-            except NoCompletion as error:
-                problem = Refused(self._hide_key(str(error)), {"requests": requests})
-            except (ValueError, RecursionError) as error:
-                what = f"an answer that is not a completion ({self._reason(error)})"
-                problem = EndpointDown(f"{self.name}: {what}, {self._max_retries + 1} times")
-        raise problem
+            answer = response.http_response
+            if reason := answer.extensions.get("not_taken"):
+                raise Refused(reason, {"requests": requests})
+            result = self._result(answer.content, chat, requests)
+            if isinstance(result, Answer):
+                return result
+            may_differ = isinstance(result, NoCompletion | EndpointDown)
+            if not may_differ or requests > self._max_retries:
+                raise result
+            time.sleep(min(0.5 * 2 ** min(requests, 4), 8.0))
 
-    def _post(self, chat: bool, max_tokens: int, options: dict) -> Any:
+    def _result(self, body: bytes, chat: bool, requests: int) -> Answer | Exception:
+        """The answer in the body of a response with status 200, or why there is none. The exception
+        is returned, for one raised here would carry what the endpoint sent."""
+        try:
+            with _READING:
+                answer = read_answer(body, chat, requests)
+        except Refused as error:
+            usage = error.usage | {"requests": requests}
+            return type(error)(_shown(error), usage)
+        except ValueError as error:
+            times = f", {requests} times" if requests > 1 else ""
+            what = f"an answer that is not a completion ({_shown(error)}){times}"
+            return EndpointDown(f"{self.name}: {what}")
+        if repeats_secret(answer.text):
+            # Not replaced in the text: nobody would notice that in the rows.
+            return Refused("the answer repeats an API key", answer.usage)
+        return answer
+
+    def _post(self, chat: bool, max_tokens: int, options: dict, max_retries: int) -> Any:
         """Send a request; raises as `ask` does for any status other than 200."""
         openai = self._openai
+        # It waits and retries after time-outs, lost connections, 408, 409, 429 and 5xx.
+        client = self._client.with_options(max_retries=max(max_retries, 0))
         try:
-            return self._send(chat, max_tokens, options)
+            return self._send(client, chat, max_tokens, options)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise self._refusal(error) from error
+            problem = self._refusal(error)
         except openai.APIStatusError as error:
-            if error.status_code == 413:
-                raise Refused(self._reason(error)) from error
-            raise EndpointDown(f"{self.name}: {self._reason(error)}") from error
-        except openai.APIConnectionError as error:  # time-outs too
-            cause = f" ({self._reason(error.__cause__)})" if error.__cause__ else ""
-            raise EndpointDown(f"{self.name}: {self._reason(error)}{cause}") from error
+            kind = Refused if error.status_code == 413 else EndpointDown
+            name = "" if kind is Refused else f"{self.name}: "
+            problem = kind(f"{name}{_reason(error)}")
+        except openai.OpenAIError as error:  # no connection, or a time-out
+            cause = f" ({_shown(error.__cause__)})" if error.__cause__ else ""
+            problem = EndpointDown(f"{self.name}: {_shown(error)}{cause}")
+        raise problem  # out here, without the error that holds what the endpoint sent
 
-    def _send(self, chat: bool, max_tokens: int, options: dict) -> Any:
+    def _send(self, client: Any, chat: bool, max_tokens: int, options: dict) -> Any:
         """Send a request with its token limit under the name that the endpoint supports."""
         if not chat:  # /completions has only one name for it
-            create = self._client.completions.with_raw_response.create
+            create = client.completions.with_raw_response.create
             return create(max_tokens=max_tokens, **options)
-        create = self._client.chat.completions.with_raw_response.create
+        create = client.chat.completions.with_raw_response.create
         name = self._limit
         try:
             return create(**{name: max_tokens}, **options)
         except self._openai.BadRequestError as error:
             newer = "max_completion_tokens"
-            named = "max_tokens" in _error_body(error) or newer in _error_body(error)
+            body = error.response.text[:2000]
+            named = "max_tokens" in body or newer in body
             if not (self._find_limit and named) or name == newer:
                 raise
             response = create(**{newer: max_tokens}, **options)
@@ -170,7 +208,7 @@ class Endpoint:
 
     def _refusal(self, error: Any) -> ValueError:
         """Turn a response with status 400 or 422 into an exception."""
-        reason, body = self._reason(error), _error_body(error)
+        reason, body = _reason(error), error.response.text[:2000]
         for parameter, (option, cure) in self._cures.items():
             # In quotes, and not as a key of our own request echoed by the server.
             named = re.search(rf"['\"`]{parameter}\\?['\"`](?!\s*:)", body)
@@ -179,20 +217,61 @@ class Endpoint:
                 return ValueError(f"{option}: {problem} (set it to {cure})")
         return Refused(reason)
 
-    def _reason(self, error: BaseException) -> str:
-        text = one_line(error)
-        if re.fullmatch(r"Error code: \d+", text) and getattr(error, "body", None):
-            text += f" - {_error_body(error)[:300]}"  # the body is not in OpenAI's format
-        return self._hide_key(text)
 
-    def _hide_key(self, text: str) -> str:
-        # Shorter keys belong to local servers and are not secret.
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+def _key(base_url: str | None, variable: str, where: str) -> str:
+    """The key in an environment variable, "" if there is none and the server may need none."""
+    key = os.environ.get(variable, "").strip()
+    if not key and base_url is None:
+        raise ValueError(f"{where}api_key_env: the environment variable {variable} is not set")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        problem = f"{variable} does not fit into an HTTP header"
+        expected = "expected printable ASCII without spaces"
+        raise ValueError(f"{where}api_key_env: {problem} ({expected})")
+    return key
 
 
-def _error_body(error: Any) -> str:
-    """The body of an error response, as one line."""
-    return json.dumps(error.body)[:2000]
+def split_login(address: str, option: str) -> tuple[str, dict[str, str]]:
+    """Split the user name and password off an address: into the header that sends them.
+
+    Raises:
+        ValueError: not the address of an endpoint; begins with the option's name.
+    """
+    from rrhf_fast.stages.transport import httpx
+
+    try:
+        url = httpx.URL(address)
+        known = url.scheme in ("http", "https") and url.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError):
+        known = False
+    host = url.raw_host if known else b""
+    if (
+        not re.fullmatch(rb"[\w.-]+|[\da-fA-F:.]+", host)
+        or not (url.port is None or 1 <= url.port <= 65535)
+        or url.query
+        or url.fragment
+    ):
+        expected = "expected an address such as http://localhost:8000/v1, without ? and #"
+        found = re.sub(r".*@|[?#].*", "", address, flags=re.DOTALL)  # may hold passwords
+        raise ValueError(f"{option}: {expected}, found {found!r:.80}")
+    if not url.userinfo:
+        return str(url), {}
+    token = b64encode(f"{url.username}:{url.password}".encode()).decode()
+    keep_secret(url.password or url.username)
+    keep_secret(token)
+    return str(url.copy_with(userinfo=b"")), {"Authorization": f"Basic {token}"}
+
+
+def _reason(error: Any) -> str:
+    """What an error response says, for a message."""
+    code, body = f"Error code: {error.status_code}", error.response.text
+    if str(error).startswith(f"{code} - "):
+        return _shown(error)
+    return _shown(f"{code} - {body}") if body else code  # not in OpenAI's format
+
+
+def _shown(text: object) -> str:
+    """Words of an endpoint for a message: hidden keys first, then shortened."""
+    return hide(one_line(text, None))[:300]
 
 
 def ask_all(

@@ -1,6 +1,7 @@
 """What a stage's results depend on, so that earlier results are reused only where they hold."""
 
 import hashlib
+import re
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,9 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
 def identity(config: object) -> dict:
     """The options that a stage's results depend on, and the content of the files they name."""
     parts = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT}
+    for holder in (parts, *parts.get("policies", [])):
+        if holder.get("base_url"):  # recorded without user name, password and query
+            holder["base_url"] = re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", holder["base_url"])
     if "train" in parts:
         parts["train"] = {k: v for k, v in parts["train"].items() if k not in _FOR_CALLBACKS}
     paths = {name: [parts[name]] for name in _MODELS if parts.get(name)}
@@ -38,8 +42,26 @@ def identity(config: object) -> dict:
     return parts
 
 
+def refuse_pipes(config: object) -> None:
+    """Raise ValueError for rows that come from a pipe, such as <(zcat rows.gz), where they are read
+    more than once."""
+    for name in _ROWS:
+        sources = getattr(config, name, None) or []
+        for source in [sources] if isinstance(sources, str) else sources:
+            if Path(source).is_fifo():
+                raise ValueError(f"{name}: {source}: expected a file, found a pipe, which ends")
+
+
 def _content(path: Path) -> str | list | None:
-    """A file's hash; name, size and time of a model's files; None for a model on the hub."""
+    """A file's hash; name, size and time of a model's files; None for a model on the hub, and for
+    what cannot be read: whoever uses it says so."""
+    try:
+        return _readable_content(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _readable_content(path: Path) -> str | list | None:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -54,6 +76,8 @@ def _module_file(function: str) -> str:
     """The file of the module of package.module:function, or "" if there is none."""
     try:
         spec = find_spec(function.partition(":")[0])
-    except Exception:  # this imports parent packages; errors are reported when it is called
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # this imports parent packages; errors are reported when it is called
         return ""
     return spec.origin or "" if spec else ""

@@ -4,14 +4,24 @@
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
+from rrhf_fast.data.checks import printed
+
+# Options that name files or folders, or may.
+_FILES = {
+    "data", "train_data", "eval_data", "ranking_data", "output", "output_dir", "baseline", "model",
+    "model_name_or_path", "reward_model_name_or_path", "reference_model_name_or_path",
+    "checkpoint", "resume_from_checkpoint", "init_optimizer_from",
+}  # fmt: skip
 # Options of earlier versions, with the only value that they took: stored configs may hold them.
 REMOVED = {"lora_dropout": 0.0}
 
@@ -19,17 +29,49 @@ REMOVED = {"lora_dropout": 0.0}
 def check(config: object) -> None:
     """Raise ValueError, with the option's name, unless each field, also of a config within this
     one, has the type and range of its annotation. Ranges of numbers are those of annotated_types; a
-    Predicate's docstring says what it expects."""
+    Predicate's docstring says what it expects. Paths become text, and ~ in names of files the home
+    folder."""
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
+        if (plain := _plain(name, value)) is not value:
+            setattr(config, name, value := plain)
         problem = _mismatch(value, kind)
         if problem and get_origin(kind) is list and isinstance(value, str):
-            problem = f"a list, [{value}]"
+            problem = f"a list, [{value[:40]}]"
         if problem:
-            raise ValueError(f"{name}: expected {problem}, found {value!r:.80}")
+            raise ValueError(f"{name}: expected {problem}, found {printed(value)}")
+        if problem := _unfit(value):
+            raise ValueError(f"{name}: expected {problem}, found {printed(value)}")
         for i, item in enumerate(value if isinstance(value, list) else [value]):
             if is_dataclass(item):
                 check_within(f"{name}[{i}]" if item is not value else name, check, item)
+
+
+def _plain(name: str, value: object) -> object:
+    """A path as text, and names of files without ~."""
+    if isinstance(value, PurePath):
+        value = str(value)
+    if name not in _FILES:
+        return value
+    if isinstance(value, list):
+        items = [_plain(name, item) for item in value]
+        return items if items != value else value
+    return os.path.expanduser(value) if isinstance(value, str) and value[:1] == "~" else value
+
+
+def check_magnitudes(config: object) -> None:
+    """Raise ValueError, with the option's name, for a number that arithmetic in float32 would turn
+    into infinity: it would end in a model or in scores that are none."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and abs(value) > 1e30:
+            raise ValueError(f"{name}: expected at most 1e30, found {value}")
+
+
+def check_temperature(value: float | None) -> None:
+    """Raise ValueError for a temperature that logits in float32 cannot be divided by."""
+    if value is not None and 0 < value < 1e-6:
+        problem = f"expected at least 1e-6 (or method greedy), found {value}"
+        raise ValueError(f"temperature: {problem}")
 
 
 def check_within(name: str, test: Callable[[Any], None], config: object) -> None:
@@ -53,6 +95,8 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
         kind, value = kinds.get(name), {rest: value} if rest else value
         if get_origin(kind) is list and isinstance(value, list):
             within = [(get_args(kind)[0], f"{name}[{i}]", item) for i, item in enumerate(value)]
+        elif get_origin(kind) is list and rest:
+            within = [(get_args(kind)[0], name, value)]
         else:
             within = [(kind, name, value)]
         for kind, path, item in within:
@@ -64,7 +108,10 @@ def as_config(config_class: type, options: object, name: str) -> object:
     """The mapping that the option `name` holds as a config, or each one in its list; another value
     as it is, for `check` to refuse."""
     if isinstance(options, list | tuple):
-        return [as_config(config_class, item, f"{name}[{i}]") for i, item in enumerate(options)]
+        return [
+            as_config(config_class, item, f"{name}[{i}]") if isinstance(item, dict) else item
+            for i, item in enumerate(options)
+        ]
     if not isinstance(options, dict):
         return options
     check_names(config_class, options, f"{name}.", dotted=False)
@@ -105,6 +152,32 @@ def describe(kind: Any) -> str:
     return "dict" if is_dataclass(kind) else kind.__name__
 
 
+def fits(value: object, kind: Any) -> bool:
+    """Whether the value has the type and range of the annotation."""
+    return _mismatch(value, kind) is None
+
+
+def _unfit(value: object, depth: int = 0) -> str | None:
+    """What is expected of the plain data within a value, if it is not so: what JSON can hold and
+    systems accept as names of files."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "a text without NUL"
+        is_whole = value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+        return None if is_whole else "valid Unicode"
+    if isinstance(value, int):
+        return None if -(2**63) <= value < 2**63 else "a number below 2**63"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "finite numbers"
+    if isinstance(value, list | tuple | dict):
+        if depth > 50:
+            return "less nesting"
+        within = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((bad for item in within if (bad := _unfit(item, depth + 1))), None)
+    is_plain = value is None or is_dataclass(value)
+    return None if is_plain else "texts, numbers, lists and mappings"
+
+
 def _mismatch(value: object, kind: Any) -> str | None:
     """What an error says was expected, if the value does not fit the annotation."""
     origin, args = get_origin(kind), get_args(kind)
@@ -115,8 +188,8 @@ def _mismatch(value: object, kind: Any) -> str | None:
         pairs = zip(problems, args, strict=True)
         return ", or ".join(problem for problem, option in pairs if option is not NoneType)
     if origin is Annotated and _is_of(value, args[0]):
-        fits = abs(value) < math.inf and all(_limit(limit)[1](value) for limit in args[1:])
-        return None if fits else ", ".join(limits(kind))
+        is_fit = abs(value) < math.inf and all(_limit(limit)[1](value) for limit in args[1:])
+        return None if is_fit else ", ".join(limits(kind))
     return None if _is_of(value, kind) else describe(kind)
 
 

@@ -1,54 +1,26 @@
-"""Options of a command line and of files as a config, and the page that --help prints."""
+"""Options of a command line and of files as a config."""
 
-import argparse
-import inspect
+import re
+import stat
 import sys
-import textwrap
-from argparse import SUPPRESS, Action
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
-from functools import partial, reduce
-from operator import or_
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import docstring_parser
 import yaml
-from jsonargparse import ActionParser, ArgumentParser, DefaultHelpFormatter
 
-from rrhf_fast.stages.options import REMOVED, check, check_names, limits
+from rrhf_fast.data.checks import printed, visible_lines
+from rrhf_fast.stages import plain_yaml
+from rrhf_fast.stages.help import default_of, groups, help_page
+from rrhf_fast.stages.options import REMOVED, check, check_names, describe, fits
 
 Config = TypeVar("Config")
 
-_EPILOG = (
-    "Lists are written [a, b]; --OPTION+ VALUE appends to one. "
-    "Write null for an option that is not set."
-)
-# Options that jsonargparse adds and explains otherwise.
-_HELP = {
-    "print_config": "Print the value of every option as YAML, a file for --config, and exit.",
-    "train": "YAML file of options of the trainer, --train.OPTION.",
-}
-_OF_EVERY_COMMAND = ("--help", "--config", "--print_config")
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    """Keeps the lines of descriptions, which are commands, and adds no Python types to options."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return textwrap.indent(text.strip(), indent)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-    def _format_action_invocation(self, action: Action) -> str:
-        text = super()._format_action_invocation(action)
-        is_list = any(option.endswith("+") for option in action.option_strings)
-        return text.partition(", ")[0] if is_list else text  # the epilog tells of --OPTION+
-
-    def _get_help_string(self, action: Action) -> str:
-        return _HELP.get(action.dest, action.help)
+# Words that take no value.
+_ALONE = {"-h": "help", "--help": "help", "--print_config": "print_config"}
 
 
 def parse_config(
@@ -59,185 +31,185 @@ def parse_config(
 ) -> Config:
     """Options of the command line (default: this process's) as a config.
 
+    Values are plain data, wherever they stand: none names a class or a module to load.
+
     Raises:
-        ArgumentError: an option without a value, or a value without an option.
-        ValueError: an option that there is not, a value of the wrong type or out of range, or a
-            file of options that cannot be read as such.
+        ValueError: an option that there is not, an option without a value or a value without an
+            option, a value of the wrong type or out of range, or a file of options that cannot be
+            read as such.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _check_command_line(config_class, arguments)
-    _check_files(config_class, arguments)
-    usage = f"python -m rrhf_fast.{name} [--config FILE] [--OPTION VALUE ...]"
-    parser = _Parser(usage=usage, description=description, epilog=_EPILOG)
-    parser.add_argument(
-        "--config", action="config", metavar="FILE",
-        help="YAML file of options, `option: value`. Options after it take precedence.",
-    )  # fmt: skip
-    _add_options(parser, config_class)
-    options = parser.parse_args(arguments).clone(with_meta=False).as_dict()
-    _read_keys(options, config_class, arguments)
-    for field in fields(config_class):
-        if field.default is field.default_factory is MISSING and options[field.name] is None:
-            raise ValueError(f"{field.name}: missing")
-    config = config_class(**{f.name: options[f.name] for f in fields(config_class)})
+    words = list(_words(config_class, sys.argv[1:] if arguments is None else arguments))
+    if ("help", None) in words:
+        print(help_page(config_class, name, description), end="")
+        raise SystemExit(0)
+    options: dict = {}
+    for option, text in words:
+        if option == "config":
+            _add_file(options, config_class, text)
+        elif option != "print_config":
+            path, read = option.removesuffix("+").split("."), partial(_read, text, name=option)
+            _set(options, config_class, path, read, option.endswith("+"))
+    needed = [f.name for f in fields(config_class) if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if options.get(name) is None]
+    if ("print_config", None) in words:
+        config = config_class(**dict.fromkeys(missing) | options)
+        print(_as_yaml(config), end="")
+        raise SystemExit(0)
+    if missing:
+        raise ValueError(f"{missing[0]}: missing")
+    config = config_class(**options)
     check(config)
     return config
 
 
-def _read_keys(options: dict, config_class: type, arguments: list[str]) -> None:
-    """Read VALUE of --NAME.KEY VALUE as YAML where NAME is a mapping, or a list of configs and KEY
-    is not a text: jsonargparse leaves a string. Quoted values elsewhere stay strings."""
+def _words(config_class: type, arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """The options of a command line with their values; None for those that take none."""
     words = iter(arguments)
     for word in words:
-        name, has_value, text = word.partition("=")
-        if not name.startswith("--") or "." not in name:
+        if word in _ALONE:
+            yield _ALONE[word], None
             continue
-        text = text if has_value else next(words, "")
-        *path, key = name.removeprefix("--").split(".")
-        place, kind, is_item = options, config_class, False
-        for part in path:
-            kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
-            place = place.get(part) if isinstance(place, dict) else None
-            if get_origin(kind) is list and isinstance(place, list) and place:
-                place, kind, is_item = place[-1], get_args(kind)[0], True
-        wants = get_type_hints(kind).get(key, str) if is_item and is_dataclass(kind) else kind
-        if wants in (str, str | None) or not (is_item or kind is dict):
-            continue
-        if isinstance(place, dict) and place.get(key) == text:
-            place[key] = yaml.safe_load(text)
+        name, has_value, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise ValueError(f"{word}: expected --OPTION VALUE")
+        if name != "config":
+            check_names(config_class, {name.removesuffix("+"): None}, "", dotted=True)
+        text = text if has_value else next(words, None)
+        if text is None or (not has_value and re.fullmatch(r"--\w[^\s]*", text)):
+            raise ValueError(f"{name}: expected a value, found {text or 'none'}")
+        yield name, text
 
 
-_Parser = partial(
-    ArgumentParser,
-    formatter_class=_HelpFormatter,
-    exit_on_error=False,
-    allow_abbrev=False,  # a later option could change what an abbreviation means
-)
+def _set(
+    options: dict,
+    config_class: type,
+    path: list[str],
+    read: Callable[[Any], object],
+    is_item: bool = False,
+) -> None:
+    """Set an option, or one within it, to what `read` makes of its type; add an item to a list."""
+    name, *rest = path
+    if name in REMOVED:
+        return
+    kind = get_type_hints(config_class, include_extras=True).get(name)
+    if kind is None:
+        raise ValueError(f"{name}: no such option")
+    before = options.get(name, default_of(config_class.__dataclass_fields__[name]))
+    if rest:
+        _set_within(options, name, kind, before, rest, read, is_item)
+        return
+    value = read(kind)
+    if is_item:
+        items = before if isinstance(before, list) else [] if before is None else [before]
+        value = [*items, *(value if isinstance(value, list) else [value])]
+    if not (is_dataclass(kind) and isinstance(value, dict)):
+        options[name] = value
+        return
+    for key, item in value.items():
+        _set(options.setdefault(name, {}), kind, key.split("."), lambda _, item=item: item)
 
 
-def _add_options(parser: ArgumentParser, config_class: type, prefix: str = "") -> None:
-    """Add a group of options for each class that the config inherits fields from, its own first.
-    Types are checked later, by `check`: here a value that cannot be converted stays as it is."""
-    for name in REMOVED:  # files may hold them
-        parser.add_argument(f"--{name}", type=Any, default=SUPPRESS, help=SUPPRESS)
-    for title, options in _groups(config_class):
-        group = parser.add_argument_group(prefix + title)
-        for name, kind, default, text in options:
-            if is_dataclass(kind):
-                inner = _Parser()
-                _add_options(inner, kind, f"--{name}: ")
-                group.add_argument(f"--{name}", action=ActionParser(inner))
-                continue
-            group.add_argument(
-                f"--{name}",
-                type=_bare(kind) | Any,
-                default=default,
-                metavar=_metavar(kind),
-                help=text,
-            )
-            if get_origin(kind) is list and is_dataclass(item := get_args(kind)[0]):
-                parser.add_argument_group(f"Each item of --{name}", _page(item))
+def _set_within(
+    options: dict,
+    name: str,
+    kind: Any,
+    before: Any,
+    rest: list[str],
+    read: Callable[[Any], object],
+    is_item: bool,
+) -> None:
+    """`_set` for --NAME.REST: in a config, in the last config of a list, or in a mapping."""
+    inner = get_args(kind)[0] if get_origin(kind) is list else None
+    if is_dataclass(kind):
+        place = options.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"{name}: expected {describe(kind)}, found {printed(place)}")
+        _set(place, kind, rest, read, is_item)
+    elif is_dataclass(inner):
+        options[name] = before
+        if not (isinstance(before, list) and before and isinstance(before[-1], dict)):
+            raise ValueError(f"{name}.{'.'.join(rest)}: {name} holds nothing to set it in")
+        _set(before[-1], inner, rest, read, is_item)
+    else:
+        (mapping,) = [part for part in _parts(kind) if dict in (part, get_origin(part))] or [None]
+        if mapping is None or is_item:
+            raise ValueError(f"{name}.{'.'.join(rest)}: no such option")
+        place = options[name] = dict(before) if isinstance(before, dict) else {}
+        for key in rest[:-1]:
+            place[key] = dict(place[key]) if isinstance(place.get(key), dict) else {}
+            place = place[key]
+        place[rest[-1]] = read(get_args(mapping)[1] if get_args(mapping) else Any)
 
 
-def _groups(config_class: type) -> Iterator[tuple[str, list[tuple]]]:
-    """Title, and name, annotation, default and explanation of each option, of each class that the
-    config inherits fields from, its own first."""
-    kinds, seen = get_type_hints(config_class, include_extras=True), set()
-    for owner in config_class.__mro__:
-        names = [name for name in inspect.get_annotations(owner) if name not in seen]
-        seen |= set(names)
-        if names:
-            docs = docstring_parser.parse_from_object(owner).params
-            docs = {param.arg_name: param.description for param in docs}
-            options = []
-            for name in names:
-                default = _default(config_class.__dataclass_fields__[name])
-                text = _help(docs.get(name, ""), kinds[name], default)
-                options.append((name, kinds[name], default, text))
-            yield owner.__doc__.strip().rstrip("."), options
+def _parts(kind: Any) -> tuple:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _page(config_class: type) -> str:
-    """The options of a config that stands in a list."""
-    lines = [
-        f"{name} {_metavar(kind)}: {' '.join(text.split())}"
-        for _, options in _groups(config_class)
-        for name, kind, _, text in options
-    ]
-    return "\n".join(textwrap.fill(line, 90, subsequent_indent="    ") for line in lines)
+def _read(text: str, kind: Any, *, name: str) -> object:
+    """A word of the command line as a value of the type: YAML, or the text itself where the type
+    has texts. Raises ValueError for a text that cannot be read."""
+    if is_dataclass(kind) and not text.lstrip().startswith("{"):
+        return _file_of_options(text, kind, f"{name}: ")
+    parts, takes_text = _parts(kind), kind is Any or fits(text, kind)
+    if NoneType in parts and text in ("null", "~"):
+        return None
+    if takes_text and all(part in (str, NoneType) or get_origin(part) is Literal for part in parts):
+        return text
+    try:
+        value = plain_yaml.load(text)
+    except plain_yaml.NotPlain as error:
+        if takes_text:
+            return text
+        raise ValueError(f"{name}: {error}") from error
+    if is_dataclass(kind) and isinstance(value, dict):
+        check_names(kind, value, f"{name}.", dotted=True)
+    if not (kind is Any or fits(value, kind)):  # it is refused later, as what was meant
+        return value if isinstance(value, list | dict) or type(value) in (int, float) else text
+    is_text = takes_text and kind is not Any and not isinstance(value, list | dict)
+    return text if is_text else value
 
 
-def _default(field: Field) -> Any:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    if isinstance(default, list):
-        return [asdict(item) if is_dataclass(item) else item for item in default]
-    return None if default is MISSING else default
+def _add_file(options: dict, config_class: type, file: str) -> None:
+    for name, value in _file_of_options(file, config_class, "config: ").items():
+        _set(options, config_class, name.split("."), lambda _, value=value: value)
 
 
-def _bare(kind: Any) -> Any:
-    """An annotation as jsonargparse reads it: without limits, and mappings for configs."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _bare(args[0])
-    if origin in (Union, UnionType):
-        return reduce(or_, map(_bare, args))
-    if origin is list:
-        return list[_bare(args[0])]
-    if origin is Literal:
-        return kind | str  # Any would make False of "no"
-    return dict if is_dataclass(kind) else kind
+def _file_of_options(file: str, config_class: type, where: str) -> dict:
+    """The options in a file, by name. Raises ValueError, beginning with `where` and the file, if it
+    is too large, is not YAML, or holds no options of the config class."""
+    try:
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            # Others may have no end, and a folder is none.
+            raise IsADirectoryError(None, "not a file")
+        with open(file, "rb") as stream:
+            data = stream.read(plain_yaml.MOST + 1)
+        options = plain_yaml.load(data.decode("utf-8-sig"))
+    except plain_yaml.NotPlain as error:
+        line = f":{error.line}" if error.line else ""
+        raise ValueError(f"{where}{file}{line}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}{file}: not YAML (not UTF-8 at byte {error.start})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{where}{file}: cannot be read ({reason})") from error
+    if not isinstance(options, dict):
+        actual = "nothing" if options is None else printed(options)
+        raise ValueError(f"{where}{file}: expected lines of `option: value`, found {actual}")
+    check_names(config_class, options, f"{where}{file}: ", dotted=True)
+    return options
 
 
-def _metavar(kind: Any) -> str:
-    """What to write behind an option, such as INT|auto."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _metavar(args[0])
-    if origin in (Union, UnionType):
-        return "|".join(_metavar(option) for option in args if option is not NoneType)
-    if origin is Literal:
-        return f"{{{','.join(args)}}}" if len(args) > 1 else args[0]
-    if origin is list:
-        return f"[{_metavar(args[0])},...]"
-    if origin is dict or kind is dict or is_dataclass(kind):
-        return "{NAME: VALUE,...}"
-    return {bool: "{true,false}", str: "TEXT"}.get(kind, kind.__name__.upper())
+def _as_yaml(config: object) -> str:
+    dump = partial(yaml.safe_dump, _in_order(config), sort_keys=False)
+    text = dump(allow_unicode=True)
+    return text if visible_lines(text) == text else dump(allow_unicode=False)
 
 
-def _help(text: str, kind: Any, default: Any) -> str:
-    """The docstring of an option, with its limits and its default."""
-    details = [", ".join(limits(kind))] if limits(kind) else []
-    if isinstance(default, str | int | float):
-        details.append(f"default: {str(default).lower() if default is bool(default) else default}")
-    return f"{text} ({'; '.join(details)})" if details else text
-
-
-def _check_command_line(config_class: type, arguments: list[str]) -> None:
-    """Raise ValueError where a word that begins with -- is no option."""
-    for word in arguments:
-        name = word.partition("=")[0]
-        # With a space it is a value.
-        if name.startswith("--") and " " not in name and name not in _OF_EVERY_COMMAND:
-            name = name.removeprefix("--").removesuffix("+")
-            check_names(config_class, {name: None}, "", dotted=True)
-
-
-def _check_files(config_class: type, arguments: list[str]) -> None:
-    """Raise ValueError, with the file's name, where a --config file holds no options of this
-    command."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", action="append", default=[])
-    for file in map(Path, finder.parse_known_args(arguments)[0].config):
-        try:
-            options = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"config: {file}: cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{file}:{mark.line + 1}" if mark else file
-            problem = getattr(error, "problem", None) or error
-            raise ValueError(f"config: {where}: not YAML ({problem})") from error
-        if not isinstance(options, dict):
-            found = "nothing" if options is None else f"{options!r:.80}"
-            raise ValueError(f"config: {file}: expected lines of `option: value`, found {found}")
-        check_names(config_class, options, f"config: {file}: ", dotted=True)
+def _in_order(value: object) -> object:
+    """A config as a mapping, its options in the order of --help."""
+    if isinstance(value, list):
+        return [_in_order(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    names = [name for _, options in groups(type(value)) for name, *_ in options]
+    return {name: _in_order(getattr(value, name)) for name in names}

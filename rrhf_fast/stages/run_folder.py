@@ -1,14 +1,17 @@
 """The folder of a run: claim it for a set of options, pass these on to stages, find checkpoints."""
 
+import contextlib
+import itertools
 import json
+import time
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from rrhf_fast.stages.files import read_json, write_text
+from rrhf_fast.stages.checkpoint_files import STATE_FILE, SUMS_FILE, read_object, read_state
+from rrhf_fast.stages.files import disk_problem, read_json, write_text
+from rrhf_fast.stages.lock import LOCK_FILE
 from rrhf_fast.stages.options import without_removed
-
-STATE_FILE = "trainer_state.json"
 
 
 def claim(output_dir: str, options: dict, *, replaces: Collection[str] = ()) -> Path:
@@ -30,7 +33,10 @@ def claim(output_dir: str, options: dict, *, replaces: Collection[str] = ()) -> 
             if not file.exists():
                 problem = f"holds other files, for example {result} (choose another folder)"
                 raise ValueError(f"output_dir: {output_dir} {problem}")
-            before, now = without_removed(read_json(file)), json.loads(text)
+            try:
+                before, now = without_removed(read_json(file)), json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"output_dir: {error} (choose another folder)") from error
             if replaces:
                 _empty(folder, replaces)
             elif changed := sorted(
@@ -42,22 +48,39 @@ def claim(output_dir: str, options: dict, *, replaces: Collection[str] = ()) -> 
                 )
         write_text(file, text)
     except OSError as error:
+        if disk_problem(error):
+            raise
         raise ValueError(
             f"output_dir: {output_dir} cannot be written ({error.strerror})"
         ) from error
     return folder
 
 
+def new_folder() -> Path:
+    """Create runs/DATE-TIME for a run that names no output_dir. Runs that start in the same second
+    get separate folders. Raises ValueError if it cannot be created."""
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        for number in itertools.count(1):
+            folder = Path(name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as error:
+        raise ValueError(f"output_dir: runs cannot be written ({error.strerror})") from error
+
+
 def _first_result(folder: Path) -> str | None:
-    """Any non-empty file other than the options."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    files = (path for path in files if not path.name.startswith("options."))
+    """Any non-empty file other than the options and locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
+    files = (path for path in files if not path.name.startswith(("options.", ".options.")))
     return next((str(path.relative_to(folder)) for path in files if path.stat().st_size), None)
 
 
 def _empty(folder: Path, names: Collection[str]) -> None:
     """Remove these files; refuse if the folder holds any others."""
-    if others := [path.name for path in folder.iterdir() if path.name not in names]:
+    names = [*(path.name for path in folder.glob(".*.saving")), *names]  # of `replacing`, killed
+    if others := [path.name for path in folder.iterdir() if path.name not in {LOCK_FILE, *names}]:
         problem = f"holds other files, for example {others[0]} (choose another folder)"
         raise ValueError(f"output_dir: {folder} {problem}")
     for name in names:
@@ -71,38 +94,38 @@ def pass_on(config: object, target: type, **options):
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this trainer began the checkpoint. The file that transformers' Trainer writes has the
-    same name but other entries."""
+    """Whether this trainer began the checkpoint, which may be damaged. The file that transformers'
+    Trainer writes has the name of our state but other entries."""
     try:
-        return {"step", "num_ranks", "data"} <= set(read_state(folder))
-    except (OSError, ValueError, TypeError):
-        return False
+        if STATE_FILE in read_object(folder / SUMS_FILE):
+            return True
+    except ValueError:
+        pass
+    try:
+        state = read_object(folder / STATE_FILE)
+    except ValueError:
+        # Of another program, unless the files beside it are ours.
+        names = (STATE_FILE, ".metadata")
+        return all((folder / name).is_file() for name in names)
+    return {"step", "num_ranks", "data"} <= set(state)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the checkpoint was fully written."""
-    return (folder / ".metadata").is_file() and is_ours(folder)
+    """Whether the checkpoint was written to its end. It may be damaged since."""
+    # DCP writes .metadata last; where it was lost since, the sums are left.
+    names = (".metadata", SUMS_FILE)
+    return is_ours(folder) and any((folder / name).is_file() for name in names)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    complete = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
-    return sorted(complete, key=lambda path: read_state(path)["step"])
+    return sorted(filter(is_complete, output_dir.glob("checkpoint-*")), key=_step)
 
 
-def find_checkpoint(name: str, output_dir: Path | None, option: str) -> Path | None:
-    """Resolve a checkpoint's path. For resume_from_checkpoint, "latest" is the newest checkpoint of
-    output_dir, or None if there is none. Raises ValueError for an incomplete checkpoint."""
-    if name == "latest" and option == "resume_from_checkpoint":
-        checkpoints = complete_checkpoints(output_dir) if output_dir.exists() else []
-        return checkpoints[-1] if checkpoints else None
-    if not is_complete(Path(name)):
-        raise ValueError(
-            f"{option}: {name} is not a complete checkpoint (expected checkpoint-<step>)"
-        )
-    return Path(name)
-
-
-def read_state(folder: Path) -> dict:
-    """Read trainer_state.json."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+def _step(folder: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    try:
+        return read_state(folder)["step"]
+    except ValueError:
+        number = folder.name.removeprefix("checkpoint-")
+        return int(number) if number.isdecimal() and len(number) < 16 else -1

@@ -9,13 +9,14 @@ torchrun --nproc_per_node 8 -m rrhf_fast.train ...         # weights sharded ove
 Writes the model, metrics.jsonl and training.png to output_dir. Ctrl-C stops early and saves.
 """
 
-from rrhf_fast.stages.command import PREEMPTED, fail, leave, run_command
+from rrhf_fast.stages.command import PREEMPTED, fail, how_to_resume, leave, run_command
 from rrhf_fast.train import TrainConfig, train
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
-    data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint to resume from, 130 Ctrl-C."""
+    data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to resume from, 130 Ctrl-C,
+    143 and 129 SIGTERM and SIGHUP before training."""
     return run_command("train", __doc__, TrainConfig, _run, arguments, many_processes=True)
 
 
@@ -27,7 +28,9 @@ def _run(config: TrainConfig) -> int:
 
     try:
         result = train(config)
-    except (NotFinite, OutOfMemory, SaveFailed) as error:
+    except SaveFailed as error:
+        return fail("train", f"{error}; {how_to_resume(config)}", 1)
+    except (NotFinite, OutOfMemory) as error:
         return fail("train", error, 1)
     return PREEMPTED if result.preempted else 130 if result.interrupted else 0
 

@@ -4,7 +4,8 @@
       trainer_state.json    step, schedule, config, lengths of the growing files
       config.json, ...      the Hugging Face model except its weights, for `rrhf_fast.export`
       __<rank>_<n>.distcp   weights, optimizer state, random states
-      .metadata             written last, in one move: without it the checkpoint is incomplete
+      .metadata             what is in which of these
+      checksums.json        of all files above, written last: incomplete without it
 
 Weights and optimizer state are stored by name and full shape, so any number of ranks can read them.
 The step determines the position in the data, since the order of an epoch follows from its seed.
@@ -17,7 +18,6 @@ import math
 import os
 import random
 import shutil
-import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -37,21 +37,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.model.save import SaveFailed, write_config, write_generation_config
+from rrhf_fast.stages.checkpoint_files import STATE_FILE, read_state
 from rrhf_fast.stages.checkpoint_reader import first_failure, load_checkpoint, names_in
 from rrhf_fast.stages.run_folder import (
-    STATE_FILE,
     complete_checkpoints,
     is_complete,
     is_ours,
-    read_state,
 )
+from rrhf_fast.train.checkpoint_writer import Writer
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.save import trained_tensors
-
-# DCP warns so in every run without a launcher.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 # Files of output_dir that grow with the run; resuming truncates them to their length at the time.
 GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
@@ -120,7 +117,7 @@ class Checkpoints:
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: _random_states()}
             options = {"async_stager": self._stager, **self._ranks}
-            future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(folder), **options)
+            future = dcp.async_save(state, storage_writer=Writer(folder), **options)
         self._pending = folder, future
 
     def finish(self, *, wait: bool = True) -> None:
@@ -134,19 +131,25 @@ class Checkpoints:
         with world.together(), _clear_errors(folder):
             future.result()
             if world.is_first and limit is not None:
-                for old in complete_checkpoints(self._run.output_dir)[:-limit]:
+                # Even if an attempt that this run does not resume left some of later steps.
+                earlier = complete_checkpoints(self._run.output_dir)
+                earlier.remove(folder)
+                for old in earlier[: max(0, len(earlier) + 1 - limit)]:
                     _remove(old)
 
     def clear(self, *, keep_complete: bool) -> None:
-        """Remove incomplete checkpoints of earlier runs from output_dir, or all checkpoints."""
-        if not self._run.world.is_first:
-            return
+        """Remove incomplete checkpoints of earlier runs from output_dir, or all checkpoints. All
+        ranks must call."""
+        self._run.world.once(lambda: self._clear(keep_complete))
+
+    def _clear(self, keep_complete: bool) -> None:
         for folder in self._run.output_dir.glob("checkpoint-*"):
             if is_ours(folder) and not (keep_complete and is_complete(folder)):
                 with _clear_errors(folder):
                     _remove(folder)
         for folder in self._run.output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.name.removeprefix(".checkpoint-").isdecimal():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def resume(self, folder: Path) -> tuple[Progress, dict[str, int]]:
         """Load everything except options, such as rates and decays, which this run sets; return the
@@ -164,9 +167,9 @@ class Checkpoints:
         state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
         self._set_moments(state)
         # Load the previous step and step once, which computes rates from this run's schedule.
-        step = {"last_epoch": saved["schedule"]["last_epoch"] - 1}
-        own = {"base_lrs": self._schedule.base_lrs}
-        self._schedule.load_state_dict(saved["schedule"] | own | step)
+        own, last = self._schedule.state_dict(), saved["schedule"]["last_epoch"] - 1
+        steps = last + own["_step_count"] - own["last_epoch"]
+        self._schedule.load_state_dict(own | {"last_epoch": last, "_step_count": steps})
         self._schedule.step()
         # Absent if the saving run had fewer ranks; pickled, and not read, in old checkpoints.
         if isinstance(random_states := state.get(self._rng_key), str):
@@ -215,6 +218,7 @@ class Checkpoints:
         state = {
             **asdict(progress),
             "num_ranks": run.world.size,
+            "checksums": "xxh3_128",
             "schedule": self._schedule.state_dict(),
             "data": self._data,
             "files": {n: path.stat().st_size for n, path in lengths.items() if path.exists()},
@@ -249,7 +253,7 @@ def changed_options(folder: Path, config: TrainConfig) -> str:
     """Describe the options that changed since the checkpoint and affect what a run computes."""
     saved = read_state(folder)["config"]
     changes = [
-        f"{f.name} {saved[f.name]} -> {getattr(config, f.name)}"
+        f"{f.name} {one_line(saved[f.name], 80)} -> {getattr(config, f.name)}"
         for f in fields(config)
         if f.name not in NOT_COMPUTED
         and f.name in saved

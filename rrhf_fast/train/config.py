@@ -1,14 +1,16 @@
 """Options of `python -m rrhf_fast.train`; its --help prints this page."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt, Predicate
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from rrhf_fast.data.chat import refuse_reserved
+from rrhf_fast.data.checks import printed
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.model.config import LossConfig
-from rrhf_fast.stages.options import check
+from rrhf_fast.stages.options import check, check_magnitudes
 
 
 @dataclass
@@ -68,9 +70,9 @@ class StepsConfig:
 
     train_batch_size: Annotated[int, Ge(1)] = 64
     """Prompts, each with all its responses, per optimizer step."""
-    num_train_epochs: Annotated[float, Gt(0)] = 3.0
+    num_train_epochs: Annotated[float, Gt(0), Le(10**6)] = 3.0
     """Passes over the training rows; may be a fraction."""
-    max_steps: Annotated[int, Ge(1)] | None = None
+    max_steps: Annotated[int, Ge(1), Le(10**9)] | None = None
     """Optimizer steps to train for; overrides num_train_epochs."""
     learning_rate: Annotated[float, Gt(0)] = 2e-5
     """Peak learning rate of AdamW."""
@@ -140,7 +142,7 @@ class AdapterConfig:
 
     use_peft: bool = False
     """Train LoRA adapters (pip install rrhf-fast[peft]) and leave the model as it is."""
-    lora_r: Annotated[int, Ge(1)] = 16
+    lora_r: Annotated[int, Ge(1), Le(10**5)] = 16
     """Rank of the adapters, which sets their size."""
     lora_alpha: Annotated[int, Ge(1)] = 32
     """Adapters are scaled by lora_alpha / lora_r."""
@@ -201,7 +203,7 @@ class WatchingConfig:
     PACKAGE.MODULE:FUNCTION, called as function(prompts, responses) -> scores."""
     eval_max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens of a fresh sample, at most."""
-    eval_samples: Annotated[int, Ge(1)] = 1
+    eval_samples: Annotated[int, Ge(1), Le(10**4)] = 1
     """Fresh samples per held-out prompt, at temperature 1."""
     metric_for_best_model: str = "loss"
     """Held-out metric that callbacks such as transformers' EarlyStoppingCallback watch: loss,
@@ -221,7 +223,7 @@ class WatchingConfig:
 class SeedConfig:
     """Randomness"""
 
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of everything but the order of the rows."""
     data_seed: Annotated[int, Ge(0)] | None = None
     """Seed of the order of the rows. Default: seed."""
@@ -249,7 +251,12 @@ class TrainConfig(
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
+        check_magnitudes(self)
         self.reading()
+        if self.output_dir == "":  # an unset variable of the shell, perhaps
+            raise ValueError("output_dir: missing")
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty text would cut every response to nothing")
         refuse_reserved(self.chat_template_kwargs)
         if self.resume_from_checkpoint == "latest" and self.output_dir is None:
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
@@ -280,7 +287,20 @@ class TrainConfig(
             )
         if self.optim == "adamw_8bit" and self.optimizer_state_dtype != "float32":
             raise ValueError("optim, optimizer_state_dtype: adamw_8bit keeps its state in 8 bits")
+        if self.use_peft:
+            _check_layers(self.lora_target_modules)
         if self.compat == "official" and self.sft_reduction != "sum":
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"
             )
+
+
+def _check_layers(names: str | list[str]) -> None:
+    """Raise ValueError for no name, and for a text that is no regular expression."""
+    if not names or (isinstance(names, list) and "" in names):
+        raise ValueError("lora_target_modules: expected names of layers, found nothing")
+    try:
+        re.compile(names if isinstance(names, str) else "")
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        problem = f"{printed(names)} is no regular expression ({error})"
+        raise ValueError(f"lora_target_modules: {problem}") from error

@@ -4,7 +4,6 @@ A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of
 Without one there is a single process, no process group, and this module does nothing.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from rrhf_fast.model.layers import decoder_layers
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.stages.launcher import launched
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.train.config import TrainConfig
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class World:
     def print(self, text: str) -> None:
         """Print on the first rank."""
         if self.is_first:
-            print(text, flush=True)
+            say(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
@@ -103,11 +104,14 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks if a launcher started any; leave them at the end.
 
     Raises:
-        ValueError: data_parallel_shard times data_parallel_replicate is not the number of ranks.
+        ValueError: data_parallel_shard times data_parallel_replicate is not the number of ranks, or
+            the launcher's variables make no sense.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size, local_rank, by_launcher = launched()
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        problem = f"expected less than {torch.cuda.device_count()}, the number of GPUs"
+        raise ValueError(f"LOCAL_RANK: {problem}, found {local_rank}")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     shard = config.data_parallel_shard or size // config.data_parallel_replicate
     if shard * config.data_parallel_replicate != size:
@@ -116,7 +120,7 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             "data_parallel_shard, data_parallel_replicate: expected their product to be the number "
             f"of processes (torchrun --nproc_per_node), found {product}"
         )
-    if "RANK" not in os.environ:
+    if not by_launcher:
         if config.cpu_offload:
             raise ValueError("cpu_offload: needs torchrun (one process is enough)")
         yield World(device)

@@ -17,8 +17,9 @@ from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.flops import Flops
 from rrhf_fast.model.generate import sample_responses
+from rrhf_fast.model.pretrained import padding_id
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.stages.reward_fn import RewardFn
+from rrhf_fast.stages.reward_fn import RewardFn, call_reward_fn
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World, gathered
 
@@ -176,9 +177,7 @@ def evaluate_samples(
             max_new_tokens=config.eval_max_new_tokens,
             max_length=max_positions(model.lm),
             end_token_ids=end_tokens,
-            pad_token_id=tokenizer.eos_token_id
-            if tokenizer.pad_token_id is None
-            else tokenizer.pad_token_id,
+            pad_token_id=padding_id(tokenizer, model.lm),
             seed=config.seed + world.rank,
         )
     tokens = [None] * len(prompts)
@@ -203,13 +202,8 @@ def evaluate_samples(
 
 def _score(reward_fn: RewardFn, prompts: list, responses: list[str], name: str) -> np.ndarray:
     """[N] float64 rewards, checked."""
-    try:
-        rewards = np.asarray(reward_fn(prompts, responses), dtype=np.float64)
-    except Exception as error:  # from the user's function, of any type
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"eval_reward_fn: {name} raised {problem}") from error
-    if rewards.shape != (len(responses),) or not np.isfinite(rewards).all():
-        expected = f"expected {len(responses)} finite numbers, one per response"
-        problem = f"{name}: {expected}, found {rewards.shape} {rewards}"
-        raise ValueError(f"eval_reward_fn: {problem[:200]}")
+    rewards = call_reward_fn(reward_fn, prompts, responses, name, "eval_reward_fn")
+    if not np.isfinite(rewards).all():
+        problem = f"expected {len(responses)} finite numbers, one per response, found {rewards}"
+        raise ValueError(f"eval_reward_fn: {name}: {problem}"[:200])
     return rewards

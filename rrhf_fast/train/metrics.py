@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
+import threading
 from dataclasses import asdict
 from importlib import import_module
+from io import FileIO
 from pathlib import Path
 
+from rrhf_fast.stages.files import append, disk_problem, naming
 from rrhf_fast.train.config import TrainConfig
 
 
@@ -22,18 +26,20 @@ class MetricsLog:
 
     def resume(self, length: int) -> None:
         """Continue after the first `length` bytes of the file; records written after the checkpoint
-        are dropped."""
-        if self._path.exists():
-            kept = self._path.read_bytes()[:length]
-            self.records = [json.loads(line) for line in kept.splitlines()]
-            if self._writes:
-                self._file = self._path.open("r+")
-                self._file.truncate(len(kept))
-                self._file.seek(0, 2)
+        are dropped. Damaged lines stay in the file and are not read. Raises ValueError if it is no
+        file that can be read and written."""
+        lines = cut(self._path, length, writes=self._writes)
+        records = [_record(line) for line in lines]
+        self.records = [record for record in records if record is not None]
+        if not self._writes or not self._path.exists():
+            return
+        if damaged := len(records) - len(self.records):
+            print(f"warning: {damaged} of {len(records)} lines of {self._path} are damaged")
+        self._file = FileIO(self._path, "ab")
 
     def write(self, record: dict) -> None:
         """Append one record and flush it, so that a kill of this process does not lose it.
-        Non-finite numbers become null."""
+        Non-finite numbers become null. Raises OSError, with the file's name."""
         record = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
@@ -41,10 +47,11 @@ class MetricsLog:
         self.records.append(record)
         if not self._writes:
             return
-        if self._file is None:  # replaces an earlier run's file, but not before the first record
-            self._file = self._path.open("w")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            if self._file is None:  # replaces an earlier run's, but not before the first record
+                self._file = FileIO(self._path, "ab")
+                self._file.truncate(0)
+            append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
         for log, _ in self._trackers:
             log(numbers, record["step"])
@@ -57,6 +64,38 @@ class MetricsLog:
             finish()
 
 
+def cut(path: Path, length: int, *, writes: bool = True) -> list[bytes]:
+    """Cut a file of lines (without `writes`, only what is read of it) to its first `length` bytes,
+    and to whole lines; returns these. A missing file has none. Raises ValueError if it is no file
+    that can be read and written."""
+    try:
+        if path.is_symlink():  # to a file of someone else, perhaps
+            raise ValueError(f"output_dir: {path} is a link, expected a file")
+        if not path.exists():
+            return []
+        kept, _, _ = path.read_bytes()[:length].rpartition(b"\n")
+        lines = kept.split(b"\n") if kept else []
+        if writes:
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+    except OSError as error:
+        problem = f"{path} cannot be continued ({error.strerror})"
+        raise ValueError(f"output_dir: {problem}") from error
+    return lines
+
+
+def _record(line: bytes) -> dict | None:
+    """A line's record, or None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    values = (value for value in record.values() if value is not None)
+    is_whole = all(isinstance(value, int | float) and abs(value) < 2**1000 for value in values)
+    return record if is_whole else None
+
+
 def _open_tracker(name: str, output_dir: Path, config: TrainConfig):
     """A tracker's functions (log(numbers, step), finish())."""
     module_name = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
@@ -66,15 +105,31 @@ def _open_tracker(name: str, output_dir: Path, config: TrainConfig):
         problem = f"{name} is not installed ({error}); pip install rrhf-fast[tracking]"
         raise ValueError(f"report_to: {problem}") from error
     if name == "tensorboard":
-        writer = module.SummaryWriter(str(output_dir))
-
-        def log(numbers: dict, step: int) -> None:
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-
-        return log, writer.close
+        return _tensorboard(module.SummaryWriter(str(output_dir)), output_dir)
     # wandb and trackio share one interface.
     run = module.init(
         project="rrhf_fast", name=config.run_name or output_dir.name, config=asdict(config)
     )
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
+
+
+def _tensorboard(writer, folder: Path):
+    """Its thread writes. When a disk is full, the thread's traceback says less than the error that
+    the next call here raises."""
+    before = threading.excepthook
+    threading.excepthook = lambda ended: disk_problem(ended.exc_value) or before(ended)
+
+    def log(numbers: dict, step: int) -> None:
+        with naming(folder):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+    def finish() -> None:
+        try:
+            with naming(folder):
+                writer.flush()  # raises the thread's error, which closing does not
+        finally:
+            writer.close()
+            threading.excepthook = before
+
+    return log, finish

@@ -1,11 +1,12 @@
 """The output folder: check that no other run owns it, and create it."""
 
-import contextlib
-import itertools
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from rrhf_fast.stages.run_folder import is_ours
+from rrhf_fast.model.save import is_unfinished
+from rrhf_fast.stages.files import disk_problem
+from rrhf_fast.stages.lock import locked
+from rrhf_fast.stages.run_folder import is_ours, new_folder
 from rrhf_fast.train.config import TrainConfig
 
 # Files that mark a folder as an earlier run's output.
@@ -17,10 +18,12 @@ RUN_FILES = (
 )
 
 
-def check_output_dir(config: TrainConfig) -> None:
-    """Raise ValueError if this run would destroy another run's files without being told to."""
+def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
+    """Hold the folder's lock until `lock` is closed. Raise ValueError if another process has it, or
+    if this run would destroy another run's files without being told to."""
     if config.output_dir is None:
         return
+    lock.enter_context(locked(config.output_dir))
     output_dir = Path(config.output_dir)
     model = config.model_name_or_path
     if config.use_peft and model is not None and Path(model).resolve() == output_dir.resolve():
@@ -38,39 +41,35 @@ def check_output_dir(config: TrainConfig) -> None:
             raise ValueError(f"init_optimizer_from: {problem} (choose another output_dir)")
         return
     resumed = config.resume_from_checkpoint
+    has_model = any((output_dir / name).exists() for name in RUN_FILES[1:])
+    can_resume = folders or not has_model or is_unfinished(output_dir)
     if resumed is not None and (
-        (folders or not any((output_dir / name).exists() for name in RUN_FILES[1:]))
-        if resumed == "latest"
-        else _is_inside(resumed, output_dir)
+        can_resume if resumed == "latest" else _is_inside(resumed, output_dir)
     ):
         return  # resumes its own run
     names = (*RUN_FILES, *(folder.name for folder in folders))
     used = [name for name in names if (output_dir / name).exists()]
     if used:
         problem = f"{config.output_dir} already holds {used[0]} of another run"
-        raise ValueError(
-            f"output_dir: {problem} (choose another, or set --overwrite_output_dir true)"
-        )
+        how = "choose another, or set --overwrite_output_dir true"
+        if can_resume and resumed is None:
+            how += "; to finish that run, set --resume_from_checkpoint latest"
+        raise ValueError(f"output_dir: {problem} ({how})")
 
 
-def claim_output_dir(config: TrainConfig) -> Path:
-    """Create the folder. Runs that start in the same second get separate folders."""
+def claim_output_dir(config: TrainConfig, lock: ExitStack) -> Path:
+    """Create the folder, and hold its lock until `lock` is closed."""
+    output_dir = new_folder() if config.output_dir is None else Path(config.output_dir)
+    lock.enter_context(locked(output_dir))  # again, unless the folder is new
     try:
-        if config.output_dir is not None:
-            output_dir = Path(config.output_dir)
-            output_dir.mkdir(parents=True, exist_ok=True)
-        else:
-            name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
-            for number in itertools.count(1):
-                output_dir = Path(name if number == 1 else f"{name}-{number}")
-                with contextlib.suppress(FileExistsError):
-                    output_dir.mkdir(parents=True)
-                    break
+        output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        problem = f"{config.output_dir or 'runs'} cannot be written ({error.strerror})"
+        if disk_problem(error):
+            raise
+        problem = f"{output_dir} cannot be written ({error.strerror})"
         raise ValueError(f"output_dir: {problem}") from error
     return output_dir
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import matplotlib
 
+from rrhf_fast.stages.files import replacing
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is set
 
@@ -43,7 +45,8 @@ def plot_training(records: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as staging:
+        figure.savefig(staging, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -1,6 +1,7 @@
 """From the options to everything that a run needs: rows, tokens, model, packs, and a summary."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +20,19 @@ from rrhf_fast.data.split import hold_out
 from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery, learned_end_ids, tokenise_rows
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
+from rrhf_fast.model.pretrained import check_vocabulary, padding_id, read_config
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.save import learn_end_tokens
 from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
+from rrhf_fast.stages.checkpoint_files import read_state
 from rrhf_fast.stages.reward_fn import RewardFn, load_reward_fn
-from rrhf_fast.stages.run_folder import find_checkpoint, read_state
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World, shard_model
 from rrhf_fast.train.given import Given
 from rrhf_fast.train.memory import activation_line, fitting_tokens
 from rrhf_fast.train.output_dir import check_output_dir, claim_output_dir
 from rrhf_fast.train.profile import WARMUP
+from rrhf_fast.train.starting_point import starting_point
 from rrhf_fast.train.summary import describe
 
 
@@ -40,6 +43,7 @@ class Run:
     config: TrainConfig
     world: World
     output_dir: Path
+    checkpoint: Path | None  # to start from
     model: RRHFModel
     save_dtype: torch.dtype
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -48,6 +52,7 @@ class Run:
     reward_fn: RewardFn | None
     num_steps: int
     summary: str
+    lock: ExitStack  # closing it unlocks output_dir, which the first rank holds
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,13 +79,20 @@ def prepare(config: TrainConfig, world: World, given: Given | None = None) -> Ru
 
     Raises:
         ValueError: any mistake in options, files or rows, with one line that says what, where and
-            what was expected.
+            what was expected; or another process writes to output_dir.
     """
-    given = given or Given()
     config.validate()
+    with ExitStack() as lock:
+        run = _prepare(config, world, given or Given(), lock)
+        run.lock = lock.pop_all()  # still held
+    return run
+
+
+def _prepare(config: TrainConfig, world: World, given: Given, lock: ExitStack) -> Run:
     if config.model_name_or_path is None:
         config = with_demo(config)
-    world.once(lambda: check_output_dir(config))
+    world.once(lambda: check_output_dir(config, lock))
+    checkpoint = starting_point(config, world)
     reward_fn = given.reward_fn
     if reward_fn is None and config.eval_reward_fn is not None:
         reward_fn = load_reward_fn(config.eval_reward_fn)
@@ -95,16 +107,18 @@ def prepare(config: TrainConfig, world: World, given: Given | None = None) -> Ru
     config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
     max_length = min(config.max_length, max_positions(lm) or config.max_length)
     data = _tokenise(rows, tokenizer, config, max_length)
-    _check_vocabulary(data.train + data.held_out, lm)
+    queries = data.train + data.held_out
+    ids = (ids for query in queries for ids in (query.prompt_ids, *query.response_ids))
+    check_vocabulary(ids, lm, config.model_name_or_path, "model_name_or_path")
     learn_end_tokens(lm, tokenizer, learned_end_ids(data.train))
-    num_tokens = _resolve_pack(config, world, data.train + data.held_out, given.model)
+    num_tokens = _resolve_pack(config, world, data.train + data.held_out, checkpoint, given.model)
     config = replace(config, max_tokens_per_pack=num_tokens)
 
     model = _build_model(config, world, lm, stored, max_length)
     options = {
         "packing": config.packing,
         "max_tokens_per_pack": config.max_tokens_per_pack,
-        "pad_token_id": tokenizer.pad_token_id or 0,
+        "pad_token_id": padding_id(tokenizer, lm),
         "pad_to_multiple_of": model.pad_to_multiple_of,
         "plan": model.plan,
     }
@@ -114,7 +128,8 @@ def prepare(config: TrainConfig, world: World, given: Given | None = None) -> Ru
     return Run(
         config=config,
         world=world,
-        output_dir=world.once(lambda: claim_output_dir(config)),
+        output_dir=world.once(lambda: claim_output_dir(config, lock)),
+        checkpoint=checkpoint,
         model=model,
         save_dtype=save_dtype,
         tokenizer=tokenizer,
@@ -125,6 +140,7 @@ def prepare(config: TrainConfig, world: World, given: Given | None = None) -> Ru
         summary=describe(
             config, model, train, data.held_out, data.report, data.cut, max_length, has_template
         ),
+        lock=lock,
     )
 
 
@@ -256,7 +272,7 @@ def _load(
         lm = load_model(name, **trust)
     if config.save_dtype != "auto":
         return lm, stored, getattr(torch, config.save_dtype)
-    source = transformers.AutoConfig.from_pretrained(name, **trust).dtype
+    source = read_config(name, **trust).dtype
     return lm, stored, torch.float32 if config.use_peft or source is None else source
 
 
@@ -283,16 +299,15 @@ def _resolve_pack(
     config: TrainConfig,
     world: World,
     queries: Sequence[TokenisedQuery],
+    checkpoint: Path | None = None,
     given: str | transformers.PreTrainedModel | None = None,
 ) -> int:
     """max_tokens_per_pack as a number, the same on all ranks. Auto: the number of the checkpoint to
     resume from, so that packs stay as they were, or what the smallest GPU has room for."""
     if config.max_tokens_per_pack != "auto":
         return config.max_tokens_per_pack
-    if config.resume_from_checkpoint is not None:
-        stored = world.once(lambda: _stored_pack(config))
-        if stored is not None:
-            return stored
+    if config.resume_from_checkpoint is not None and checkpoint is not None:
+        return world.once(lambda: read_state(checkpoint)["config"]["max_tokens_per_pack"])
     if world.device.type == "cpu":
         return TrainConfig.max_tokens_per_pack
     with torch.random.fork_rng(devices=[]):  # adapters draw numbers, which the run would miss
@@ -315,20 +330,3 @@ def _resolve_pack(
         memory=min(world.gather(torch.cuda.get_device_properties(world.device).total_memory)),
         largest_query=max(map(tokens, queries)),
     )
-
-
-def _stored_pack(config: TrainConfig) -> int | None:
-    name, option = config.resume_from_checkpoint, "resume_from_checkpoint"
-    output_dir = config.output_dir and Path(config.output_dir)
-    folder = find_checkpoint(name, output_dir, option)
-    return folder and read_state(folder)["config"]["max_tokens_per_pack"]
-
-
-def _check_vocabulary(queries: Sequence[TokenisedQuery], lm: transformers.PreTrainedModel) -> None:
-    vocab = lm.get_input_embeddings().num_embeddings
-    largest = max(
-        max(query.prompt_ids.max(), *(ids.max() for ids in query.response_ids)) for query in queries
-    )
-    if largest >= vocab:
-        problem = f"its tokenizer makes token {largest}, but the model knows only {vocab}"
-        raise ValueError(f"model_name_or_path: {problem}")

@@ -5,6 +5,10 @@ one of the backward pass to the part of the forward operator whose gradient it c
 gives both the same number.
 """
 
+import errno
+import gzip
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +21,7 @@ from torch.profiler import record_function
 from rrhf_fast.data.packs import Batch
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.spans import PARTS, span
+from rrhf_fast.stages.files import replacing
 from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.roofline import Breakdown, measure_roofline
 
@@ -77,7 +82,7 @@ class StepProfiler:
 
     def _write(self, profile: torch.profiler.profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        _export(profile, self.folder / "trace.json.gz")
         total, seconds = attribute(profile.events())
         num_steps = len(self._totals)
         # Per step and rank.
@@ -94,6 +99,21 @@ class StepProfiler:
             roofline=measure_roofline(self.model.device, self.model.compute_dtype),
         )
         self.breakdown.write(self.folder)
+
+
+def _export(profile: torch.profiler.profile, path: Path) -> None:
+    """Write the trace. Raises OSError if PyTorch wrote none, of which it only prints a line."""
+    plain = path.with_name(".trace.json")
+    try:
+        profile.export_chrome_trace(str(plain))
+        with replacing(path) as staging:
+            if not plain.exists():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            with plain.open("rb") as file, gzip.open(staging, "wb") as packed:
+                shutil.copyfileobj(file, packed)
+    finally:
+        for left in path.parent.glob(f"{plain.name}*"):
+            left.unlink()
 
 
 def attribute(events: Iterable) -> tuple[float, dict[str, float]]:

@@ -1,35 +1,43 @@
 """Where a run starts: afresh, or from a checkpoint and the files that go with it."""
 
-import os
+import contextlib
+from pathlib import Path
 
-from rrhf_fast.stages.run_folder import find_checkpoint
+from rrhf_fast.stages.checkpoint_files import SUMS_FILE, read_state, write_checksums
 from rrhf_fast.train.checkpoint import Checkpoints, Progress, changed_options
-from rrhf_fast.train.metrics import MetricsLog
+from rrhf_fast.train.metrics import MetricsLog, cut
 from rrhf_fast.train.prepare import Run
 
 
 def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
-    """Resume from the checkpoint that the config names, or start afresh."""
-    config, world = run.config, run.world
-    name = config.resume_from_checkpoint or config.init_optimizer_from
-    option = "resume_from_checkpoint" if config.resume_from_checkpoint else "init_optimizer_from"
-    folder = world.once(lambda: name and find_checkpoint(name, run.output_dir, option))
-    if folder is None or option == "init_optimizer_from":
+    """Resume from the run's checkpoint, or start afresh."""
+    config, world, folder = run.config, run.world, run.checkpoint
+    is_resumed = config.resume_from_checkpoint is not None
+    if folder is None or not is_resumed:
         if folder is not None:
             checkpoints.load_optimizer(folder)
-        elif name is not None:
+        elif is_resumed:
             world.print(f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
         checkpoints.clear(keep_complete=False)
         return Progress()
     checkpoints.clear(keep_complete=True)
     progress, lengths = checkpoints.resume(folder)
-    log.resume(lengths.get("metrics.jsonl", 0))
-    samples = run.output_dir / "samples.jsonl"
-    if world.is_first and samples.exists():
-        os.truncate(samples, min(samples.stat().st_size, lengths.get("samples.jsonl", 0)))
+    world.once(lambda: _complete(folder))
+    with world.together():
+        log.resume(lengths.get("metrics.jsonl", 0))
+        if world.is_first:
+            cut(run.output_dir / "samples.jsonl", lengths.get("samples.jsonl", 0))
     changes = changed_options(folder, config)
     world.print(f"resume     {folder}" + (f", with changes: {changes}" if changes else ""))
     return progress
+
+
+def _complete(folder: Path) -> None:
+    """Add the checksums to a checkpoint whose save was cut off before them."""
+    if "checksums" in read_state(folder) and not (folder / SUMS_FILE).exists():
+        print(f"warning: {folder} has no {SUMS_FILE}, so damage would not be seen; writing it")
+        with contextlib.suppress(OSError):  # another user's, perhaps
+            write_checksums(folder, {})
 
 
 def first_evaluation(records: list[dict]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from torch.utils.benchmark import Timer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend comes first
 
+from rrhf_fast.stages.files import replacing, write_text
+
 NOTE = """\
 "At the roofline" is the time that a part's products would take at the speed of one large product,
 or its bytes at the speed of a large pass over memory, both measured on this machine. "Share of
@@ -147,12 +149,13 @@ class Breakdown:
         )
         axis.legend(loc="lower right", fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=110)
+        with replacing(path) as staging:
+            figure.savefig(staging, dpi=110, format="png")
         plt.close(figure)
 
     def write(self, folder: Path) -> None:
         """breakdown.md and breakdown.png."""
-        (folder / "breakdown.md").write_text(self.page())
+        write_text(folder / "breakdown.md", self.page())
         self.plot(folder / "breakdown.png")
 
 

@@ -9,6 +9,7 @@ from rrhf_fast.model.lora import is_adapter
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.save import write_model
 from rrhf_fast.model.sharded import named_tensors
+from rrhf_fast.stages.lock import locked
 from rrhf_fast.train.distributed import World, whole
 from rrhf_fast.train.prepare import Run
 
@@ -35,9 +36,13 @@ def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[s
 
 def save_model(run: Run, output_dir: Path | None = None) -> None:
     """Write model (or adapters) and tokenizer, by default to the run's output_dir. All ranks must
-    call."""
+    call. Raises ValueError if another process writes to that folder."""
     weights = gather_weights(run.model, run.world, run.save_dtype)
-    if run.world.is_first:
-        folder = output_dir or run.output_dir
-        with run.model.generation():  # the saved config must name a standard attention
+    folder = output_dir or run.output_dir
+
+    def write() -> None:
+        # The saved config must name a standard attention.
+        with locked(folder), run.model.generation():
             write_model(run.model.lm, run.tokenizer, folder, dtype=run.save_dtype, weights=weights)
+
+    run.world.once(write)

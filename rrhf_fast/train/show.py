@@ -30,6 +30,7 @@ def shown_rows(config: TrainConfig) -> str:
         on_bad_rows=config.on_bad_rows,
     )
     shown = [_shown(query, tokenizer) for query in queries[: config.show_tokens]]
+    shown += report.lines("train_data")
     if report.unused:
         shown.append(f"unused fields: {counted(report.unused)}")
     return "\n\n".join(shown)
@@ -46,8 +47,6 @@ def _shown(query: TokenisedQuery, tokenizer) -> str:
 
 
 def _indented(text: str) -> list[str]:
-    """Indent a text's lines; line ends are made visible, and control characters are escaped."""
+    """Indent a text's lines; line ends are made visible."""
     lines = text.replace("\n", "\u23ce\n").split("\n")
-    return [
-        "    " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in s) for s in lines if s
-    ]
+    return [f"    {line}" for line in lines if line]

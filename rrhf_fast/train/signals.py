@@ -9,9 +9,10 @@ from rrhf_fast.train.distributed import World
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 (with several ranks also Ctrl-C, which one rank cannot obey alone) ask
-    the loop to stop after the step at hand. On a single rank Ctrl-C raises KeyboardInterrupt,
-    deferred between `hold` and `release`: a half-applied update would corrupt the model."""
+    """SIGTERM, SIGUSR1 and SIGHUP (with several ranks also Ctrl-C, which one rank cannot obey
+    alone) ask the loop to stop after the step at hand. On a single rank Ctrl-C raises
+    KeyboardInterrupt, deferred between `hold` and `release`: a half-applied update would corrupt
+    the model."""
 
     def __init__(self, world: World):
         self.stop = False
@@ -19,6 +20,9 @@ class Signals:
         self._names = [signal.SIGTERM]
         if hasattr(signal, "SIGUSR1"):  # not on Windows
             self._names.append(signal.SIGUSR1)
+        # nohup ignores it.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._names.append(signal.SIGHUP)
         # Leave Ctrl-C alone where a background job ignores it or a notebook handles it.
         if not self._alone or signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._names.append(signal.SIGINT)

@@ -1,11 +1,11 @@
 """`RRHFTrainer`: load, then step, log, evaluate and save until all steps are done."""
 
-import json
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rrhf_fast.data.packs import Batch, ahead, batches
 from rrhf_fast.model.layers import count_given_up, count_graphs
+from rrhf_fast.stages.files import append, naming, to_json
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.reward_fn import RewardFn
 from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
 from rrhf_fast.train.checkpoint import Checkpoints, Progress
@@ -60,7 +62,7 @@ def run(config: TrainConfig) -> TrainResult:
     config.validate()
     if config.dry_run or config.show_tokens:
         config = with_demo(config) if config.model_name_or_path is None else config
-        print(memory_table(config) if config.dry_run else shown_rows(config))
+        say(memory_table(config) if config.dry_run else shown_rows(config))
         return TrainResult(output_dir=None, metrics=[])
     with RRHFTrainer(args=config) as trainer:
         return trainer.train()
@@ -84,8 +86,8 @@ class RRHFTrainer:
             `control.should_training_stop` ends training after the step at hand with a saved model;
             `should_evaluate`, `should_save` and `should_log` are obeyed too.
 
-    Under torchrun every process makes one. Used in a `with` statement it leaves the process group
-    at the end; otherwise call `close`.
+    Under torchrun every process makes one. It holds the lock of output_dir until it has trained.
+    Used in a `with` statement it leaves the process group at the end; otherwise call `close`.
 
     Raises:
         ValueError: a mistake in options, files or rows.
@@ -127,6 +129,7 @@ class RRHFTrainer:
         self.world = self._open.enter_context(join_world(config))
         try:
             self.run = prepare(config, self.world, given)
+            self._open.callback(self.run.lock.close)
             self.run.model.release()
             self.log = MetricsLog(self.run.output_dir, self.run.config, writes=self.world.is_first)
             self.callbacks = Callbacks(callbacks, self.run)
@@ -156,9 +159,13 @@ class RRHFTrainer:
             OutOfMemory: a pack does not fit the device.
             SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
         """
-        run, config = self.run, self.run.config
         if self.callbacks.given:
             raise ValueError("train: this trainer has trained already (make another)")
+        with self.run.lock:
+            return self._train()
+
+    def _train(self) -> TrainResult:
+        run, config = self.run, self.run.config
         optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
         checkpoints = Checkpoints(run, optimizer, schedule)
         self._announce()
@@ -249,7 +256,7 @@ class RRHFTrainer:
         return self.run.model.lm
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and unlock output_dir if that has not been done."""
         self._open.close()
 
     def __enter__(self) -> "RRHFTrainer":
@@ -370,10 +377,10 @@ class RRHFTrainer:
             return self._latest[1]
         measures, samples = self._measure()
         if samples and self.world.is_first:
-            with (self.run.output_dir / "samples.jsonl").open("a" if self.step else "w") as file:
-                file.writelines(
-                    json.dumps({"step": self.step, **sample}) + "\n" for sample in samples
-                )
+            lines = "".join(to_json({"step": self.step, **sample}) + "\n" for sample in samples)
+            file = self.run.output_dir / "samples.jsonl"
+            with naming(file), FileIO(file, "a" if self.step else "w") as out:
+                append(out, lines.encode())
         record = {f"eval/{name}": value for name, value in measures.items()}
         self.log.write({"step": self.step} | record)
         self._latest = self.step, measures
@@ -391,6 +398,11 @@ class RRHFTrainer:
         if is_due and self.world.once(lambda: was_left_out(records, self.step)):
             self._evaluate()
         return first_evaluation(records)
+
+    def _plot(self) -> None:
+        plot = self.run.output_dir / "training.png"
+        # The other ranks wait: Slurm would take one that is done for a failure.
+        self.world.once(lambda: plot_training(self.log.records, plot))
 
     def _sync(self) -> None:
         """Let callbacks know where the run is."""
@@ -421,12 +433,12 @@ class RRHFTrainer:
         finally:
             with uninterrupted():
                 steps.close()  # ends the loader's thread and a profiler
-                if result.steps and together and not result.preempted:
-                    save_model(self.run)
-                if result.steps and together:
-                    plot = self.run.output_dir / "training.png"
-                    # The other ranks wait: Slurm would take one that is done for a failure.
-                    self.world.once(lambda: plot_training(self.log.records, plot))
+                try:
+                    if result.steps and together:
+                        self._plot()
+                finally:  # last: a folder with a model is that of a finished run
+                    if result.steps and together and not result.preempted:
+                        save_model(self.run)
                 self.log.close()
                 if result.interrupted:
                     checkpoints.finish()

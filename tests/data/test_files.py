@@ -215,7 +215,9 @@ def test_a_damaged_file_gives_one_line(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
-        list(read_records(str(path)))
+        for _, record in read_records(str(path)):
+            if isinstance(record, BadRow):
+                raise record
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -313,3 +315,8 @@ def test_values_without_a_json_type_are_passed_on_as_text(tmp_path):
     (draft,), _ = load_drafts(str(tmp_path / "rows.parquet"))
     assert json.loads(json.dumps(draft.others))["cost"] == 1.5
     assert draft.others["day"].startswith("2026-01-02")
+
+
+def test_a_device_is_refused():
+    with pytest.raises(ValueError, match="^/dev/zero: expected a file, found a device$"):
+        list(read_records("/dev/zero"))

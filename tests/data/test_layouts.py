@@ -8,9 +8,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rrhf_fast.data.columns import Columns
-from rrhf_fast.data.layouts import LAYOUTS, layout_of
+from rrhf_fast.data.layouts import LAYOUTS, canonical, layout_of
 from rrhf_fast.data.load import load_drafts, load_rows
-from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
+from rrhf_fast.data.rows import BadRow, parse_row
+from rrhf_fast.data.sources import InMemory
+from tests.drafts import parse_draft
 
 BETTER, WORSE = "So it is.", "No idea."
 
@@ -417,3 +419,32 @@ def test_any_record_gives_a_valid_row_or_one_line(layout, changes):
                 assert len(row.responses) == len(row.rewards) >= 2
                 assert all(text.strip() for text in row.responses)
                 assert all(math.isfinite(score) for score in row.rewards)
+
+
+def test_prompts_that_are_messages_as_json_are_so_in_every_layout():
+    text = json.dumps([{"role": "user", "content": "Why?"}])
+    for layout in LAYOUTS:
+        canon = canonical(layout.example, "f:1")
+        if canon.prompt_name not in layout.example or isinstance(canon.prompt, list):
+            continue
+        record = {k: v for k, v in layout.example.items() if k not in ("input", "system")}
+        row = parse_row(record | {canon.prompt_name: text}, "f:1")
+        assert row.prompt == json.loads(text), layout.title
+    with pytest.raises(BadRow, match="^f:1: instruction: expected a string, found list"):
+        parse_row({"instruction": text, "input": "a", "output": ["b", "c"]}, "f:1")
+
+
+def test_a_bad_field_of_one_response_costs_only_that_response():
+    rows = [{"prompt": "a", "response": text, "score": n} for n, text in enumerate("bcd")]
+    for bad in (
+        {"as_generated": 3},
+        {"finish_reasons": 3},
+        {"model": "\ud800"},
+        {"sources": [1, 2]},
+    ):
+        source = InMemory("rows", [*rows, rows[0] | {"response": "x"} | bad])
+        for load in (load_rows, load_drafts):
+            with pytest.raises(BadRow, match=r"^rows\[3\]: (as_gen|finish|sources)"):
+                load(source, group_by="prompt")
+            (row,), report = load(source, group_by="prompt", on_bad_rows="skip")
+            assert row.responses == ["b", "c", "d"] and report.bad_responses.total() == 1

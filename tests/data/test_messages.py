@@ -6,7 +6,9 @@ import re
 import pytest
 
 from rrhf_fast.data.load import load_drafts, load_rows
-from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
+from rrhf_fast.data.messages import check_messages
+from rrhf_fast.data.rows import BadRow, parse_row
+from tests.drafts import parse_draft
 
 GOOD = {"prompt": "Why?", "responses": ["a", "b"], "scores": [1, 0]}
 ASK = {"role": "user", "content": "Why?"}
@@ -180,3 +182,8 @@ def test_apply_chat_template_makes_string_prompts_messages(tmp_path):
     for load in (load_rows, load_drafts):
         rows, _ = load(str(path), apply_chat_template=True)
         assert [row.prompt for row in rows] == [[ASK], [SYSTEM, ASK]]
+
+
+def test_a_key_that_parquet_fills_in_does_not_replace_a_value():
+    message = {"from": "human", "value": "Why?", "content": None, "weight": None}
+    assert check_messages([message], "m", "f:1") == [{"role": "user", "content": "Why?"}]

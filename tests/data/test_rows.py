@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrhf_fast.data.load import load_drafts, load_rows
-from rrhf_fast.data.rows import BadRow, parse_draft, parse_row
+from rrhf_fast.data.rows import BadRow, parse_row
+from tests.drafts import parse_draft
 
 GOOD = {"prompt": "Why?", "responses": ["Because.", "No idea."], "scores": [1, 0.5]}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -60,6 +60,8 @@ def test_a_checkpoint_of_a_version_with_lora_dropout(tmp_path):
     trained(tmp_path, make_model(tmp_path / "source", tied=True))
     file = tmp_path / "out/checkpoint-2/trainer_state.json"
     state = json.loads(file.read_text())
+    del state["checksums"]  # which came later
+    (file.parent / "checksums.json").unlink()
     file.write_text(json.dumps(state | {"config": state["config"] | {"lora_dropout": 0.0}}))
     assert torch.equal(logits(export(tmp_path)), logits(tmp_path / "out"))
     config = {name: value for name, value in state["config"].items() if name != "max_steps"}
@@ -117,6 +119,20 @@ def test_adapters_are_exported_alone_or_merged(tmp_path):
     for folder in (merged, also):
         assert not (folder / "adapter_config.json").exists()
         assert torch.allclose(logits(folder), expected, atol=1e-5)
+
+
+def test_adapters_without_their_options_are_refused(tmp_path, capsys):
+    source = make_model(tmp_path / "source", tied=False)
+    trained(tmp_path, source, use_peft=True, lora_r=4)
+    folder = tmp_path / "out/checkpoint-2"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for name in ("model_name_or_path", "lora_r", "lora_alpha", "lora_target_modules"):
+        config = {key: value for key, value in state["config"].items() if key != name}
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"config": config}))
+        (folder / "checksums.json").unlink(missing_ok=True)
+        assert main(["--checkpoint", str(folder), "--output_dir", str(tmp_path / "model")]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.endswith(f"checkpoint: {folder}: trainer_state.json: config lacks {name}")
 
 
 def test_a_mistake_has_its_exit_code_and_line(tmp_path, capsys):

@@ -130,6 +130,50 @@ def test_only_missing_rounds_are_run(config, monkeypatch):
         iterate(replace(config, rounds=2))
 
 
+def test_whatever_follows_a_finished_step_is_redone_if_it_is_missing(config, monkeypatch):
+    """A kill may come between an evaluation and its report, or between the rounds and theirs."""
+
+    def refuse(*_):
+        raise AssertionError("this stage was done")
+
+    config.rounds = 1
+    config.train.max_steps = 1
+    iterate(config)
+    out = Path(config.output_dir)
+    reports = ("by_prompt.json", "evaluation.json", "evaluation.png", "report.html")
+    names = [f"round-{number}/evaluation/{name}" for number in (0, 1) for name in reports]
+    names += ["rounds.jsonl", "rounds.png", "report.html"]
+    whole = {name: (out / name).read_bytes() for name in names}
+    for stage in ("sample", "score", "train"):
+        monkeypatch.setattr(rounds, stage, refuse)
+    for missing in (["round-0/evaluation/evaluation.png"], names[7:8], names[-3:]):
+        for name in missing:
+            (out / name).unlink()
+        iterate(config)
+        assert {name: (out / name).read_bytes() for name in names} == whole
+
+
+def test_the_journal_of_a_finished_file_is_removed(config):
+    """A kill may come between the two."""
+    config.rounds = 1
+    config.train.max_steps = 1
+    name = Path(config.output_dir, "round-1", "samples.jsonl")
+    unlink, left = Path.unlink, []
+
+    def unlink_not(path, **options):
+        if path.name == "samples.jsonl.journal" and not left:
+            left.append(path.read_bytes())
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink_not)
+        iterate(config)
+    assert left and list(Path(config.output_dir).rglob("*.journal"))
+    iterate(config)
+    assert name.exists() and not list(Path(config.output_dir).rglob("*.journal"))
+
+
 @pytest.mark.parametrize("steps_per_round", [None, 2])
 def test_a_signal_while_training_is_exit_code_75_and_the_round_resumes(
     steps_per_round, config, monkeypatch, capsys

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from rrhf_fast import ExportConfig, TrainConfig, export, train
+from rrhf_fast.stages.checkpoint_files import write_checksums
 
 OPTIONS = {"max_steps": 2, "save_steps": 1, "train_batch_size": 4, "save_total_limit": None}
 
@@ -109,6 +110,7 @@ def test_code_in_a_value_is_refused(payload, checkpoint, tmp_path):
     with file.open("ab") as out:
         out.write(value.getvalue())
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_checksums(checkpoint, {})  # whoever writes the value can write the sums too
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*random_states/0 cannot be"):
         uses(checkpoint, tmp_path)["resume_from_checkpoint"]()
     assert not (tmp_path / "ran").exists()

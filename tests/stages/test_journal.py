@@ -1,7 +1,10 @@
 """The journal loses no finished unit, wherever its process is killed."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrhf_fast.stages.files import write_rows
-from rrhf_fast.stages.journal import Journal, fingerprint
+from rrhf_fast.stages.journal import Journal, fingerprint, is_finished
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -145,3 +148,132 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     process.kill()
     process.join()
     Journal(tmp_path / "rows.jsonl", "f").__exit__(None)
+
+
+FIRST, LINE = b'{"fingerprint": "f"}\n', b'{"key": "a", "result": 1}\n'
+DAMAGED = {
+    "a line in the middle": (FIRST + LINE[:9] + b"\n" + LINE, 2, "not JSON"),
+    "a doubled key": (FIRST + LINE + LINE, 3, "a second result for a"),
+    "a repeated name": (FIRST + b'{"key": "a", "key": "b", "result": 1}\n', 2, "a repeated name"),
+    "a foreign line": (FIRST + b'{"prompt": "Why?"}\n' + LINE, 2, "not a record of a journal"),
+    "a list": (FIRST + b"[1]\n", 2, "not a JSON object"),
+    "an empty line": (FIRST + b"\n" + LINE, 2, "not JSON"),
+    "NULs in the middle": (FIRST + b"\0" * 30 + b"\n" + LINE, 2, "not JSON"),
+    "NaN": (FIRST + b'{"key": "a", "result": NaN}\n', 2, "NaN, which JSON lacks"),
+    "another encoding": (FIRST + LINE.decode().encode("utf-16") + b"\n" + LINE, 2, "not JSON"),
+    "deep nesting": (
+        FIRST + b'{"key": "a", "result": ' + b"[" * 10**5 + b"\n" + LINE,
+        2,
+        "not JSON",
+    ),
+    "a long integer": (FIRST + b'{"key": "a", "result": ' + b"9" * 5000 + b"}\n", 2, "not JSON"),
+    "an odd key": (FIRST + b'{"key": 1, "result": 1}\n', 2, "not a record of a journal"),
+    "an odd result": (
+        FIRST + b'{"key": "a", "result": "x"}\n',
+        2,
+        "that this stage does not write",
+    ),
+    "forgotten twice": (FIRST + b'{"forgotten": ["a"]}\n', 2, "forgets what it does not hold"),
+    "forgotten oddly": (FIRST + b'{"forgotten": [[]]}\n', 2, "forgets what it does not hold"),
+    "another first line": (b'{"step": 1}\n' + LINE, 1, "no journal of rrhf_fast begins so"),
+    "a file of someone else": (b"precious", 1, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_journal_is_refused_and_kept(name, tmp_path):
+    content, line, problem = DAMAGED[name]
+    output, path = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.journal"
+    path.write_bytes(content)
+    expected = f"output: {path} is damaged at line {line} \\(.*{problem}"
+    with pytest.raises(ValueError, match=expected):
+        Journal(output, "f", accepts=lambda key, result: type(result) is int)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("end", [LINE[:-1], LINE[:5], b"\0" * 4096, LINE[:9] + b"\0" * 20 + b"\n"])
+@pytest.mark.parametrize("whole", [b"", FIRST, FIRST + b'{"key": "b", "result": 2}\n'])
+def test_what_a_loss_of_power_leaves_at_the_end_is_dropped(whole, end, tmp_path):
+    if not whole:
+        end = end.replace(LINE[:5], FIRST[:5])
+        end = FIRST[:9] if end.startswith(b'{"') else end
+    output = tmp_path / "rows.jsonl"
+    (tmp_path / "rows.jsonl.journal").write_bytes(whole + end)
+    with Journal(output, "f") as journal:
+        assert journal.done == ({"b": 2} if whole.count(b"\n") > 1 else {})
+        journal.write("a", 1)
+    assert Journal(output, "f").done.get("a") == 1
+
+
+def test_an_output_of_someone_else_survives_a_torn_journal(tmp_path):
+    """A journal killed before its first line says nothing about whose the output is."""
+    output = tmp_path / "rows.jsonl"
+    output.write_text("precious")
+    (tmp_path / "rows.jsonl.journal").write_bytes(FIRST[:9])
+    with pytest.raises(ValueError, match="exists already"):
+        Journal(output, "f")
+    assert output.read_text() == "precious"
+
+
+def test_a_journal_is_no_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "rows.jsonl.journal").symlink_to(victim)
+    with pytest.raises(ValueError, match="output: .*cannot be written .its journal is a link"):
+        Journal(tmp_path / "rows.jsonl", "f")
+    assert victim.read_text() == "precious"
+    os.mkfifo(tmp_path / "pipe.journal")
+    with pytest.raises(ValueError, match="output: .*cannot be written"):
+        Journal(tmp_path / "pipe", "f")
+
+
+def test_a_result_that_json_lacks_is_an_error_and_leaves_no_line(tmp_path):
+    with Journal(tmp_path / "rows.jsonl", "f") as journal:
+        journal.write("a", 1)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            journal.write("b", float("nan"))
+        journal.write("b", 2)
+    assert Journal(tmp_path / "rows.jsonl", "f").done == {"a": 1, "b": 2}
+
+
+def test_a_refused_write_leaves_no_half_line(tmp_path, monkeypatch):
+    """Other threads go on to write once there is space again."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Journal(tmp_path / "rows.jsonl", "f") as journal:
+        journal.write("a", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left on device: .*rows.jsonl.journal"):
+                journal.write("b", 2)
+        journal.write("c", 3)
+    assert Journal(tmp_path / "rows.jsonl", "f").done == {"a": 1, "c": 3}
+
+
+def test_a_file_is_finished_once_its_journal_is_gone(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert not is_finished(output)
+    with Journal(output, "f") as journal:
+        write_rows(output, [])
+        assert not is_finished(output)
+        journal.finish([])
+    assert is_finished(output)
+
+
+def test_a_journal_that_its_holder_removed_is_not_written_on(tmp_path, monkeypatch):
+    """The other process finished between this one's opening of the journal and its lock."""
+    output, lock = tmp_path / "rows.jsonl", fcntl.flock
+    first = Journal(output, "f")
+
+    def late(file, how):
+        monkeypatch.undo()
+        first.finish([{"a": 1}])
+        first.__exit__(None)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="exists already"):
+        Journal(output, "f")
+    assert list(tmp_path.iterdir()) == [output]

@@ -50,7 +50,7 @@ def ended(pid: int, *, wait: bool = False) -> bool:
 
 def is_saving(output_dir: Path) -> bool:
     """Whether a checkpoint is incomplete."""
-    return any(not (path / ".metadata").exists() for path in output_dir.glob("checkpoint-*"))
+    return any(not (path / "checksums.json").exists() for path in output_dir.glob("checkpoint-*"))
 
 
 def kill_once(folder: Path, rng: random.Random, *, while_saving: bool) -> bool:

@@ -86,7 +86,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, data, unharmed, ste
     stopped_at(step, unharmed, tmp_path / "out")
     # Left by a kill in the middle of a save.
     shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
-    (tmp_path / "out/checkpoint-50/.metadata").unlink()
+    (tmp_path / "out/checkpoint-50/checksums.json").unlink()
     (tmp_path / "out/.checkpoint-50").mkdir()
     result = run(tmp_path / "out", data, resume_from_checkpoint="latest")
     assert_same_run(unharmed, tmp_path / "out")

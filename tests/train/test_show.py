@@ -26,6 +26,16 @@ def test_rows_are_shown_and_nothing_is_trained(tmp_path, capsys):
     assert "responses[1], score 0, 2 tokens, learned\n    [c][</s>]\n" in out
 
 
+def test_tabs_and_persian_stay_readable(tmp_path, capsys):
+    text = "if:\n\tمی\u200cخواهم"
+    row = {"prompt": text, "responses": ["a", "b"], "scores": [1, 0]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    arguments = {"model_name_or_path": str(demo.MODEL_DIR), "show_tokens": "1"}
+    arguments |= {"train_data": str(tmp_path / "rows.jsonl"), "max_length": "512"}
+    assert main([word for name, value in arguments.items() for word in (f"--{name}", value)]) == 0
+    assert "\n    \tمی\u200cخواهم\n" in capsys.readouterr().out
+
+
 def test_the_demo_is_shown(capsys):
     assert main(["--show_tokens", "1"]) == 0
     assert "responses[0], score " in capsys.readouterr().out

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rrhf_fast.model.diverse_beam import diverse_beam_search
 
@@ -97,14 +104,39 @@ def generate_batch(
             stop_strings=None if policy.method == "beam" else stop_strings or None,
             use_cache=True,
         )
+        copies = num_beams if policy.method == "beam" else policy.count
+        cache = _encode_once(lm, **inputs, copies=copies) if copies > 1 and width > 1 else None
+        options = {"generation_config": settings, "tokenizer": tokenizer}
         # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
         own, lm.generation_config = lm.generation_config, GenerationConfig()
         try:
-            out = lm.generate(**inputs, generation_config=settings, tokenizer=tokenizer)[:, width:]
+            out = lm.generate(**inputs, **options, past_key_values=cache)[:, width:]
         finally:
             lm.generation_config = own
     responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
     return [[_until_end(ids, end_token_ids) for ids in row] for row in responses]
+
+
+def _encode_once(
+    lm: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, copies: int
+) -> Cache | None:
+    """The cache of each prompt without its last token, repeated for its responses: `generate`
+    alone would encode the prompt once per response. None for models whose cache is not one of keys
+    and values only, such as those with a recurrent state."""
+    mask = attention_mask[:, :-1]
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
+    lm(
+        input_ids=input_ids[:, :-1],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(copies)
+    return cache
 
 
 def _until_end(ids: np.ndarray, end_token_ids: list[int]) -> np.ndarray:

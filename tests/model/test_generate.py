@@ -1,0 +1,72 @@
+"""Prompts are encoded once for all of their responses, with the results of plain `generate`."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from rrhf_fast.model.generate import Decoding, generate_batch
+from tests.model.test_families import REFUSED, SUPPORTED, VOCAB, tiny_model
+
+COUNT, NEW = 3, 6
+# Of unequal lengths, one longer than the families' windows, one without anything to encode early.
+LENGTHS = (11, 1, 7)
+FAMILIES = SUPPORTED | {kind: sizes for kind, (sizes, _) in REFUSED.items()}
+FAMILIES["qwen3_next"] = FAMILIES["qwen3_next"] | {"num_hidden_layers": 4}  # the last attends
+
+
+def prompts() -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, VOCAB, length) for length in LENGTHS]
+
+
+def generate(lm, method: str, prompts) -> list:
+    torch.manual_seed(5)
+    policy = Decoding(NEW, method, COUNT, num_beams=COUNT if method == "beam" else None)
+    return generate_batch(lm, prompts, policy, end_token_ids=[2], pad_token_id=0)
+
+
+def plain(lm, method: str, prompts) -> list:
+    """By transformers alone, which encodes a prompt once per response."""
+    torch.manual_seed(5)
+    width = max(LENGTHS)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+    kind = {"num_beams": COUNT} if method == "beam" else {"do_sample": True, "top_k": 0}
+    settings = GenerationConfig(
+        **kind, num_return_sequences=COUNT, max_new_tokens=NEW, eos_token_id=[2], pad_token_id=0
+    )
+    out = lm.generate(ids, attention_mask=(ids != 0).long(), generation_config=settings)
+    rows = out[:, width:].reshape(len(prompts), COUNT, -1).tolist()
+    return [[row[: row.index(2) + 1] if 2 in row else row for row in many] for many in rows]
+
+
+class Counter:
+    """Counts the tokens that a model embeds."""
+
+    def __init__(self, lm):
+        self.tokens = 0
+        lm.get_input_embeddings().register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output):
+        self.tokens += inputs[0].numel()
+
+
+@pytest.mark.parametrize("method", ["sample", "beam"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_equal_those_of_generate(family, method):
+    if family == "mamba" and method == "beam":
+        pytest.skip("transformers refuses it")
+    lm = tiny_model(family, FAMILIES[family])
+    responses = [[ids.tolist() for ids in many] for many in generate(lm, method, prompts())]
+    assert responses == plain(lm, method, prompts())
+
+
+@pytest.mark.parametrize("method", ["sample", "beam", "diverse_beam"])
+def test_a_prompt_is_encoded_once(method):
+    lm = tiny_model("llama", SUPPORTED["llama"])
+    counter = Counter(lm)
+    generate(lm, method, prompts())
+    padded, decoded = len(LENGTHS) * max(LENGTHS), len(LENGTHS) * COUNT * NEW
+    assert counter.tokens <= padded + decoded

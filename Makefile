@@ -5,6 +5,7 @@
 # make test-oldest       the suite with the oldest versions (constraints-oldest.txt, several GB)
 # make test-cuda-build   what a GPU would run, with a CUDA build of torch; needs no GPU
 # make fuzz    hostile rows and options through the commands: FUZZ_INPUTS of them from FUZZ_START
+# make test-slurm        the Slurm script on a cluster of this machine; needs root and slurm-wlm
 # make lint    check style, change nothing
 # make clean   remove what building, testing and linting leave behind; runs/ and .venv stay
 #
@@ -25,7 +26,7 @@ INSTALL_INPUTS := pyproject.toml setup.py $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
-.PHONY: demo test kills test-oldest test-cuda-build smoke fuzz lint clean
+.PHONY: demo test kills test-oldest test-cuda-build test-slurm smoke fuzz lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rrhf_fast.train
@@ -43,6 +44,9 @@ test-cuda-build:
 
 kills: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/kill.py runs/kills
+
+test-slurm: $(INSTALLED_TEST)
+	$(BIN)/python -m pytest -q -rs tests/cluster
 
 smoke: $(INSTALLED_TEST)
 	$(BIN)/python benchmarks/run.py all --preset smoke

@@ -79,7 +79,7 @@ def _ending(
         if not many_processes and world.size > 1:
             raise ValueError(
                 f"this command is one process, but WORLD_SIZE is {world.size}: "
-                f"start it by python -m rrhf_fast.{name}, not by torchrun"
+                f"start it by python -m rrhf_fast.{name}, not by torchrun or srun"
             )
         with _stopped_by_signals(alone=world.size == 1):
             config = parse_config(config_class, arguments, name, description)

@@ -1,6 +1,7 @@
-"""What a launcher such as torchrun says about this process, by environment variables."""
+"""What a launcher, torchrun or Slurm's srun, says about this process by environment variables."""
 
 import os
+import re
 from typing import NamedTuple
 
 
@@ -16,6 +17,7 @@ class Launched(NamedTuple):
 def launched() -> Launched:
     """The position that the environment gives. Raises ValueError, with the variable's name, for
     what is no number, and for ranks that cannot be."""
+    _adopt_srun()
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1, least=1)
     by_launcher = "RANK" in os.environ
     if size > 1 and not by_launcher:
@@ -26,6 +28,31 @@ def launched() -> Launched:
         raise ValueError(f"MASTER_PORT: expected a port, found {os.environ['MASTER_PORT']}")
     # Without a launcher others may have set it, to -1 for example.
     return Launched(rank, size, _number("LOCAL_RANK", 0) if by_launcher else 0, by_launcher)
+
+
+def _adopt_srun() -> None:
+    """Set the variables that PyTorch reads, as torchrun does, from those of srun: without them
+    every task of a step would be a run of its own, and all would write the same files. Variables
+    that are set already stay: torchrun under srun, or a script that sets them itself."""
+    env = os.environ
+    if "RANK" in env or _number("SLURM_STEP_NUM_TASKS", 1) == 1:
+        return
+    own = _number("SLURM_JOB_ID", 0) * 10 + _number("SLURM_STEP_ID", 0)  # jobs may share a machine
+    ours = {
+        "RANK": env.get("SLURM_PROCID", ""),
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env.get("SLURM_LOCALID", ""),
+        "MASTER_ADDR": _first_host(env.get("SLURM_STEP_NODELIST", "")),
+        "MASTER_PORT": str(20000 + own % 20000),
+    }
+    for name, value in ours.items():
+        env.setdefault(name, value)
+
+
+def _first_host(hosts: str) -> str:
+    """The first host of one of Slurm's lists, such as gpu[07-09,12]-ib,login1: gpu07-ib."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", hosts).group()
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
 def _number(name: str, default: int, least: int = 0) -> int:

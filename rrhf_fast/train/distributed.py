@@ -1,7 +1,8 @@
 """Ranks: one process per device, and the model sharded over them with FSDP2.
 
-A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first rank.
-Without one there is a single process, no process group, and this module does nothing.
+A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first rank; for
+tasks of srun, `launched` does. Without one there is a single process, no process group, and this
+module does nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -109,6 +110,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     """
     rank, size, local_rank, by_launcher = launched()
     cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() == 1:  # Slurm may show each task its own GPU only
+        local_rank = 0
     if cuda and local_rank >= torch.cuda.device_count():
         problem = f"expected less than {torch.cuda.device_count()}, the number of GPUs"
         raise ValueError(f"LOCAL_RANK: {problem}, found {local_rank}")

@@ -47,7 +47,8 @@ def run_command(
 ) -> int:
     """Parse the options and run; returns the exit code: that of `run`, 2 for a mistake in options
     or data (a ValueError, or a file that cannot be used), 1 if memory, disk or system fail, 130 for
-    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP. A launcher of several processes is refused unless
+    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP (75 for these and SIGUSR1 if the command shares its
+    work among processes, so that a cluster queues it again). A launcher of several processes is refused unless
     the command shares its work among `many_processes`. What cannot be printed stops nothing."""
     out = Outlet(sys.stdout)
     with redirect_stdout(out), redirect_stderr(Outlet(sys.stderr)):
@@ -81,7 +82,7 @@ def _ending(
                 f"this command is one process, but WORLD_SIZE is {world.size}: "
                 f"start it by python -m rrhf_fast.{name}, not by torchrun or srun"
             )
-        with _stopped_by_signals(alone=world.size == 1):
+        with _stopped_by_signals(alone=world.size == 1, resumes=many_processes):
             config = parse_config(config_class, arguments, name, description)
             return run(config)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -104,7 +105,8 @@ def _ending(
         has_batch = hasattr(config_class, "batch_size")
         return fail(name, f"{problem}{': lower --batch_size' if has_batch else ''}", 1)
     except Stopped as error:
-        return fail(name, f"stopped by {error.args[0].name}", 128 + error.args[0])
+        code = PREEMPTED if many_processes else 128 + error.args[0]
+        return fail(name, f"stopped by {error.args[0].name}", code)
     except KeyboardInterrupt:
         return fail(name, "interrupted", 130)
     except SystemExit as error:  # --help ends so, and so does code that others wrote
@@ -138,9 +140,10 @@ def _lack_of_memory(error: Exception) -> str | None:
 
 
 @contextmanager
-def _stopped_by_signals(*, alone: bool) -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Stopped` where they would have ended the process without a
-    word. Not among several ranks: one that waits for others in C would not end."""
+def _stopped_by_signals(*, alone: bool, resumes: bool) -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP, and SIGUSR1 if the command `resumes`, raise `Stopped` where they
+    would have ended the process without a word. Among several ranks they end the process at once:
+    one that waits for the others would not end otherwise."""
 
     own = os.getpid()
 
@@ -149,10 +152,13 @@ def _stopped_by_signals(*, alone: bool) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if not alone:
+            os._exit(PREEMPTED)
         raise Stopped(signal.Signals(number))
 
-    names = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    if not alone or threading.current_thread() is not threading.main_thread():
+    names = ["SIGTERM", "SIGHUP", *(["SIGUSR1"] if resumes else [])]
+    names = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has one
+    if threading.current_thread() is not threading.main_thread():
         names = []
     names = [name for name in names if signal.getsignal(name) == signal.SIG_DFL]
     try:

@@ -15,8 +15,8 @@ from rrhf_fast.train import TrainConfig, train
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
-    data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP with a checkpoint to resume from, 130 Ctrl-C,
-    143 and 129 SIGTERM and SIGHUP before training."""
+    data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP (from the first step on with a checkpoint to
+    resume from), 130 Ctrl-C."""
     return run_command("train", __doc__, TrainConfig, _run, arguments, many_processes=True)
 
 

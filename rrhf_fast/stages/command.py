@@ -47,9 +47,9 @@ def run_command(
 ) -> int:
     """Parse the options and run; returns the exit code: that of `run`, 2 for a mistake in options
     or data (a ValueError, or a file that cannot be used), 1 if memory, disk or system fail, 130 for
-    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP (75 for these and SIGUSR1 if the command shares its
-    work among processes, so that a cluster queues it again). A launcher of several processes is refused unless
-    the command shares its work among `many_processes`. What cannot be printed stops nothing."""
+    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP. A launcher of several processes is refused unless
+    the command shares its work among `many_processes`; such a command ends with 75 for these two
+    signals and SIGUSR1, so that a cluster queues it again. What cannot be printed stops nothing."""
     out = Outlet(sys.stdout)
     with redirect_stdout(out), redirect_stderr(Outlet(sys.stderr)):
         try:

@@ -85,18 +85,18 @@ def test_a_mistake_fails_and_is_not_queued_again(cluster, recipe, tmp_path):
 
 @needs_slurm
 def test_at_the_time_limit_it_is_queued_again_and_resumes_to_its_end(cluster, recipe, tmp_path):
-    job = cluster.submit(recipe(250), "--time", "20", cwd=tmp_path)
+    job = cluster.submit(recipe(600), "--time", "20", cwd=tmp_path)
     cluster.wait(lambda: len(steps_of(tmp_path)) > 5)
     # Signalled 50 seconds before the end of this minute, or at once.
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     cluster.restart(job)
     assert cluster.state(job) == "COMPLETED", (tmp_path / "job.log").read_text()
-    assert steps_of(tmp_path) == list(range(1, 251))
+    assert steps_of(tmp_path) == list(range(1, 601))
 
 
 @needs_slurm
 def test_after_the_loss_of_a_node_it_is_queued_again_and_resumes(cluster, recipe, tmp_path):
-    job = cluster.submit(recipe(120), cwd=tmp_path)
+    job = cluster.submit(recipe(200), cwd=tmp_path)
     cluster.wait(lambda: any((tmp_path / "out").glob("checkpoint-*/.metadata")))
     cluster.kill("n2")
     for process in Path("/proc").glob("[0-9]*"):  # its tasks
@@ -108,7 +108,7 @@ def test_after_the_loss_of_a_node_it_is_queued_again_and_resumes(cluster, recipe
             os.kill(int(process.name), signal.SIGKILL)
     cluster.restart(job, lost="n2")
     assert cluster.state(job) == "COMPLETED", (tmp_path / "job.log").read_text()
-    assert steps_of(tmp_path) == list(range(1, 121))
+    assert steps_of(tmp_path) == list(range(1, 201))
     assert "resume     " in (tmp_path / "job.log").read_text()
 
 

@@ -145,5 +145,6 @@ def wrong_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
 
 
 def _files(folder: Path) -> set[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
+    # Not what a killed writer of a file left beside it.
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".saving")
     return {path.relative_to(folder).as_posix() for path in paths}

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from operator import is_
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,8 +55,8 @@ def _plain(name: str, value: object) -> object:
     if name not in _FILES:
         return value
     if isinstance(value, list):
-        items = [_plain(name, item) for item in value]
-        return items if items != value else value
+        items = [_plain(name, item) if isinstance(item, str | PurePath) else item for item in value]
+        return value if all(map(is_, items, value)) else items
     return os.path.expanduser(value) if isinstance(value, str) and value[:1] == "~" else value
 
 

@@ -261,6 +261,7 @@ def test_a_checkpoint_without_its_sums_is_used_and_gets_them(out, options, capsy
     before = sums.read_bytes()
     for folder in out.glob("checkpoint-*"):
         (folder / SUMS).unlink()
+    (sums.parent / ".checksums.json.0123abcd.saving").write_text("{")
     assert latest(out, options) == out / "checkpoint-3"
     train(TrainConfig(output_dir=str(out), **LATEST, **options))
     assert f"warning: {sums.parent} has no checksums.json" in capsys.readouterr().out

@@ -161,14 +161,15 @@ def test_defaults_fit(config_class):
 def test_any_value_is_taken_or_refused_by_what_it_is(value):
     """The rule of the options, written once more for one of each kind."""
     is_number = type(value) in (int, float)
+    is_text = type(value) is str and "\0" not in value
     fits = {
         "rounds": type(value) is int and value >= 1,
         "steps_per_round": value is None or (type(value) is int and value >= 1),
         "kl_coef": is_number and 0 <= value < math.inf,
         "top_p": is_number and 0 < value <= 1,
         "finished_only": type(value) is bool,
-        "base_url": value is None or type(value) is str,
-        "data": value is None or type(value) is str,
+        "base_url": value is None or is_text,
+        "data": value is None or is_text,
     }
     for name, fit in fits.items():
         config = IterateConfig(**{name: value})

@@ -86,7 +86,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, data, unharmed, ste
     stopped_at(step, unharmed, tmp_path / "out")
     # Left by a kill in the middle of a save.
     shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / "out/checkpoint-50")
-    (tmp_path / "out/checkpoint-50/checksums.json").unlink()
+    for name in ("checksums.json", ".metadata"):
+        (tmp_path / "out/checkpoint-50" / name).unlink()
     (tmp_path / "out/.checkpoint-50").mkdir()
     result = run(tmp_path / "out", data, resume_from_checkpoint="latest")
     assert_same_run(unharmed, tmp_path / "out")
@@ -354,7 +355,7 @@ def test_a_full_disk_leaves_earlier_saves_intact(tmp_path, data, unharmed):
     message = "could not be written .*File too large"
     with small_files(), pytest.raises(SaveFailed, match=message) as failed:
         run(tmp_path / "out", data, resume_from_checkpoint="latest")
-    first = failed.value.__context__.__context__  # the disk is full for the model too
+    first = failed.value.__context__  # the disk is full for the model too
     assert isinstance(first, SaveFailed) and "checkpoint-6 could not be written" in str(first)
     assert complete_checkpoints(tmp_path / "out")[-1].name == "checkpoint-4"
     assert not (tmp_path / "out/model.safetensors").exists()

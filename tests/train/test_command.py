@@ -162,7 +162,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path, monkeypatch):
         {"eval_fraction": None},
         {"stop_strings": "abc"},
         {"report_to": "tensorboard"},
-        {"train_data": Path("rows.jsonl")},
+        {"train_data": {"rows": "rows.jsonl"}},
         {"length_penalty": float("inf")},
         {"activation_checkpointing": 1},
         {"compile": "yes"},

@@ -205,19 +205,23 @@ def _shortened(word: re.Match) -> str:
 def leave(main: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `main`. With several ranks it ends at once: a failed
     rank that waits for the others, which wait for it, keeps the launcher from ending the job."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        code = main()
-        _drop_output_nobody_reads()
-        sys.exit(code)
     try:
         code = main()
-    except SystemExit as error:  # of --help
-        code = error.code or 0
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        if _is_alone() or not isinstance(error, SystemExit | Exception):
+            raise
+        if not isinstance(error, SystemExit):  # of --help
+            traceback.print_exc()
+        code = (error.code or 0) if isinstance(error, SystemExit) else 1
     _drop_output_nobody_reads()
+    if _is_alone():
+        sys.exit(code)
     os._exit(code)
+
+
+def _is_alone() -> bool:
+    """Whether this is the only process; known once `main` has run, which adopts tasks of srun."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _drop_output_nobody_reads() -> None:

@@ -1,5 +1,8 @@
 """What all commands share: files of options, lists, launchers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,29 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
     assert sample([*files, "--model_name_or_path", MODEL]) == 1
     problem = "CUDA out of memory: lower --batch_size"
     assert capsys.readouterr().err.splitlines()[-1] == f"rrhf_fast.sample: error: {problem}"
+
+
+LEAVES = """
+import atexit, os
+from rrhf_fast.stages.command import leave
+from rrhf_fast.stages.launcher import launched
+atexit.register(lambda: print("waits for the others", flush=True))
+def main():
+    launched()
+    {ending}
+leave(main)
+"""
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize(("ending", "code"), [("return 3", 3), ("raise KeyError", 1)])
+def test_a_task_of_srun_that_ends_does_not_wait_for_the_others(tasks, ending, code):
+    step = {
+        "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]",
+    }  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    script = [sys.executable, "-c", LEAVES.format(ending=ending)]
+    done = subprocess.run(script, env=env | step, capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("waits for the others" in done.stdout) == (tasks == 1)

@@ -1,4 +1,4 @@
-"""A file -> records, one at a time: JSON, Parquet or CSV, also compressed."""
+"""A file -> chunks of records: JSON, Parquet or CSV, also compressed."""
 
 import csv
 import gzip
@@ -10,7 +10,9 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +43,62 @@ _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 # Bits of the largest integer that Python prints; larger ones are read as infinite.
 _MAX_BITS = 14_000
 
+# Bytes of lines, and records of other kinds, that are handed on together.
+_CHUNK_BYTES, _CHUNK_RECORDS = 2**21, 1024
+
 Records = Iterator[tuple[str, object]]  # ("file:line" or "file[index]", record)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines of a JSON Lines file, not decoded yet: `first` is the number of the first one,
+    `start` its place in the file in bytes."""
+
+    path: Path
+    first: int
+    start: int
+    lines: list[bytes]
+
+    def records(self) -> Records:
+        """Decode the lines."""
+        start = self.start
+        for number, encoded in enumerate(self.lines, self.first):
+            where = f"{self.path}:{number}"
+            bom = len(BOM_UTF8) if number == 1 and encoded.startswith(BOM_UTF8) else 0
+            start, before = start + len(encoded), start
+            try:
+                line = encoded[bom:].decode()
+                if line.isspace() or not line:
+                    continue
+                record = _DECODER.decode(line)
+            except UnicodeDecodeError as error:
+                record = _not_utf8(where, before + bom + error.start)
+            except (ValueError, RecursionError) as error:  # ValueError: also a number too long
+                problem = f"expected a JSON object on one line ({_json_problem(error)})"
+                if number == 1 and line.lstrip().startswith("["):
+                    problem = f"{NO_ARRAY} (name it .json)"
+                record = BadRow("not JSON", where, problem)
+            yield where, record
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some records."""
+
+    items: list[tuple[str, object]]
+
+    def records(self) -> Records:
+        """The records."""
+        yield from self.items
+
+
+Chunk = Lines | Decoded
+
+
+def chunked(records: Records) -> Iterator[Chunk]:
+    """Yield records in chunks."""
+    while items := list(islice(records, _CHUNK_RECORDS)):
+        yield Decoded(items)
 
 
 def kind_of(path: Path) -> str:
@@ -49,9 +106,9 @@ def kind_of(path: Path) -> str:
     return Path(path.stem if path.suffix in PACKED else path.name).suffix
 
 
-def read_file(path: Path) -> Records:
-    """Yield (where, record) for each record. For a record that cannot be read, as a line that is
-    not JSON, it is a BadRow.
+def read_file(path: Path) -> Iterator[Chunk]:
+    """Yield the records of a file in chunks. A record that cannot be read, as a line that is not
+    JSON, is a BadRow.
 
     Raises:
         ValueError: the file cannot be read, is damaged, or is not of the format its name says.
@@ -61,11 +118,11 @@ def read_file(path: Path) -> Records:
         raise ValueError(f"{path}: expected a file, found a device")  # which may have no end
     with _readable(path):
         if kind == ".parquet":
-            yield from _parquet(path)
+            yield from chunked(_parquet(path))
         elif kind in (".csv", ".tsv"):
-            yield from _csv(path, "\t" if kind == ".tsv" else ",")
+            yield from chunked(_csv(path, "\t" if kind == ".tsv" else ","))
         elif kind == ".json" and _is_array(path):
-            yield from _json_array(path)
+            yield from chunked(_json_array(path))
         else:
             yield from _json_lines(path)
 
@@ -100,26 +157,12 @@ def _is_array(path: Path) -> bool:
         return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_lines(path: Path) -> Records:
+def _json_lines(path: Path) -> Iterator[Lines]:
     with _open(path) as file:
-        start = 0  # of this line, in bytes
-        for number, encoded in enumerate(file, 1):
-            where = f"{path}:{number}"
-            bom = len(BOM_UTF8) if number == 1 and encoded.startswith(BOM_UTF8) else 0
-            start, before = start + len(encoded), start
-            try:
-                line = encoded[bom:].decode()
-                if line.isspace() or not line:
-                    continue
-                record = _DECODER.decode(line)
-            except UnicodeDecodeError as error:
-                record = _not_utf8(where, before + bom + error.start)
-            except (ValueError, RecursionError) as error:  # ValueError: also a number too long
-                problem = f"expected a JSON object on one line ({_json_problem(error)})"
-                if number == 1 and line.lstrip().startswith("["):
-                    problem = f"{NO_ARRAY} (name it .json)"
-                record = BadRow("not JSON", where, problem)
-            yield where, record
+        first, start = 1, 0
+        while lines := file.readlines(_CHUNK_BYTES):
+            yield Lines(path, first, start, lines)
+            first, start = first + len(lines), start + sum(map(len, lines))
 
 
 def _json_array(path: Path) -> Records:

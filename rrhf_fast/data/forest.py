@@ -12,7 +12,7 @@ response, S responses, G queries (groups).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -60,6 +60,8 @@ class Pack(Movable):
     rewards: torch.Tensor  # [S] float32
     prompt_lengths: torch.Tensor  # [G] int64, tokens of each prompt
     query_ids: torch.Tensor  # [G] int64, the caller's number of each query; empty in a filler
+    # [S] float32, the sum of each response's log-probs under a reference model, if there is one.
+    reference_logps: torch.Tensor | None = field(default=None, kw_only=True)
 
     @property
     def num_tokens(self) -> int:

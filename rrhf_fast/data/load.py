@@ -1,7 +1,7 @@
 """Sources -> rows: read the records, convert and check each of them, count what is left out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -15,6 +15,8 @@ from rrhf_fast.data.rows import Draft, Row, complete, draft_of, row_of, unused_f
 from rrhf_fast.data.sources import InMemory, read_records
 
 T = TypeVar("T")
+# (record in canonical form, record, where) -> what it holds, and its bad responses.
+Parser = Callable[[Canonical, dict, str], tuple[T, list[BadRow]]]
 
 HINT = "--on_bad_rows skip leaves out bad responses, and rows with fewer than 2 good ones"
 
@@ -66,12 +68,36 @@ class RowReport:
                 lines.append(f"{name}: {kinds.total()} {what}{plural} skipped: {'; '.join(parts)}")
         return lines
 
+    def check_kept(self, sources: Sequence[str | InMemory]) -> None:
+        """Raise ValueError if no row is left."""
+        if not self.kept:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
+            first = next((f"; first: {one_line(error)}" for error in self.first.values()), "")
+            problem = f"no usable row among the {self.read} read" + (
+                f" ({kinds}{first})" if kinds else ""
+            )
+            raise ValueError(f"{', '.join(map(str, sources))}: {problem}")
+
+    def as_json(self) -> dict:
+        """This report in JSON, from which `of_json` makes it again."""
+        first = [[*key, *error.args] for key, error in self.first.items()]
+        return vars(self) | {"first": first}
+
+    @classmethod
+    def of_json(cls, record: dict) -> "RowReport":
+        """The report that `as_json` described."""
+        counts = {name: Counter(record[name]) for name in ("bad", "bad_responses", "unused")}
+        first = {(what, kind): BadRow(*args) for what, kind, *args in record["first"]}
+        return cls(record["read"], record["kept"], **counts, first=first)
+
     def add(self, other: "RowReport") -> None:
-        """Add the counts of another report, except `kept`."""
+        """Add the counts of another report."""
         self.read += other.read
+        self.kept += other.kept
         for name in ("bad", "bad_responses", "unused"):
             getattr(self, name).update(getattr(other, name))
-        self.first = other.first | self.first
+        for key, error in other.first.items():
+            self.first.setdefault(key, error)
 
 
 def _with_hint(error: BadRow) -> BadRow:
@@ -112,10 +138,15 @@ def load_rows(
             and what was expected.
     """
     report = RowReport()
-    drop = on_bad_rows == "skip"
-    parse = partial(row_of, drop=drop, use_responses=use_responses, stop_strings=stop_strings or [])
+    parse = row_parser(on_bad_rows, use_responses, stop_strings)
     reading = on_bad_rows, columns, group_by, apply_chat_template
     return _load(sources, report, parse, *reading, unused=report.unused), report
+
+
+def row_parser(on_bad_rows: str, use_responses: str, stop_strings: list[str] | None) -> Parser[Row]:
+    """The parser of `load_rows`, whose arguments these are."""
+    drop = on_bad_rows == "skip"
+    return partial(row_of, drop=drop, use_responses=use_responses, stop_strings=stop_strings or [])
 
 
 def load_drafts(
@@ -138,7 +169,7 @@ def load_drafts(
 def _load(
     sources: str | InMemory | list[str],
     report: RowReport,
-    parse: Callable[[Canonical, dict, str], tuple[T, list[BadRow]]],
+    parse: Parser[T],
     on_bad_rows: str,
     columns: dict[str, str] | None,
     group_by: str | None,
@@ -146,19 +177,28 @@ def _load(
     unused: Counter | None,
 ) -> list[T]:
     """Read, complete and parse all records. `unused` counts unused fields, as in `grouped`."""
-    paths = Columns(columns) if columns else None
     sources = sources if isinstance(sources, list) else [sources]
-    records = _counted((item for source in sources for item in read_records(source)), report)
+    records = counted((item for source in sources for item in read_records(source)), report)
     if group_by is not None:
+        records, columns = joined(records, report, on_bad_rows, columns, group_by, unused), None
+    reading = on_bad_rows, columns, apply_chat_template
+    rows = list(parsed(records, report, parse, *reading, unused=unused))
+    report.kept = len(rows)
+    report.check_kept(sources)
+    return rows
 
-        def on_bad(error: BadRow) -> None:
-            if on_bad_rows == "error":
-                raise _with_hint(error)
-            report.leave_out([error])
 
-        mapped = _mapped(records, paths, group_by, on_bad)
-        records, paths = grouped(mapped, group_by, on_bad, unused=unused), None
-    rows = []
+def parsed(
+    records: Records,
+    report: RowReport,
+    parse: Parser[T],
+    on_bad_rows: str,
+    columns: dict[str, str] | None,
+    apply_chat_template: bool,
+    unused: Counter | None,
+) -> Iterator[T]:
+    """Complete and parse records, and report the bad ones."""
+    paths = Columns(columns) if columns else None
     for where, record in records:
         try:
             canon = complete(record, where, paths, apply_chat_template)
@@ -168,17 +208,31 @@ def _load(
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue
-        rows.append(row)
         report.leave_out(bad)
-    if not rows:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad.most_common())
-        problem = f"no usable row among the {report.read} read" + (f" ({kinds})" if kinds else "")
-        raise ValueError(f"{', '.join(map(str, sources))}: {problem}")
-    report.kept = len(rows)
-    return rows
+        yield row
 
 
-def _counted(records: Iterable[tuple[str, object]], report: RowReport) -> Records:
+def joined(
+    records: Records,
+    report: RowReport,
+    on_bad_rows: str,
+    columns: dict[str, str] | None,
+    group_by: str,
+    unused: Counter | None,
+) -> Records:
+    """Apply `--columns` to records of one response each and join them by `--group_by`."""
+
+    def on_bad(error: BadRow) -> None:
+        if on_bad_rows == "error":
+            raise _with_hint(error)
+        report.leave_out([error])
+
+    mapped = _mapped(records, Columns(columns) if columns else None, group_by, on_bad)
+    return grouped(mapped, group_by, on_bad, unused=unused)
+
+
+def counted(records: Iterable[tuple[str, object]], report: RowReport) -> Records:
+    """Count records as read."""
     for item in records:
         report.read += 1
         yield item

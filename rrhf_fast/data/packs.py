@@ -46,14 +46,19 @@ class PackPlanner:
         pad_token_id: int = 0,
         pad_to_multiple_of: int = 1,
         plan: Callable[[PackedForest], Movable] | None = None,
+        sizes: np.ndarray | None = None,
     ):
-        """For `pad_to_multiple_of` and `plan`, see `build_forest`."""
+        """`sizes`: the tokens of each query in a pack, if they are known. For `pad_to_multiple_of`
+        and `plan`, see `build_forest`."""
         self.queries = queries
         self.max_tokens = max_tokens_per_pack
         self.packing = packing
-        self.sizes = [
-            (forest_tokens if packing == "forest" else padded_tokens)(query) for query in queries
-        ]
+        if sizes is None:
+            tokens = forest_tokens if packing == "forest" else padded_tokens
+            sizes = np.array([tokens(query) for query in queries], dtype=np.int64)
+        self.sizes = sizes
+        # Numbers of queries -> the `reference_logps` of their pack.
+        self.reference: Callable[[Sequence[int]], torch.Tensor] | None = None
         self._build: Callable[..., Pack] = (
             partial(build_forest, pad_to_multiple_of=pad_to_multiple_of, plan=plan)
             if packing == "forest"
@@ -101,7 +106,7 @@ class PackPlanner:
     def num_tokens(self, query_ids: Sequence[int]) -> int:
         """Return the tokens of the pack of these queries."""
         if self.packing == "forest" or not query_ids:
-            return sum(self.sizes[i] for i in query_ids)
+            return int(self.sizes[list(query_ids)].sum()) if query_ids else 0
         queries = [self.queries[i] for i in query_ids]
         width = max(query.padded_width for query in queries) - 1
         return width * sum(len(query.response_ids) for query in queries)
@@ -109,9 +114,12 @@ class PackPlanner:
     def build(self, query_ids: Sequence[int]) -> Pack:
         """Build the pack of these queries; a filler if there are none."""
         if not query_ids:
-            smallest = min(range(len(self.queries)), key=self.sizes.__getitem__)
+            smallest = int(self.sizes.argmin())
             return replace(self.build([smallest]), query_ids=torch.empty(0, dtype=torch.int64))
-        return self._build([self.queries[i] for i in query_ids], query_ids)
+        pack = self._build([self.queries[i] for i in query_ids], query_ids)
+        if self.reference is None:
+            return pack
+        return replace(pack, reference_logps=self.reference(query_ids))
 
     def packs(self, query_ids: Sequence[int]) -> list[Pack]:
         """Group these queries and build all packs, for one rank."""
@@ -125,14 +133,15 @@ class PackPlanner:
     def _group_forest(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
         """First fit, largest first: at most 11/9 of the fewest packs possible."""
         packs, room = [], []
-        for i in sorted(query_ids, key=lambda i: -self.sizes[i]):
-            chosen = next((p for p, left in enumerate(room) if self.sizes[i] <= left), None)
+        sizes = dict(zip(query_ids, self.sizes[list(query_ids)].tolist(), strict=True))
+        for i in sorted(query_ids, key=lambda i: -sizes[i]):
+            chosen = next((p for p, left in enumerate(room) if sizes[i] <= left), None)
             if chosen is None:
                 packs.append([])
                 room.append(max_tokens)
                 chosen = len(packs) - 1
             packs[chosen].append(i)
-            room[chosen] -= self.sizes[i]
+            room[chosen] -= sizes[i]
         return packs
 
     def _group_padded(self, query_ids: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -164,13 +173,13 @@ def batches(
     """Yield one rank's part of each optimizer step, from `first_step` to `num_steps`. Each epoch
     has its own seeded order, so a resumed run sees the same steps."""
     per_epoch = steps_per_epoch(len(planner.queries), train_batch_size)
-    order = []
+    order = None
     for step in range(first_step, num_steps):
         epoch, place = divmod(step, per_epoch)
-        if place == 0 or not order:
-            order = np.random.default_rng([seed, epoch]).permutation(len(planner.queries)).tolist()
+        if place == 0 or order is None:
+            order = np.random.default_rng([seed, epoch]).permutation(len(planner.queries))
         queries = order[place * train_batch_size : (place + 1) * train_batch_size]
-        yield planner.batch(queries, rank, num_ranks)
+        yield planner.batch(queries.tolist(), rank, num_ranks)
 
 
 def ahead(steps: Iterator[Batch], *, pin_memory: bool) -> Iterator[Batch]:

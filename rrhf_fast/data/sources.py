@@ -11,13 +11,24 @@ A source is one of
 """
 
 import glob
+import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from rrhf_fast.data.checks import BadRow, one_line
-from rrhf_fast.data.files import KINDS, Records, kind_of, plain_record, read_file
+from rrhf_fast.data.files import (
+    KINDS,
+    Chunk,
+    Records,
+    chunked,
+    kind_of,
+    plain_record,
+    read_file,
+)
 
 # Words in a file name that name its split, as in `datasets`.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -49,14 +60,61 @@ class InMemory:
 
 def read_records(source: str | InMemory) -> Records:
     """Yield (where, record) for each record of a source. For a record that cannot be read, as a
-    line that is not JSON, it is a BadRow.
+    line that is not JSON, it is a BadRow. Raises the ValueError of `read_chunks`."""
+    for chunk in read_chunks(source):
+        yield from chunk.records()
+
+
+def read_chunks(source: str | InMemory) -> Iterator[Chunk]:
+    """Yield the same records in chunks, of which lines are not decoded yet: another process may.
 
     Raises:
         ValueError: there is no such file, dataset or split, or it cannot be read.
     """
+    found = _find(source)
+    if isinstance(found, list):
+        for file in found:
+            yield from read_file(file)
+    else:
+        yield from chunked(_dataset_records(found.rows, found.name))
+
+
+def content_of(source: str | InMemory) -> list | None:
+    """What stands for the content of a source: the hash of each file, or the fingerprint that
+    `datasets` gives. None where nothing does: pipes, and rows in memory. Raises ValueError if it
+    cannot be read."""
+    found = _find(source)
+    if isinstance(found, list):
+        return (
+            [[str(file), _hash_of(file)] for file in found] if all(map(_is_file, found)) else None
+        )
+    if isinstance(source, str) and (files := local_files(source)):  # of a dataset in a folder
+        return [[str(file), _hash_of(file)] for file in files]
+    mark = getattr(found.rows, "_fingerprint", None)
+    # A function that transforms rows as they are read is no part of the fingerprint.
+    is_custom = mark is not None and getattr(found.rows, "format", {}).get("type") == "custom"
+    return None if mark is None or is_custom else [found.name, mark]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a file or nothing, which reading reports; no pipe."""
+    return path.is_file() or not path.exists()
+
+
+def _hash_of(file: Path) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _find(source: str | InMemory) -> list[Path] | InMemory:
+    """The files of a source, or its dataset."""
     if isinstance(source, InMemory):
-        yield from _dataset_records(source.rows, source.name)
-        return
+        return source
     name, parts = _split_source(source)
     path = Path(name)
     if not name:
@@ -64,20 +122,18 @@ def read_records(source: str | InMemory) -> Records:
     if "\0" in name:
         raise ValueError(f"{source!r}: expected a name without NUL characters")
     if path.is_dir():
-        yield from _folder(path, parts, source)
-    elif not path.exists() and glob.has_magic(name):
+        return _folder(path, parts, source)
+    if not path.exists() and glob.has_magic(name):
         files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
         files = [file for file in files if file.is_file()]
         if not files:
             raise ValueError(f"{source}: no file matches this pattern")
-        for file in files:
-            yield from read_file(file)
-    elif path.exists() or kind_of(path) in KINDS:
+        return files
+    if path.exists() or kind_of(path) in KINDS:
         if parts:
             raise ValueError(f"{source}: {name} is a file, which has no splits")
-        yield from read_file(path)
-    else:
-        yield from _hub(name, parts, source)
+        return [path]
+    return _hub(name, parts, source)
 
 
 def local_files(source: str) -> list[Path]:
@@ -104,10 +160,9 @@ def _split_source(source: str) -> tuple[str, list[str]]:
     return pieces[0], pieces[1:]
 
 
-def _folder(path: Path, parts: list[str], source: str) -> Records:
+def _folder(path: Path, parts: list[str], source: str) -> list[Path] | InMemory:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        yield from _saved(path, parts, source)
-        return
+        return _saved(path, parts, source)
     readme = path / "README.md"
     files = sorted(file for file in path.rglob("*") if _holds_rows(file.relative_to(path)))
     files = [file for file in files if file.is_file()]
@@ -116,10 +171,8 @@ def _folder(path: Path, parts: list[str], source: str) -> Records:
         r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
     )
     if is_described or not files or len(parts) > 1:
-        yield from _hub(str(path), parts, source)
-        return
-    for file in _files_of_split(path, files, parts, source):
-        yield from read_file(file)
+        return _hub(str(path), parts, source)
+    return _files_of_split(path, files, parts, source)
 
 
 def _holds_rows(path: Path) -> bool:
@@ -157,7 +210,7 @@ def _named_split(parts: list[str], splits: Collection[str]) -> str:
     return next((name for name in splits if _SPLITS.get(name.lower(), name) == kind), split)
 
 
-def _saved(path: Path, parts: list[str], source: str) -> Records:
+def _saved(path: Path, parts: list[str], source: str) -> InMemory:
     """Read a dataset, or a dict of splits, that `save_to_disk` wrote."""
     import datasets  # slow to import and needed only here
 
@@ -176,10 +229,10 @@ def _saved(path: Path, parts: list[str], source: str) -> Records:
     elif parts and parts[0] != str(saved.split):
         known = f"only {saved.split}" if saved.split else "the dataset was saved without splits"
         raise ValueError(f"{source}: no split {parts[0]!r}, {known}")
-    yield from _dataset_records(saved, str(path))
+    return InMemory(str(path), saved)
 
 
-def _hub(name: str, parts: list[str], source: str) -> Records:
+def _hub(name: str, parts: list[str], source: str) -> InMemory:
     """Read a dataset that `datasets` finds by name, or in a folder."""
     import datasets  # slow to import and needed only here
 
@@ -192,7 +245,7 @@ def _hub(name: str, parts: list[str], source: str) -> Records:
     except Exception as error:  # `datasets` raises a dozen types for a missing dataset
         problem = f"neither a file nor a dataset that could be loaded ({one_line(error)})"
         raise ValueError(f"{source}: {problem}") from error
-    yield from _dataset_records(dataset, name)
+    return InMemory(name, dataset)
 
 
 def _dataset_records(dataset, name: str) -> Records:

@@ -86,6 +86,38 @@ def tokenise_rows(
         BadRow: a prompt is empty or fills the window, or the chat template rejects or changes
             messages, and `on_bad_rows` is "error".
     """
+    queries, counts = tokenise_some(
+        rows,
+        tokenizer,
+        report,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        max_response_length=max_response_length,
+        chat_template_kwargs=chat_template_kwargs,
+        on_bad_rows=on_bad_rows,
+    )
+    if not queries:
+        first = next(iter(report.first.values()), "there are no rows")
+        raise ValueError(
+            "no row is left: every prompt is empty, too long or rejected by the chat template "
+            f"(first: {first})"
+        )
+    report.kept = len(queries)
+    return queries, counts
+
+
+def tokenise_some(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    report: RowReport,
+    *,
+    max_length: int,
+    max_prompt_length: int | None,
+    max_response_length: int | None,
+    chat_template_kwargs: dict[str, Any] | None,
+    on_bad_rows: str,
+) -> tuple[list[TokenisedQuery], TokenCounts]:
+    """As `tokenise_rows`, for some rows of many: they may all be bad, and `kept` stays."""
     template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
@@ -119,13 +151,6 @@ def tokenise_rows(
             response_ids = [_fit_response(ids, texts.end, limit, counts) for ids in responses]
             rewards = _float32_rewards(row.rewards)
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
-    if not queries:
-        first = next(iter(report.first.values()), "there are no rows")
-        raise ValueError(
-            "no row is left: every prompt is empty, too long or rejected by the chat template "
-            f"(first: {first})"
-        )
-    report.kept = len(queries)
     return queries, counts
 
 

@@ -12,7 +12,8 @@ __all__ = ["EvaluateConfig", "evaluate"]
 
 def evaluate(config: EvaluateConfig) -> "Evaluation":
     """Sample, score and measure; writes samples.jsonl, scored.jsonl, by_prompt.json and
-    evaluation.json to `output_dir`. A repeated call resumes.
+    evaluation.json to `output_dir`. A repeated call resumes. Under torchrun every process calls
+    this.
 
     Raises:
         ValueError: a mistake in options, files or rows.

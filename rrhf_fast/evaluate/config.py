@@ -1,17 +1,19 @@
 """Options of `python -m rrhf_fast.evaluate`."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from rrhf_fast.data.options import RowsConfig
+from rrhf_fast.sample.config import Policy
 from rrhf_fast.score.config import ScorerConfig
 from rrhf_fast.stages.options import check_temperature
+from rrhf_fast.stages.serve import ServeConfig
 
 
 @dataclass
-class EvaluationOptions(ScorerConfig):
+class EvaluationOptions(ScorerConfig, ServeConfig):
     """Fresh samples and their measures"""
 
     num_samples: Annotated[int, Ge(1), Le(10**4)] = 4
@@ -22,6 +24,11 @@ class EvaluationOptions(ScorerConfig):
     """Divides the logits of the model that samples."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Sample from the likeliest tokens that hold this share of the probability."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What draws these samples here. vllm (pip install vllm) is made for many prompts. With
+    serve_command, the server that it starts draws them."""
+    engine_kwargs: dict = field(default_factory=dict)
+    """Arguments of vLLM's class LLM, such as {tensor_parallel_size: 8, max_model_len: 4096}."""
     num_bootstrap: Annotated[int, Ge(1), Le(10**6)] = 2000
     """Bootstrap draws of the prompts behind each 95 % interval."""
     seed: Annotated[int, Ge(0)] = 0
@@ -31,10 +38,27 @@ class EvaluationOptions(ScorerConfig):
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         check_temperature(self.temperature)
+        self.check_serving()
+        self.sampling("model").validate()
         if self.policy_as_reward:
             raise ValueError(
                 "policy_as_reward: a model's own p cannot say how good its samples are"
             )
+
+    def sampling(self, model: str, source: str | None = None) -> Policy:
+        """How the samples of a model are drawn."""
+        return Policy(
+            method="sample" if self.serve_command is None else "openai",
+            model=model,
+            source=source,
+            num_responses=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            send_tokens=self.serve_command is not None,
+            backend=self.backend,
+            engine_kwargs=self.engine_kwargs,
+        )
 
 
 @dataclass

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after choosing the backend
 
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.run import BASELINE, MODEL, Evaluation, Side
 from rrhf_fast.score.reward_model import plain_text
+from rrhf_fast.stages.figure import new_figure
 from rrhf_fast.stages.files import replacing, write_text
 
 TITLES = {
@@ -113,7 +110,7 @@ def write_page(
     picture: Path,
     tables: Sequence[Table],
     samples: Table,
-    warning: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write one self-contained page: it embeds the picture and loads nothing."""
     data = base64.b64encode(picture.read_bytes()).decode()
@@ -121,7 +118,7 @@ def write_page(
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
-        *([f"<p><strong>{escape(warning)}</strong></p>"] if warning else []),
+        *(f"<p><strong>{escape(warning)}</strong></p>" for warning in warnings),
         f'<img alt="{escape(title)}: curves" src="data:image/png;base64,{data}">',
         *(_html(table) for table in tables),
         "<h2>Samples</h2>",
@@ -139,7 +136,8 @@ def _html(table: Table) -> str:
 
 def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Plot rewards, best of n, lengths, and reward against length; one colour per side."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = new_figure(11, 7)
+    axes = figure.subplots(2, 2)
     rewards, best, lengths, both = axes.flat
     sides = evaluation.sides
     words = {
@@ -162,7 +160,7 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
         best.fill_between(n, low, high, alpha=0.2, color=f"C{number}", linewidth=0)
         both.scatter(words[name], values[name], s=8, alpha=0.4, label=name, color=f"C{number}")
     best.set(title="Best of n samples, 95 % interval", xlabel="n", ylabel="expected reward")
-    best.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    best.locator_params(axis="x", integer=True)
     both.set(title="Reward against length", xlabel="words", ylabel="reward")
     save_figure(figure, axes.flat, path)
 
@@ -175,4 +173,3 @@ def save_figure(figure, axes, path: Path) -> None:
             axis.legend(fontsize="small")
     with replacing(path) as staging:
         figure.savefig(staging, dpi=110, format="png")
-    plt.close(figure)

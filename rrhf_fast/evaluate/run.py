@@ -1,8 +1,9 @@
 """The stage `evaluate`: sample a model, score and measure the samples, compare with a baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from rrhf_fast.data.checks import check_score, one_line
 from rrhf_fast.data.encode import encode_responses
 from rrhf_fast.data.load import load_drafts, load_rows
 from rrhf_fast.data.options import OWN_FORMAT
-from rrhf_fast.data.rows import Draft
+from rrhf_fast.data.rows import Draft, Row
 from rrhf_fast.data.sources import read_records
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import (
@@ -24,7 +25,7 @@ from rrhf_fast.evaluate.measures import (
 )
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sample import sample
-from rrhf_fast.sample.config import Policy, SampleConfig
+from rrhf_fast.sample.config import SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.score.logprobs import LogProbs, generated
@@ -32,16 +33,20 @@ from rrhf_fast.score.run import check_scorer
 from rrhf_fast.stages.files import to_json, write_text
 from rrhf_fast.stages.identity import identity, refuse_pipes
 from rrhf_fast.stages.journal import is_finished
-from rrhf_fast.stages.lock import locked
 from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.ranks import Ranks, join_ranks, locked_once
 from rrhf_fast.stages.run_folder import claim, pass_on
+
+T = TypeVar("T")
 
 # The two sides, as named in `sources`.
 MODEL, BASELINE = "model", "baseline"
-# Everything that an evaluation writes, complete or not; in the order of its removal. The options
-# go last: while there is anything else, they say whose it is.
+# Everything that an evaluation writes, complete or not, as patterns; in the order of its removal.
+# The options go last: while there is anything else, they say whose it is.
 FILES = ("report.html", "evaluation.png", "evaluation.json", "by_prompt.json", "scored.jsonl")
-FILES += ("samples.jsonl", "scored.jsonl.journal", "samples.jsonl.journal", "options.json")
+FILES += ("samples.jsonl", "scored.jsonl.journal.[0-9]*", "samples.jsonl.journal.[0-9]*")
+FILES += ("scored.jsonl.journal", "samples.jsonl.journal")
+FILES += ("samples.jsonl.server.log", "options.json")
 
 
 @dataclass
@@ -85,11 +90,11 @@ class Evaluation:
 def run(config: EvaluateConfig) -> Evaluation:
     """See `rrhf_fast.evaluate`."""
     config.validate()
-    with locked(config.output_dir):
-        return _evaluate(config)
+    with join_ranks("evaluate", config) as ranks, locked_once(ranks, config.output_dir):
+        return _evaluate(config, ranks)
 
 
-def _evaluate(config: EvaluateConfig) -> Evaluation:
+def _evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     models = {MODEL: config.model_name_or_path}
     if config.baseline is not None and not config.baseline.endswith(".jsonl"):
         models[BASELINE] = config.baseline
@@ -97,8 +102,8 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
 
     # Draw and score the samples, unless an interrupted run already has.
     replaces = FILES if config.overwrite else ()
-    folder = claim(config.output_dir, identity(config), replaces=replaces)
-    scored = _scored_samples(config, models, folder)
+    folder = ranks.once(lambda: claim(config.output_dir, identity(config), replaces=replaces))
+    scored = _scored_samples(config, models, folder, ranks)
     sides = {name: read_side(scored, name) for name in models}
     if sides[MODEL].prompts != prompts:
         problem = f"{scored} has other prompts than data, so it was changed or cut"
@@ -113,7 +118,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
 
     # Measure them, with intervals from the same draws of prompts for all measures.
     bootstrap = Bootstrap(len(keep), config.num_bootstrap, config.seed)
-    measures = _measure_sides(config, sides)
+    measures = _measure_sides(config, sides, ranks)
     estimates = {
         name: {
             measure: bootstrap.ratio(*astuple(value)) if isinstance(value, ByPrompt) else value
@@ -122,7 +127,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
         for name, of_side in measures.items()
     }
     if config.ranking_data is not None:
-        ranking = measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config)
+        ranking = measures[MODEL]["ranking_accuracy"] = _ranking_accuracy(config, ranks)
         rows = Bootstrap(len(ranking.numerators), config.num_bootstrap, config.seed)
         estimates[MODEL]["ranking_accuracy"] = rows.ratio(*astuple(ranking))
     evaluation = Evaluation(
@@ -137,7 +142,7 @@ def _evaluate(config: EvaluateConfig) -> Evaluation:
         prompts=len(keep),
         dropped=total - len(keep),
     )
-    _write(evaluation, folder)
+    ranks.first(lambda: _write(evaluation, folder))
     return evaluation
 
 
@@ -161,26 +166,19 @@ def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> tuple[list,
     return prompts, earlier
 
 
-def _scored_samples(config: EvaluateConfig, models: dict[str, str], folder: Path) -> Path:
+def _scored_samples(
+    config: EvaluateConfig, models: dict[str, str], folder: Path, ranks: Ranks
+) -> Path:
     """Run the stages `sample` and `score` where their files are missing; returns scored.jsonl."""
     samples, scored = folder / "samples.jsonl", folder / "scored.jsonl"
-    if is_finished(scored):
+    has_samples, has_scores = ranks.once(lambda: (is_finished(samples), is_finished(scored)))
+    if has_scores:
         say(f"reusing {scored}")
         return scored
-    if is_finished(samples):
+    if has_samples:
         say(f"reusing {samples}")
     else:
-        policies = [
-            Policy(
-                model=model,
-                source=name,
-                num_responses=config.num_samples,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-            )
-            for name, model in models.items()
-        ]
+        policies = [config.sampling(model, name) for name, model in models.items()]
         # Empty and repeated samples count too.
         options = {"output": str(samples), "policies": policies, "keep_all": True}
         sample(pass_on(config, SampleConfig, **options))
@@ -218,7 +216,7 @@ def _earlier(path: str, prompts: list) -> Side:
 
 
 def _measure_sides(
-    config: EvaluateConfig, sides: dict[str, Side]
+    config: EvaluateConfig, sides: dict[str, Side], ranks: Ranks
 ) -> dict[str, dict[str, ByPrompt | Estimate]]:
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model_name_or_path, **code)
@@ -227,7 +225,7 @@ def _measure_sides(
         option = "reference_model_name_or_path"
         reference = LogProbs(config.reference_model_name_or_path, config, option)
         for name, side in sides.items():
-            measures[name]["perplexity"] = _perplexity(side, reference)
+            measures[name]["perplexity"] = _perplexity(side, reference, config, ranks)
     return measures
 
 
@@ -257,38 +255,59 @@ def _plain(value: float) -> Estimate:
     return Estimate(float(value), float("nan"), float("nan"))
 
 
-def _perplexity(side: Side, reference: LogProbs) -> ByPrompt:
+def _perplexity(side: Side, reference: LogProbs, config: EvaluateConfig, ranks: Ranks) -> ByPrompt:
     """exp(-mean log-prob) of the samples' tokens under the reference, given the prompt."""
-    by_row = reference(side.drafts)
+
+    def sums(logps: np.ndarray, row: int, i: int) -> tuple[float, int]:
+        own = generated(logps, side.finish_reasons[row][i])
+        return float(own.sum()), len(own)
+
+    by_row = _of_logps(reference, side.drafts, sums, config, ranks)
     _print_unread("reference_model_name_or_path", by_row)
-    kept = [
-        [
-            generated(logps, reason)
-            for logps, reason in zip(row, reasons, strict=True)
-            if not isinstance(logps, str)
-        ]
-        for row, reasons in zip(by_row, side.finish_reasons, strict=True)
-    ]
-    sums = [sum(float(logps.sum()) for logps in row) for row in kept]
-    counts = [sum(len(logps) for logps in row) for row in kept]
-    return ByPrompt(sums, counts, lambda mean: np.exp(-mean))
+    kept = [[pair for pair in row if not isinstance(pair, str)] for row in by_row]
+    totals = [sum(total for total, _ in row) for row in kept]
+    counts = [sum(count for _, count in row) for row in kept]
+    return ByPrompt(totals, counts, lambda mean: np.exp(-mean))
 
 
-def _ranking_accuracy(config: EvaluateConfig) -> ByPrompt:
+def _ranking_accuracy(config: EvaluateConfig, ranks: Ranks) -> ByPrompt:
     rows, _ = load_rows(config.ranking_data, **config.reading())
     model = LogProbs(config.model_name_or_path, config)
-    pairs, by_row = [], model(rows)
+    by_row = _of_logps(model, rows, lambda logps, row, i: logps.mean(), config, ranks)
     _print_unread("ranking_data", by_row)
-    for row, logps in zip(rows, by_row, strict=True):
-        keep = [i for i, values in enumerate(logps) if not isinstance(values, str)]
-        p, scores = [logps[i].mean() for i in keep], [row.rewards[i] for i in keep]
+    pairs = []
+    for row, p in zip(rows, by_row, strict=True):
+        keep = [i for i, value in enumerate(p) if not isinstance(value, str)]
+        p, scores = [p[i] for i in keep], [row.rewards[i] for i in keep]
         pairs.append(pairs_in_order(np.array(p), np.array(scores)))
     return ByPrompt(*zip(*pairs, strict=True))
 
 
-def _print_unread(option: str, by_row: list[list[np.ndarray | str]]) -> None:
+def _of_logps(
+    model: LogProbs,
+    rows: Sequence[Draft | Row],
+    measure: Callable[[np.ndarray, int, int], T],
+    config: EvaluateConfig,
+    ranks: Ranks,
+) -> list[list[T | str]]:
+    """[row][response] -> `measure` of its log-probs, row and number; or the reason why it has none.
+    Ranks take batches of rows in turn, the same batches whatever the number of ranks: log-probs
+    depend a little on what they are computed with."""
+    starts = range(0, len(rows), config.batch_size)
+    mine = {}
+    for start in ranks.share(starts):
+        batch = model(rows[start : start + config.batch_size])
+        mine[start] = [
+            [x if isinstance(x, str) else measure(x, row, i) for i, x in enumerate(logps)]
+            for row, logps in enumerate(batch, start)
+        ]
+    of_all = {start: batch for part in ranks.gather(mine) for start, batch in part.items()}
+    return [row for start in starts for row in of_all[start]]
+
+
+def _print_unread(option: str, by_row: list[list[object | str]]) -> None:
     """Say how many responses a model could not read, and why the first one."""
-    if reasons := [logps for row in by_row for logps in row if isinstance(logps, str)]:
+    if reasons := [found for row in by_row for found in row if isinstance(found, str)]:
         first = one_line(reasons[0])
         say(f"{option}: {len(reasons)} responses have no log-probs (first: {first})")
 

@@ -4,23 +4,25 @@ python -m rrhf_fast.export --checkpoint out/checkpoint-100 --output_dir model
 python -m rrhf_fast.export --checkpoint out --output_dir model --merge true   # out: LoRA adapters
 """
 
-from rrhf_fast.export import ExportConfig, export
+from rrhf_fast.export import ExportConfig
 from rrhf_fast.stages.command import fail, leave, run_command
+from rrhf_fast.stages.loading import quick_imports
 from rrhf_fast.stages.outlet import say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 it could not be written, 2 a mistake in
     options, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
-    return run_command("export", __doc__, ExportConfig, _run, arguments)
+    return run_command("export", __doc__, ExportConfig, _run, arguments, many_processes=False)
 
 
 def _run(config: ExportConfig) -> int:
-    # Heavy, and not needed for --help.
-    from rrhf_fast.model.save import SaveFailed
+    with quick_imports():  # not needed for --help
+        from rrhf_fast.export.run import run
+        from rrhf_fast.model.save import SaveFailed
 
     try:
-        say(f"the model is in {export(config)}")
+        say(f"the model is in {run(config)}")
     except SaveFailed as error:
         return fail("export", f"{error}; run the same command again", 1)
     return 0

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rrhf_fast.stages.hub import HubConfig
+
 
 @dataclass
-class ExportConfig:
+class _Exported:
     """Checkpoint and model"""
 
     checkpoint: str
@@ -18,5 +20,13 @@ class ExportConfig:
     float32."""
     merge: bool = False
     """Add LoRA adapters to the weights of their model, instead of exporting them alone."""
+    base_model_name_or_path: str | None = None
+    """Model that LoRA adapters were trained for. Default: the one they name; a relative path that
+    leads nowhere from here is looked up from their folder and those above it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose author you trust."""
+
+
+@dataclass
+class ExportConfig(_Exported, HubConfig):
+    """Options of `python -m rrhf_fast.export`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from rrhf_fast.data.checks import listed, one_line, show
 from rrhf_fast.export.config import ExportConfig
@@ -30,6 +31,7 @@ from rrhf_fast.model.pretrained import (
 )
 from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.stages.bounded import Limits
+from rrhf_fast.stages.outlet import say
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,7 +52,7 @@ def merge(adapters: Path, config: ExportConfig, base: str) -> tuple[PreTrainedMo
     from peft import PeftModel
 
     where = f"checkpoint: {config.checkpoint}"
-    option = f"{where}: base_model_name_or_path"
+    option = base_option(config)
     code = {"trust_remote_code": config.trust_remote_code}
     try:
         settings, stored = _read_settings(adapters), _read_weights(adapters)
@@ -74,6 +76,26 @@ def merge(adapters: Path, config: ExportConfig, base: str) -> tuple[PreTrainedMo
     with loading(config.checkpoint, "checkpoint"):
         check_weights(lm)
     return lm, dtype
+
+
+def find_base(named: str, folder: Path, config: ExportConfig) -> str:
+    """The base model of the adapters in `folder`, which name `named`: that of the options if there
+    is one. Whoever trained them may have typed a path from the folders above."""
+    if config.base_model_name_or_path is not None:
+        return config.base_model_name_or_path
+    here = folder.resolve()
+    places = [Path(), *([] if Path(named).is_absolute() else [here, *here.parents])]
+    found = [place / named for place in places if (place / named / CONFIG_NAME).is_file()]
+    if not found or found[0] == Path(named):
+        return named
+    say(f"note: the base model {one_line(named)} is taken to be {found[0]}")
+    return str(found[0])
+
+
+def base_option(config: ExportConfig) -> str:
+    """What messages call the name of the base model."""
+    own = config.base_model_name_or_path is not None
+    return f"{'' if own else f'checkpoint: {config.checkpoint}: '}base_model_name_or_path"
 
 
 def base_of(adapters: Path) -> str:

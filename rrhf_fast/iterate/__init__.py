@@ -6,7 +6,8 @@ __all__ = ["IterateConfig", "iterate"]
 
 
 def iterate(config: IterateConfig) -> list[dict]:
-    """Run the rounds that are not done yet; returns the measures per round, round 0 first.
+    """Run the rounds that are not done yet; returns the measures per round, round 0 first. Under
+    torchrun every process calls this.
 
     Raises:
         ValueError: a mistake in options, files or rows.

@@ -8,27 +8,28 @@ python -m rrhf_fast.iterate --config rounds.yaml --kl_coef 0.01 --steps_per_roun
 If it is killed, the same command with its --output_dir resumes.
 """
 
-from rrhf_fast.iterate import IterateConfig, iterate
+from rrhf_fast.iterate import IterateConfig
 from rrhf_fast.stages.command import PREEMPTED, fail, leave, run_command
+from rrhf_fast.stages.loading import quick_imports
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a stage failed, 2 a mistake in options or
-    data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP while training, 130 Ctrl-C, 143 and 129 SIGTERM
-    and SIGHUP elsewhere."""
+    data, 75 stopped by SIGUSR1, and by SIGTERM or SIGHUP while training or among several processes,
+    130 Ctrl-C, 143 and 129 SIGTERM and SIGHUP elsewhere."""
     return run_command("iterate", __doc__, IterateConfig, _run, arguments)
 
 
 def _run(config: IterateConfig) -> int:
-    # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.iterate.run import Preempted
-    from rrhf_fast.model.save import SaveFailed
-    from rrhf_fast.stages.endpoint import EndpointDown
-    from rrhf_fast.train.backward import OutOfMemory
-    from rrhf_fast.train.step import NotFinite
+    with quick_imports():  # not needed for --help or a misspelt option
+        from rrhf_fast.iterate.run import Preempted, run
+        from rrhf_fast.model.save import SaveFailed
+        from rrhf_fast.stages.endpoint import EndpointDown
+        from rrhf_fast.train.backward import OutOfMemory
+        from rrhf_fast.train.step import NotFinite
 
     try:
-        iterate(config)
+        run(config)
     except (EndpointDown, NotFinite, OutOfMemory, SaveFailed, Preempted) as error:
         again = "what is done is kept: run the same command again, with its --output_dir"
         return fail("iterate", f"{error}; {again}", PREEMPTED if type(error) is Preempted else 1)

@@ -79,9 +79,21 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         for name in ("model_name_or_path", "data", "eval_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
-        SampleConfig(
-            data="data", output="output", model_name_or_path="model", policies=self.policies
-        ).validate()
+        samples = SampleConfig(
+            data="data",
+            output="output",
+            model_name_or_path="model",
+            policies=self.policies,
+            serve_command=self.serve_command,
+        )
+        samples.validate()
+        for i, policy in enumerate(self.policies):
+            if policy.method == "openai" and policy.model is None and not samples.is_served(policy):
+                problem = (
+                    "missing: no server knows the model of a round unless it is started for it"
+                )
+                how = "name a model of the server, or leave base_url out and set --serve_command"
+                raise ValueError(f"policies[{i}].model: {problem} ({how})")
         defaults = TrainConfig()
         for name, instead in TRAIN_OPTIONS_ELSEWHERE.items():
             if getattr(self.train, name) != getattr(defaults, name):
@@ -117,6 +129,11 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         return replace(self.train, **options)
 
 
+_PUSHING = (
+    "push a round's model by: hf upload NAME OUTPUT_DIR/round-N/model . "
+    "--include='model*.safetensors*' --include='*config.json' --include='token*' "
+    "--include=chat_template.jinja --exclude='*/*'; with LoRA, from round-N/merged"
+)
 # The trainer's options that the rounds decide, and what to say instead.
 TRAIN_OPTIONS_ELSEWHERE = {
     "model_name_or_path": "say --model_name_or_path",
@@ -127,6 +144,9 @@ TRAIN_OPTIONS_ELSEWHERE = {
     "columns": "say --columns",
     "group_by": "say --group_by",
     "apply_chat_template": "say --apply_chat_template",
+    "push_to_hub": _PUSHING,
+    "hub_model_id": _PUSHING,
+    "hub_private_repo": _PUSHING,
     "dry_run": "run python -m rrhf_fast.train --dry_run true",
 }
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.report import (
@@ -17,11 +15,17 @@ from rrhf_fast.evaluate.report import (
     write_page,
 )
 from rrhf_fast.evaluate.run import BASELINE, MODEL, read_side
+from rrhf_fast.stages.figure import new_figure
 from rrhf_fast.stages.files import read_json, write_rows
 
 HACKING = (
     "warning: reward and perplexity both rose beyond their intervals, a sign of reward hacking. "
     "Read the samples; kl_coef keeps the model closer to its reference."
+)
+COLLAPSE = (
+    "warning: fewer of a prompt's samples are distinct than before training, beyond the intervals: "
+    "the model's answers collapse. Read the samples; fewer steps, a lower learning rate or kl_coef "
+    "keep more of them."
 )
 
 
@@ -56,7 +60,7 @@ def write_rounds(folder: Path, records: list[dict]) -> str:
     )
     plot_rounds(records, folder / "rounds.png")
     table = rounds_table(records)
-    warning = HACKING if is_hacking(records) else None
+    warnings = [HACKING] * is_hacking(records) + [COLLAPSE] * is_collapsing(records)
     sides = {
         BASELINE: read_side(folder / "round-0" / "evaluation" / "scored.jsonl", MODEL),
         MODEL: read_side(
@@ -69,9 +73,9 @@ def write_rounds(folder: Path, records: list[dict]) -> str:
         folder / "rounds.png",
         [table],
         side_by_side(sides),
-        warning,
+        warnings,
     )
-    return as_text(table) + (f"\n\n{warning}" if warning else "")
+    return "\n\n".join([as_text(table), *warnings])
 
 
 def rounds_table(records: list[dict]) -> Table:
@@ -92,16 +96,33 @@ def is_hacking(records: list[dict]) -> bool:
     return all(last[name].low > first[name].high for name in ("reward", "perplexity"))
 
 
+def is_collapsing(records: list[dict]) -> bool:
+    """Whether the share of distinct samples of the last round is below round 0's beyond the
+    intervals."""
+    return records[-1]["distinct"].high < records[0]["distinct"].low
+
+
+# What is plotted, in which color.
+PANELS = {
+    "reward": "C3",
+    "perplexity": "C0",
+    "distinct": "C4",
+    "ranking_accuracy": "C2",
+    "tokens": "C1",
+    "cut_off": "C5",
+}
+
+
 def plot_rounds(records: list[dict], path: Path) -> None:
-    """Plot reward, perplexity, ranking accuracy and length; one point per round."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    panels = (("reward", "C3"), ("perplexity", "C0"), ("ranking_accuracy", "C2"), ("tokens", "C1"))
-    for axis, (name, color) in zip(axes.flat, panels, strict=True):
+    """Plot these measures; one point per round."""
+    figure = new_figure(15, 7)
+    axes = figure.subplots(2, 3)
+    for axis, (name, color) in zip(axes.flat, PANELS.items(), strict=True):
         measured = [record for record in records if name in record]
         numbers, values = [r["round"] for r in measured], [r[name] for r in measured]
         middle = np.array([value.value for value in values])
         error = [middle - [value.low for value in values], [v.high for v in values] - middle]
         axis.errorbar(numbers, middle, yerr=np.maximum(error, 0), fmt="o-", color=color, capsize=4)
         axis.set(title=f"{TITLES[name].capitalize()}, 95 % interval", xlabel="round")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.locator_params(axis="x", integer=True)
     save_figure(figure, axes.flat, path)

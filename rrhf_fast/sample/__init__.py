@@ -11,8 +11,9 @@ def sample(config: SampleConfig) -> Counter:
     """Add responses to rows; writes `config.output`.
 
     A row keeps its fields and gains `responses`, `sources` and `finish_reasons` ("stop", "length"
-    or null), `as_generated` where local models answered messages, and `failures` where an endpoint
-    gave no text. A killed run resumes when repeated.
+    or null), `as_generated` where messages were answered as tokens (by local models, or with
+    send_tokens), and `failures` where an endpoint gave no text. A killed run resumes when repeated.
+    Under torchrun every process calls this.
 
     Returns:
         Counts: rows, responses, duplicates, empty, unfinished, failures, unrankable (rows with
@@ -23,6 +24,7 @@ def sample(config: SampleConfig) -> Counter:
     Raises:
         ValueError: a mistake in options, files or rows.
         EndpointDown: an endpoint stopped answering; call again to resume.
+        HubFailed: with push_to_hub; the hub cannot be reached, or does not take the rows.
     """
     from rrhf_fast.sample.run import run  # late: this loads PyTorch
 

@@ -1,6 +1,7 @@
 """Options of `python -m rrhf_fast.sample`: which rows, which models, which decoding policies."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -8,6 +9,7 @@ from annotated_types import Ge, Gt, Le
 from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
+from rrhf_fast.stages.hub import DatasetHubConfig
 from rrhf_fast.stages.options import (
     as_config,
     check,
@@ -15,6 +17,7 @@ from rrhf_fast.stages.options import (
     check_temperature,
     check_within,
 )
+from rrhf_fast.stages.serve import ServeConfig
 
 
 @dataclass
@@ -23,7 +26,12 @@ class Policy:
 
     method: Literal["greedy", "beam", "diverse_beam", "sample", "provided", "openai"] = "sample"
     """provided takes the responses that the row holds, openai asks an OpenAI-compatible endpoint;
-    the others decode with transformers."""
+    the others decode here."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What decodes here. vllm (pip install vllm) is made for many prompts and knows no diverse
+    beams; its samples repeat only with send_seed."""
+    engine_kwargs: dict = field(default_factory=dict)
+    """Arguments of vLLM's class LLM, such as {tensor_parallel_size: 8, max_model_len: 4096}."""
     model: str | None = None
     """Folder or hub name of a model, or the endpoint's name for one. Default:
     --model_name_or_path."""
@@ -55,20 +63,38 @@ class Policy:
     provided, chosen or rejected; in rows without sources the last two. sampled: the others."""
 
     base_url: str | None = None
-    """Address of the endpoint, such as http://localhost:8000/v1. Default: that of OpenAI."""
+    """Address of the endpoint, such as http://localhost:8000/v1. Default: that of the server which
+    --serve_command starts, else that of OpenAI."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key. Local servers need none."""
     chat: bool = True
-    """Send a string prompt as one message of the user; false sends it as it is to /completions.
-    Messages that end with one of the assistant ask to continue it: vLLM does, OpenAI refuses."""
+    """Send a string prompt as one message of the user; false sends it as it is to /completions,
+    which base models need. Messages that end with one of the assistant ask to continue it: vLLM
+    does, OpenAI refuses."""
+    send_tokens: bool = False
+    """Send prompts to /completions as the tokens that training sees, rendered here, and take the
+    responses as they were generated, as from a local model; vLLM can. Start it with
+    --generation-config vllm, or the model's own settings decide what is not sent."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer for send_tokens. Default: that of the model."""
     extra_body: dict = field(default_factory=dict)
-    """Further fields of each request that only some servers know, such as {reasoning_effort: low}.
-    {chat_template_kwargs: {}} where an endpoint refuses those of options and rows."""
+    """Further fields of each request that only some servers know, such as {reasoning_effort: low},
+    or {use_beam_search: true} of vLLM, for num_beams beams. {chat_template_kwargs: {}} where an
+    endpoint refuses those of options and rows."""
 
     @property
     def count(self) -> int:
-        """Responses a prompt."""
+        """Responses per prompt."""
         return self.num_responses or (1 if self.method in ("greedy", "openai") else 4)
+
+    @property
+    def recorded_source(self) -> str:
+        """The entry in `sources` of a new response of this policy."""
+        if self.source is not None:
+            return self.source
+        if self.method == "openai":
+            return f"openai:{self.model}" if self.model else "openai"
+        return f"{self.method}:{Path(self.model).name}" if self.model else self.method
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
@@ -84,6 +110,11 @@ class Policy:
             check_temperature(self.temperature)
         if not isinstance(self.extra_body.get("chat_template_kwargs", {}), dict):
             raise ValueError("extra_body: chat_template_kwargs: expected names and values")
+        if self.backend == "vllm" and self.method in ("diverse_beam", "openai", "provided"):
+            problem = f"vllm decodes with greedy, beam or sample, found method {self.method}"
+            raise ValueError(f"backend: {problem}")
+        if self.engine_kwargs and self.backend != "vllm":
+            raise ValueError("engine_kwargs: is for backend vllm")
         if self.method == "greedy" and self.count > 1:
             raise ValueError(f"num_responses: greedy gives 1, found {self.count}")
         if (self.num_beams or self.count) < self.count:
@@ -96,7 +127,7 @@ class Policy:
 
 
 @dataclass
-class SampleConfig(RowsConfig, EndpointConfig):
+class SampleConfig(RowsConfig, EndpointConfig, ServeConfig, DatasetHubConfig):
     """Rows, models and decoding"""
 
     data: str | list[str] | None = None
@@ -132,21 +163,28 @@ class SampleConfig(RowsConfig, EndpointConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with a model. Only for models whose author you trust."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the run, from which each batch and each request derives its own."""
+    """Seed of the run, from which each batch derives its own, and with send_seed each request."""
 
     def __post_init__(self):
         # Files and command lines give plain dicts.
         self.policies = as_config(Policy, self.policies, "policies")
 
+    def is_served(self, policy: Policy) -> bool:
+        """Whether a policy asks the server that serve_command starts."""
+        is_here = policy.method == "openai" and policy.base_url is None
+        return is_here and self.serve_command is not None
+
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         check(self)
+        self.check_serving()
         self.reading()
         if "" in self.stop_strings:
             raise ValueError("stop_strings: an empty text would cut every response to nothing")
         for name in ("data", "output", "policies"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
+        self.repository()
         refuse_reserved(self.chat_template_kwargs)
         for i, policy in enumerate(self.policies):
             check_within(f"policies[{i}]", Policy.validate, policy)

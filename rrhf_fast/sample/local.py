@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rrhf_fast.data.encode import decode_response
 from rrhf_fast.data.load import RowReport
@@ -13,6 +15,7 @@ from rrhf_fast.model.generate import batches_by_length, generate_batch
 from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.stages.journal import fingerprint
+from rrhf_fast.stages.ranks import local_device
 
 
 class LocalModel:
@@ -28,26 +31,13 @@ class LocalModel:
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.name, self.config, self.report = name, config, RowReport()
         self.tokenizer = load_tokenizer(name, **code)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.lm = load_model(name, **code).to(device, inference_dtype(config.dtype))
+        self.lm = load_model(name, **code).to(local_device(), inference_dtype(config.dtype))
         with loading(name, option):
             check_forward(self.lm)
         self.max_length = max_positions(self.lm)
-        rows = [draft.pick([]).as_row() for draft in drafts]
-        template = {"chat_template_kwargs": config.chat_template_kwargs}
-        queries, _ = tokenise_rows(
-            rows,
-            self.tokenizer,
-            self.report,
-            max_length=self.max_length or 10**9,
-            max_prompt_length=config.max_prompt_length,
-            on_bad_rows=config.on_bad_rows,
-            **template,
+        self.prompts, self.end_token_ids = tokenise_prompts(
+            self.tokenizer, drafts, config, self.report, self.max_length
         )
-        usable = [query.row for query in queries]
-        self.end_token_ids = end_token_ids(self.tokenizer, usable, **template)
-        numbers = {id(row): i for i, row in enumerate(rows)}
-        self.prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
         check_vocabulary([*self.prompts.values(), self.end_token_ids], self.lm, name, option)
         usable = list(self.prompts)
         self.batches = [
@@ -60,7 +50,8 @@ class LocalModel:
     def answer(self, policy: Policy, batch: int, seed: int) -> list[list[dict]]:
         """The responses to each prompt of a batch, as {"text", "finish_reason", "as_generated"}."""
         stop_strings = self.config.stop_strings
-        with torch.random.fork_rng():
+        gpus = [self.lm.device] if self.lm.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)
             generated = generate_batch(
                 self.lm,
@@ -72,14 +63,59 @@ class LocalModel:
                 stop_strings=stop_strings,
                 tokenizer=self.tokenizer,
             )
-        return [[self._response(ids) for ids in responses] for responses in generated]
+        return [
+            [
+                as_response(ids, self.tokenizer, self.end_token_ids, stop_strings)
+                for ids in responses
+            ]
+            for responses in generated
+        ]
 
-    def _response(self, ids) -> dict:
-        text = decode_response(self.tokenizer, ids, self.end_token_ids)
-        cut = cut_at(self.config.stop_strings, text)
-        ended = cut != text or (len(ids) > 0 and ids[-1] in self.end_token_ids)
-        reason = "stop" if ended else "length"
-        return {"text": cut, "finish_reason": reason, "as_generated": True}
+
+def tokenise_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    drafts: Sequence[Draft],
+    config: SampleConfig,
+    report: RowReport,
+    max_length: int | None,
+) -> tuple[dict[int, np.ndarray], list[int]]:
+    """The tokens of prompts as training sees them, by the numbers of their rows, and the tokens
+    that end a response.
+
+    Args:
+        report: counts rows that are left out, such as those that fill a window of `max_length`.
+
+    Raises:
+        ValueError: a prompt that cannot be read, unless the options skip those; or all are such.
+    """
+    rows = [draft.pick([]).as_row() for draft in drafts]
+    template = {"chat_template_kwargs": config.chat_template_kwargs}
+    queries, _ = tokenise_rows(
+        rows,
+        tokenizer,
+        report,
+        max_length=max_length or 10**9,
+        max_prompt_length=config.max_prompt_length,
+        on_bad_rows=config.on_bad_rows,
+        **template,
+    )
+    numbers = {id(row): i for i, row in enumerate(rows)}
+    prompts = {numbers[id(query.row)]: query.prompt_ids for query in queries}
+    return prompts, end_token_ids(tokenizer, [query.row for query in queries], **template)
+
+
+def as_response(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: list[int],
+    stop_strings: list[str],
+) -> dict:
+    """What is recorded of a response of these tokens: {"text", "finish_reason", "as_generated"}."""
+    text = decode_response(tokenizer, ids, end_token_ids)
+    cut = cut_at(stop_strings, text)
+    ended = cut != text or (len(ids) > 0 and ids[-1] in end_token_ids)
+    reason = "stop" if ended else "length"
+    return {"text": cut, "finish_reason": reason, "as_generated": True}
 
 
 def seed_of(*parts: int) -> int:

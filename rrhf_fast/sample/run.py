@@ -1,61 +1,106 @@
 """The stage `sample`: add responses to rows."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from tqdm import tqdm
 
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.load import load_drafts
-from rrhf_fast.data.rows import Draft, cut_at, provided_mask
+from rrhf_fast.data.rows import Draft, provided_mask
 from rrhf_fast.model.decoder import load_tokenizer
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import LocalModel, seed_of
-from rrhf_fast.stages.answer import EndedThinking, Refused
-from rrhf_fast.stages.endpoint import Endpoint, ask_all
-from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.journal import Journal, fingerprint, is_usage
+from rrhf_fast.sample.remote import ask_endpoint, check_endpoint
+from rrhf_fast.sample.vllm import VllmModel, check_vllm
+from rrhf_fast.stages.cards import without_paths
+from rrhf_fast.stages.dataset_card import push_rows
+from rrhf_fast.stages.hub import public_name
+from rrhf_fast.stages.identity import depends_on, refuse_pipes
+from rrhf_fast.stages.journal import Journal, is_usage
 from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.ranks import Ranks, join_ranks
+from rrhf_fast.stages.serve import Servers
+
+# Options of a policy that may name what is private: places, addresses, keys.
+_NOT_ON_CARDS = ("method", "model", "engine_kwargs", "base_url", "api_key_env", "tokenizer")
+_NOT_ON_CARDS += ("extra_body", "source")
 
 
 def run(config: SampleConfig) -> Counter:
     """See `rrhf_fast.sample`."""
     config.validate()
+    with join_ranks("sample", config) as ranks:
+        return _run(config, ranks)
+
+
+def _run(config: SampleConfig, ranks: Ranks) -> Counter:
+    if ranks.size > 1:
+        refuse_pipes(config)
     drafts, report = load_drafts(config.data, **config.reading())
     for line in report.lines("data"):
         say(line)
-    prompts = [asdict(draft) | {"where": None} for draft in drafts]
+    if config.serve_command is not None and not any(map(config.is_served, config.policies)):
+        say("note: serve_command: no policy of method openai without base_url uses it")
     for number, policy in enumerate(config.policies):  # fail early on a bad name, address or key
         if policy.method == "openai":
-            _endpoint(number, config)
+            check_endpoint(number, config)
         elif policy.method != "provided":
+            if policy.backend == "vllm":
+                check_vllm(f"policies[{number}].")
             name, option = _model_of(number, config)
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
-    depends_on = fingerprint("sample", identity(config), prompts)
-    options = {"overwrite": config.overwrite, "accepts": _is_result}
-    with Journal(config.output, depends_on, **options) as journal:
-        local: LocalModel | None = None
+    if (repository := config.repository()) is not None:
+        repository = ranks.once(repository.check)
+    options = {"ranks": ranks, "overwrite": config.overwrite, "accepts": _is_result}
+    key, log = depends_on("sample", config, drafts, ranks), f"{config.output}.server.log"
+    with Journal(config.output, key, **options) as journal, Servers(config, log, ranks) as servers:
+        if repository is not None:
+            ranks.once(repository.create)
+        loaded: list[LocalModel | VllmModel] = []  # at most one
         for number, policy in enumerate(config.policies):
             if policy.method == "openai":
-                _ask_endpoint(journal, number, policy, drafts, config)
+                loaded.clear()  # memory for the server
+                ask_endpoint(journal, number, policy, drafts, config, servers)
             elif policy.method != "provided":
-                local = _decode(journal, number, policy, drafts, config, local)
-        rows, counts = _merge(journal, drafts, config)
-        journal.finish(rows)
+                servers.stop()
+                _decode(journal, number, policy, drafts, config, loaded)
+        counts = ranks.once(lambda: _finish(journal, drafts, config))
+    if repository is not None:
+        ranks.once(lambda: push_rows(repository, config.output, "Sampled responses", _how(config)))
     counts.update(report.left_out() | report.by_kind())
     return counts
 
 
+def _how(config: SampleConfig) -> dict:
+    """How the responses were made, for the dataset's card."""
+    names = [f.name for f in fields(Policy) if f.name not in _NOT_ON_CARDS]
+    policies = []
+    for policy in config.policies:
+        changed = {name: getattr(policy, name) for name in names}
+        changed = {name: value for name, value in changed.items() if value != getattr(Policy, name)}
+        policies.append({"method": policy.method, **changed})
+        model = policy.model or config.model_name_or_path
+        if policy.method == "openai":
+            policies[-1]["model"] = f"{without_paths(model)}, behind an endpoint"
+        elif policy.method != "provided":
+            policies[-1]["model"] = public_name(model)
+    return {"policies": policies, "stop_strings": config.stop_strings, "seed": config.seed}
+
+
+def _finish(journal: Journal, drafts: Sequence[Draft], config: SampleConfig) -> Counter:
+    counts = Counter(rows=len(drafts))
+    journal.finish(_merged(journal, drafts, config, counts))
+    return counts
+
+
 def _is_result(key: str, result: object) -> bool:
-    """Whether `_decode` or `_ask_endpoint` may have journalled this."""
+    """Whether `_decode` or `ask_endpoint` may have journalled this."""
     if key.endswith("/all"):
         return result is None
-    if "/batch " not in key:
-        return _is_answer(result)
-    rows = result.values() if isinstance(result, dict) else [None]
+    by_row = {key: result} if "/batch " not in key else result
+    rows = by_row.values() if isinstance(by_row, dict) else [None]
     return all(isinstance(row, list) and all(map(_is_answer, row)) for row in rows)
 
 
@@ -73,27 +118,45 @@ def _decode(
     policy: Policy,
     drafts: Sequence[Draft],
     config: SampleConfig,
-    local: LocalModel | None,
-) -> LocalModel | None:
-    """Decode the batches missing in the journal; returns the model, for the next policies."""
-    if f"{number}/all" in journal.done:
-        return local
+    loaded: list[LocalModel | VllmModel],
+) -> None:
+    """Decode the batches missing in the journal, by the loaded model or one that takes its place
+    and remains for the next policies."""
+    if journal.has(f"{number}/all"):
+        return
     name, option = _model_of(number, config)
-    if local is None or local.name != name:
-        local = None  # free the old weights before loading new ones
-        local = LocalModel(name, drafts, config, option)
-        for line in local.report.lines(f"policies[{number}]"):
+    if not loaded or not _decodes(loaded[0], policy, name):
+        loaded.clear()  # free the old weights before loading new ones
+        if policy.backend == "vllm":
+            kwargs = policy.engine_kwargs
+            loaded.append(VllmModel(name, drafts, config, option, kwargs))
+        else:
+            loaded.append(LocalModel(name, drafts, config, option))
+        for line in loaded[0].report.lines(f"policies[{number}]"):
             say(line)
-    title = one_line(source_of(policy))
-    with tqdm(total=len(local.prompts), unit="prompt", desc=title, disable=None) as progress:
-        for index, batch in enumerate(local.batches):
-            key = f"{number}/batch {index}"
-            if key not in journal.done:
-                responses = local.answer(policy, index, seed_of(config.seed, number, index))
-                journal.write(key, dict(zip(map(str, batch), responses, strict=True)))
+    local = loaded[0]
+    numbers = {f"{number}/batch {index}": index for index in range(len(local.batches))}
+    mine = journal.mine(numbers)
+    bar = {"total": sum(len(local.batches[numbers[key]]) for key in mine), "unit": "prompt"}
+    title = one_line(policy.recorded_source)
+    with tqdm(**bar, desc=title, disable=journal.ranks.bar) as progress:
+        for key in mine:
+            index = numbers[key]
+            responses = local.answer(policy, index, seed_of(config.seed, number, index))
+            batch = local.batches[index]
+            journal.write(key, dict(zip(map(str, batch), responses, strict=True)))
             progress.update(len(batch))
-    journal.write(f"{number}/all", None)  # a resumed run need not load this model
-    return local
+    journal.share()
+    for key in journal.mine([f"{number}/all"]):
+        journal.write(key, None)  # a resumed run need not load this model
+
+
+def _decodes(local: LocalModel | VllmModel, policy: Policy, name: str) -> bool:
+    """Whether this is the model that a policy needs, in the engine that it names."""
+    if isinstance(local, LocalModel):
+        return policy.backend == "transformers" and local.name == name
+    same = local.name == name and local.engine_kwargs == policy.engine_kwargs
+    return policy.backend == "vllm" and same
 
 
 def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
@@ -103,101 +166,19 @@ def _model_of(number: int, config: SampleConfig) -> tuple[str, str]:
     return config.model_name_or_path, "model_name_or_path"
 
 
-def _endpoint(number: int, config: SampleConfig) -> Endpoint:
-    """The endpoint of a policy. Raises ValueError for an address or a key that cannot work."""
-    cures = {name: (f"policies[{number}].{name}", "null") for name in ("temperature", "top_p")}
-    cures |= {"top_k": (f"policies[{number}].top_k", "0")}
-    cures |= {"seed": ("send_seed", "false"), "stop": ("stop_strings", "[]")}
-    if config.token_limit_parameter != "auto":
-        cures[config.token_limit_parameter] = ("token_limit_parameter", "auto")
-    policy = config.policies[number]
-    return Endpoint(policy.base_url, policy.api_key_env, config, cures, f"policies[{number}].")
-
-
-def _ask_endpoint(
-    journal: Journal, number: int, policy: Policy, drafts: Sequence[Draft], config: SampleConfig
-) -> None:
-    endpoint = _endpoint(number, config)
-    model = policy.model or config.model_name_or_path
-
-    def ask(row: int, copy: int) -> dict:
-        seed = seed_of(config.seed, number, row, copy) % 2**31 if config.send_seed else None
-        try:
-            answer = endpoint.ask(model, seed=seed, **_request(policy, drafts[row], config))
-        except Refused as refusal:
-            cure = ""
-            if isinstance(refusal, EndedThinking):
-                cure = f" (raise the token limit, policies[{number}].max_new_tokens)"
-            return {"error": f"{refusal}{cure}", "usage": refusal.usage}
-        text = cut_at(config.stop_strings, answer.text)
-        cut_off = answer.finish_reason == "length" and text == answer.text
-        reason = "length" if cut_off else "stop"
-        return {"text": text, "finish_reason": reason, "usage": answer.usage}
-
-    work = {
-        f"{number}/{row}/{copy}": partial(ask, row, copy)
-        for row in range(len(drafts))
-        for copy in range(policy.count)
-    }
-    ask_all(work, journal, config.max_concurrency, source_of(policy))
-    if all("error" in journal.done[key] for key in work):
-        problem = f"every request was refused: {journal.done[f'{number}/0/0']['error']}"
-        journal.forget(work)
-        raise ValueError(f"policies[{number}]: {problem}")
-
-
-def _request(policy: Policy, draft: Draft, config: SampleConfig) -> dict:
-    """The arguments of `Endpoint.ask` for this row."""
-    # Fields that OpenAI lacks but local servers support.
-    extra = ({"top_k": policy.top_k} if policy.top_k else {}) | policy.extra_body
-    chat, tools = policy.chat or isinstance(draft.prompt, list), None
-    if chat:
-        tools = draft.tools or None  # some endpoints refuse an empty list
-        own = extra.pop("chat_template_kwargs", None)
-        kwargs = config.chat_template_kwargs | (own or {}) | (draft.chat_template_kwargs or {})
-        kwargs.pop("chat_template", None)  # names a template of the local tokenizer
-        # An empty dict in the policy suppresses them, for endpoints that refuse them.
-        if kwargs and own != {}:
-            extra["chat_template_kwargs"] = kwargs
-    if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
-        # The answer continues the last message.
-        extra = {"continue_final_message": True, "add_generation_prompt": False} | extra
-    return {
-        "prompt": draft.prompt,
-        "chat": chat,
-        "tools": tools,
-        "max_tokens": policy.max_new_tokens,
-        "temperature": policy.temperature,
-        "top_p": policy.top_p,
-        "stop": config.stop_strings or None,
-        "extra_body": extra or None,
-    }
-
-
-def source_of(policy: Policy) -> str:
-    """The entry in `sources` of a new response of this policy."""
-    if policy.source is not None:
-        return policy.source
-    if policy.method == "openai":
-        return f"openai:{policy.model}" if policy.model else "openai"
-    return f"{policy.method}:{Path(policy.model).name}" if policy.model else policy.method
-
-
-def _merge(
-    journal: Journal, drafts: Sequence[Draft], config: SampleConfig
-) -> tuple[list[dict], Counter]:
-    """The final rows, in input order, from the journal alone."""
+def _merged(
+    journal: Journal, drafts: Sequence[Draft], config: SampleConfig, counts: Counter
+) -> Iterator[dict]:
+    """The final rows, in input order, from the journal alone; adds to `counts`."""
     results = _results(journal, drafts, config)
-    counts, rows = Counter(rows=len(drafts)), []
     for row, draft in enumerate(drafts):
         out = {"prompt": draft.prompt, "responses": [], "sources": [], "finish_reasons": []}
         failures, as_generated = [], []
         for number, policy in enumerate(config.policies):
-            is_local = policy.method not in ("openai", "provided")
-            counts["unanswered"] += is_local and not results[number][row]
+            counts["unanswered"] += policy.method != "provided" and not results[number][row]
             for result in results[number][row]:
                 counts.update(result.get("usage", {}))
-                source = result.get("source", source_of(policy))
+                source = result.get("source", policy.recorded_source)
                 if "error" in result:
                     failures.append({"source": source, "error": result["error"]})
                     continue
@@ -216,8 +197,7 @@ def _merge(
             # Recorded so that training sees the prompt that the responses were drawn for.
             kwargs = config.chat_template_kwargs | (draft.chat_template_kwargs or {})
             out |= {"chat_template_kwargs": kwargs} if kwargs else {}
-        rows.append(draft.others | out)
-    return rows, counts
+        yield draft.others | out
 
 
 def _results(
@@ -229,11 +209,7 @@ def _results(
         if policy.method == "provided":
             results.append([_provided(draft, policy) for draft in drafts])
         elif policy.method == "openai":
-            keys = [
-                [f"{number}/{row}/{copy}" for copy in range(policy.count)]
-                for row in range(len(drafts))
-            ]
-            results.append([[journal.done[key] for key in of_row] for of_row in keys])
+            results.append([journal.done.get(f"{number}/{row}", []) for row in range(len(drafts))])
         else:
             by_row: dict[str, list[dict]] = {}
             for key, batch in journal.done.items():

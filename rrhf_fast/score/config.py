@@ -8,6 +8,7 @@ from annotated_types import Ge
 from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.stages.endpoint import EndpointConfig
+from rrhf_fast.stages.hub import DatasetHubConfig
 from rrhf_fast.stages.options import check, check_magnitudes
 
 
@@ -104,7 +105,7 @@ class ScorerConfig(RewardConfig, LogProbsConfig, ModelsConfig, JudgeConfig, Endp
 
 
 @dataclass
-class ScoreConfig(RowsConfig, ScorerConfig):
+class ScoreConfig(RowsConfig, ScorerConfig, DatasetHubConfig):
     """Rows"""
 
     data: str | list[str] | None = None
@@ -126,6 +127,7 @@ class ScoreConfig(RowsConfig, ScorerConfig):
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
+        self.repository()
         for name in ("model_name_or_path", "reference_model_name_or_path"):
             if self.kl_coef and getattr(self, name) is None:
                 raise ValueError(f"{name}: missing (kl_coef compares policy and reference)")

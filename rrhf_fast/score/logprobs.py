@@ -14,6 +14,7 @@ from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer,
 from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.score.config import ScorerConfig
+from rrhf_fast.stages.ranks import local_device
 
 # Tokens of prompt and response, if the model's config has no window.
 DEFAULT_WINDOW = 4096
@@ -27,7 +28,7 @@ class LogProbs:
         packing does not support it."""
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.tokenizer = load_tokenizer(name, **code)
-        lm = load_model(name, **code).to("cuda" if torch.cuda.is_available() else "cpu")
+        lm = load_model(name, **code).to(local_device())
         with loading(name, option):
             check_forward(lm)
         self.max_length = max_positions(lm) or DEFAULT_WINDOW

@@ -17,6 +17,7 @@ from rrhf_fast.model.pretrained import (
 )
 from rrhf_fast.score.config import ScorerConfig
 from rrhf_fast.stages.bounded import TooMuch
+from rrhf_fast.stages.ranks import local_device
 
 Prompt = str | list[dict]
 OPTION = "reward_model_name_or_path"
@@ -42,7 +43,7 @@ class RewardModel:
                 raise ValueError(f"not a reward model: {error}") from error
             if model.config.num_labels != 1:
                 raise ValueError(f"expected a head of 1 label, found {model.config.num_labels}")
-        self.model, self._name = model.to("cuda" if torch.cuda.is_available() else "cpu"), name
+        self.model, self._name = model.to(local_device()), name
         self.max_length = config.reward_max_length
         if (window := max_positions(model)) is not None:
             # Models like RoBERTa start positions after the padding id.
@@ -69,46 +70,78 @@ class RewardModel:
         Raises ValueError for `reward_input` "chat" without a chat template, or with one that
         rejects the messages.
         """
-        with RENDERING.many():
-            rows = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        rows: list[dict | None] = [None] * len(prompts)
+        numbers: dict[str, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            numbers.setdefault(self._how(prompt), []).append(number)
+        encoders = {"pair": self._encode_pairs, "chat": self._encode_chats}
+        for how, chosen in numbers.items():
+            encode = encoders.get(how, self._encode_texts)
+            encoded = encode([prompts[i] for i in chosen], [responses[i] for i in chosen])
+            for number, row in zip(chosen, encoded, strict=True):
+                rows[number] = row
         ids = (row["input_ids"] for row in rows)
         check_vocabulary(ids, self.model, self._name, OPTION)
         return rows
 
-    def _encode(self, prompt: Prompt, response: str) -> dict:
-        tokenizer, how = self.tokenizer, self._input
-        options = {"truncation": True, "max_length": self.max_length}
-        if how == "auto":
-            has_template = isinstance(prompt, list) and tokenizer.chat_template
-            how = "chat" if has_template else "pair" if tokenizer.sep_token else "text"
-        if how == "pair":
-            # Truncate the prompt of a pair that is too long first.
-            lengths = [
-                len(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
-                for t in (plain_text(prompt), response)
-            ]
-            room = self.max_length - tokenizer.num_special_tokens_to_add(pair=True)
-            options["truncation"] = "only_first" if lengths[1] < room else "longest_first"
-            return tokenizer(plain_text(prompt), response, **options)
-        if how == "chat":
-            if not tokenizer.chat_template:
-                raise ValueError("reward_input: the reward model's tokenizer has no chat template")
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            turns = with_answer(turns, response)
-            try:
-                text = render(tokenizer, turns)
-            except TooMuch as error:
-                raise ValueError(f"{OPTION}: {self._name}: the chat template {error}") from error
-            except Exception as error:  # a template may raise anything
-                shown = f"{one_line(turns, 80)}... ({one_line(error)})"
-                problem = f"the reward model's chat template rejects {shown}"
-                raise ValueError(f"reward_input: {problem}") from error
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            ids = tokenizer(plain_text(prompt) + response, verbose=False)["input_ids"]
-            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-                ids = [*ids, tokenizer.eos_token_id]
-        return {"input_ids": ids[-self.max_length :]}
+    def _how(self, prompt: Prompt) -> str:
+        """How prompt and response are joined: as a "pair", "chat" or "text"."""
+        if self._input != "auto":
+            return self._input
+        if isinstance(prompt, list) and self.tokenizer.chat_template:
+            return "chat"
+        return "pair" if self.tokenizer.sep_token else "text"
+
+    def _encode_pairs(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
+        texts = list(map(plain_text, prompts))
+        encoded = self.tokenizer(texts, list(responses), verbose=False)
+        names = list(encoded)
+        rows = [
+            dict(zip(names, values, strict=True))
+            for values in zip(*(encoded[name] for name in names), strict=True)
+        ]
+        for number, row in enumerate(rows):
+            if len(row["input_ids"]) > self.max_length:
+                rows[number] = self._truncated_pair(texts[number], responses[number])
+        return rows
+
+    def _truncated_pair(self, prompt: str, response: str) -> dict:
+        """A pair that is too long loses tokens of its prompt first."""
+        alone = self.tokenizer(response, add_special_tokens=False, verbose=False)
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        fits = len(alone["input_ids"]) < room
+        how = {"truncation": "only_first" if fits else "longest_first"}
+        return dict(self.tokenizer(prompt, response, max_length=self.max_length, **how))
+
+    def _encode_chats(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
+        if not self.tokenizer.chat_template:
+            raise ValueError("reward_input: the reward model's tokenizer has no chat template")
+        with RENDERING.many():
+            texts = [self._render(p, r) for p, r in zip(prompts, responses, strict=True)]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [{"input_ids": ids[-self.max_length :]} for ids in encoded]
+
+    def _render(self, prompt: Prompt, response: str) -> str:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = with_answer(turns, response)
+        try:
+            return render(self.tokenizer, turns)
+        except TooMuch as error:
+            raise ValueError(f"{OPTION}: {self._name}: the chat template {error}") from error
+        except Exception as error:  # a template may raise anything
+            shown = f"{one_line(turns, 80)}... ({one_line(error)})"
+            problem = f"the reward model's chat template rejects {shown}"
+            raise ValueError(f"reward_input: {problem}") from error
+
+    def _encode_texts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
+        end = self.tokenizer.eos_token_id
+        texts = [plain_text(p) + r for p, r in zip(prompts, responses, strict=True)]
+        rows = []
+        for ids in self.tokenizer(texts, verbose=False)["input_ids"]:
+            if end is not None and ids[-1:] != [end]:
+                ids = [*ids, end]
+            rows.append({"input_ids": ids[-self.max_length :]})
+        return rows
 
     @torch.no_grad()
     def score(self, rows: Sequence[dict]) -> list[float]:

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -18,45 +19,101 @@ from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.judge import Judge
 from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.reward_model import Prompt, RewardModel
+from rrhf_fast.stages.cards import without_paths
+from rrhf_fast.stages.dataset_card import push_rows
 from rrhf_fast.stages.endpoint import ask_all
-from rrhf_fast.stages.identity import identity
-from rrhf_fast.stages.journal import Journal, fingerprint, is_usage
+from rrhf_fast.stages.hub import public_name
+from rrhf_fast.stages.identity import depends_on, refuse_pipes
+from rrhf_fast.stages.journal import Journal, is_usage
 from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.ranks import Ranks, join_ranks
 from rrhf_fast.stages.reward_fn import call_reward_fn, load_reward_fn
 
 # How the journal's keys of log-probs begin.
 _LOGPS = "log-probs of "
+# Responses whose tokens are counted at once: enough to keep all cores busy, few enough to need
+# little memory.
+_ENCODED_AT_ONCE = 1024
+
+T = TypeVar("T")
+# Each way to score does this rank's share of the work and returns a function that reads all results
+# from the journal, for the first rank to call after `Journal.share`.
+Read = Callable[[], T]
 
 
 def run(config: ScoreConfig) -> Counter:
     """See `rrhf_fast.score`."""
     config.validate()
+    with join_ranks("score", config) as ranks:
+        return _run(config, ranks)
+
+
+def _run(config: ScoreConfig, ranks: Ranks) -> Counter:
+    if ranks.size > 1:
+        refuse_pipes(config)
     drafts, report = load_drafts(config.data, needs_responses=True, **config.reading())
     for line in report.lines("data"):
         say(line)
-    texts = [asdict(draft) | {"where": None} for draft in drafts]
     check_scorer(config)  # fail early on a bad model name
     for option in ("model_name_or_path", "reference_model_name_or_path"):
         if config.kl_coef:
             _check_tokenizer(option, config)
     pairs = [(row, i) for row, draft in enumerate(drafts) for i in range(len(draft.responses))]
-    depends_on = fingerprint("score", identity(config), texts)
-    options = {"overwrite": config.overwrite, "accepts": _is_result}
-    with Journal(config.output, depends_on, **options) as journal:
+    if (repository := config.repository()) is not None:
+        repository = ranks.once(repository.check)
+    options = {"ranks": ranks, "overwrite": config.overwrite, "accepts": _is_result}
+    with Journal(config.output, depends_on("score", config, drafts, ranks), **options) as journal:
+        if repository is not None:
+            ranks.once(repository.create)
         results = _score(journal, drafts, pairs, config)
         ratios = _log_ratios(journal, drafts, config) if config.kl_coef else None
-        if ratios is not None:
-            results = [
-                _penalised(result, ratios[row][i], config.kl_coef)
-                for (row, i), result in zip(pairs, results, strict=True)
-            ]
-        rows, counts = _merge(drafts, pairs, results, ratios)
-        if pairs and not counts["scored"]:
-            reason = next(row["unscored"] for row in rows if "unscored" in row)[0]["error"]
-            journal.forget(list(journal.done))
-            raise ValueError(f"no response could be scored: {reason}")
-        journal.finish(rows)
+        journal.share()
+
+        def finish() -> Counter:
+            return _finish(journal, drafts, pairs, config, results(), ratios and ratios())
+
+        counts = ranks.once(finish)
+    if repository is not None:
+        ranks.once(lambda: push_rows(repository, config.output, "Scored responses", _how(config)))
     counts.update(report.left_out() | report.by_kind())
+    return counts
+
+
+def _how(config: ScoreConfig) -> dict:
+    """How the responses were scored, for the dataset's card."""
+    if config.judge_model:
+        how = {"judge_model": without_paths(config.judge_model)}
+    elif config.reward_fn:
+        how = {"reward_fn": config.reward_fn}
+    elif config.reward_model_name_or_path:
+        how = {"reward_model": public_name(config.reward_model_name_or_path)}
+    else:
+        how = {"mean log-prob under": public_name(config.model_name_or_path)}
+    if config.kl_coef:
+        names = (config.model_name_or_path, config.reference_model_name_or_path)
+        how |= {"kl_coef": config.kl_coef, "policy and reference": list(map(public_name, names))}
+    return how
+
+
+def _finish(
+    journal: Journal,
+    drafts: Sequence[Draft],
+    pairs: Sequence[tuple[int, int]],
+    config: ScoreConfig,
+    results: list[dict],
+    ratios: list[list[float | str]] | None,
+) -> Counter:
+    """Write the final rows; returns their counts."""
+    if ratios is not None:
+        results = [
+            _penalised(result, ratios[row][i], config.kl_coef)
+            for (row, i), result in zip(pairs, results, strict=True)
+        ]
+    if pairs and not any("score" in result for result in results):
+        journal.forget(list(journal.done))
+        raise ValueError(f"no response could be scored: {results[0]['error']}")
+    counts = Counter(rows=len(drafts))
+    journal.finish(_merged(drafts, results, ratios, counts))
     return counts
 
 
@@ -99,16 +156,20 @@ def _check_tokenizer(option: str, config: ScorerConfig) -> None:
 
 def _score(
     journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
-) -> list[dict]:
+) -> Read[list[dict]]:
     """{"score": ...} or {"error": ...} for each pair (row, response)."""
     if config.judge_model:
         return _judge(journal, drafts, pairs, config)
-    if config.reward_model_name_or_path:
-        return _reward_model(journal, drafts, pairs, config)
-    if config.reward_fn:
-        return _reward_fn(journal, drafts, pairs, config)
-    logps = _logps(journal, "model_name_or_path", drafts, config)
-    return [_result(p if isinstance(p, str) else p[0]) for p in (logps[row][i] for row, i in pairs)]
+    if config.policy_as_reward:
+        logps = _logps(journal, "model_name_or_path", drafts, config)
+        return lambda: [_result(p if isinstance(p, str) else p[0]) for p in _flat(logps(), pairs)]
+    scorer = _reward_model if config.reward_model_name_or_path else _reward_fn
+    scores = scorer(journal, drafts, pairs, config)
+    return lambda: list(map(_result, scores()))
+
+
+def _flat(by_row: list[list], pairs: Sequence[tuple[int, int]]) -> Iterator:
+    return (by_row[row][i] for row, i in pairs)
 
 
 def _in_batches(
@@ -117,21 +178,29 @@ def _in_batches(
     batches: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], list],
     unit: str,
-) -> dict[int, object]:
-    """Results of `work` by item number; missing batches are computed and journalled."""
-    results, title = {}, one_line(name)
-    with tqdm(total=sum(map(len, batches)), unit=unit, desc=title, disable=None) as progress:
-        for number, batch in enumerate(batches):
-            key = f"{name}/{number}"
-            if key not in journal.done:
-                journal.write(key, work(batch))
-            done = journal.done[key]
+) -> Read[list]:
+    """Compute and journal this rank's share of the missing batches of item numbers; the results
+    are those of `work` by item number."""
+    numbers = {f"{name}/{number}": number for number in range(len(batches))}
+    mine = journal.mine(numbers)
+    bar = {"total": sum(len(batches[numbers[key]]) for key in mine), "unit": unit}
+    with tqdm(**bar, desc=one_line(name), disable=journal.ranks.bar) as progress:
+        for key in mine:
+            batch = batches[numbers[key]]
+            journal.write(key, work(batch))
+            progress.update(len(batch))
+
+    def read() -> list:
+        results = {}
+        for key, number in numbers.items():
+            batch, done = batches[number], journal.done[key]
             if not isinstance(done, list) or len(done) != len(batch):
                 problem = f"is damaged (expected {len(batch)} results for {key})"
                 raise ValueError(f"output: {journal.path} {problem}")
             results |= dict(zip(batch, done, strict=True))
-            progress.update(len(batch))
-    return results
+        return [results[i] for i in range(len(results))]
+
+    return read
 
 
 def _chunks(count: int, size: int) -> list[range]:
@@ -139,39 +208,50 @@ def _chunks(count: int, size: int) -> list[range]:
 
 
 def _texts(
-    drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]]
+    drafts: Sequence[Draft], pairs: Iterable[tuple[int, int]]
 ) -> tuple[list[Prompt], list[str]]:
-    prompts = [drafts[row].prompt for row, _ in pairs]
-    return prompts, [drafts[row].responses[i] for row, i in pairs]
+    texts = [(drafts[row].prompt, drafts[row].responses[i]) for row, i in pairs]
+    return [prompt for prompt, _ in texts], [response for _, response in texts]
 
 
 def _reward_model(
     journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
-) -> list[dict]:
-    model = RewardModel(config)
-    rows = model.encode(*_texts(drafts, pairs))
-    batches = batches_by_length([len(row["input_ids"]) for row in rows], config.batch_size)
+) -> Read[list[float | str]]:
+    model: RewardModel | None = None
+
+    def encode(numbers: Sequence[int]) -> list[dict]:
+        nonlocal model
+        model = model or RewardModel(config)
+        return model.encode(*_texts(drafts, (pairs[i] for i in numbers)))
+
+    def measure(numbers: Sequence[int]) -> list[int]:
+        return [len(row["input_ids"]) for row in encode(numbers)]
 
     def work(batch: Sequence[int]) -> list[float | str]:
-        return list(map(_score_or_reason, model.score([rows[i] for i in batch])))
+        rows = encode(batch)
+        return list(map(_score_or_reason, model.score(rows)))
 
-    scores = _in_batches(journal, "reward model", batches, work, "response")
-    return [_result(scores[i]) for i in range(len(pairs))]
+    # Tokens are counted first, and kept only while their batch is scored: all of them may need more
+    # memory than the texts.
+    chunks = _chunks(len(pairs), _ENCODED_AT_ONCE)
+    counts = _in_batches(journal, "tokens for the reward model", chunks, measure, "response")
+    journal.share()
+    batches = batches_by_length(journal.ranks.once(counts), config.batch_size)
+    return _in_batches(journal, "reward model", batches, work, "response")
 
 
 def _reward_fn(
     journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
-) -> list[dict]:
+) -> Read[list[float | str]]:
     function, name = load_reward_fn(config.reward_fn, "reward_fn"), config.reward_fn
 
     def call(batch: Sequence[int]) -> list[float | str]:
-        prompts, responses = _texts(drafts, [pairs[i] for i in batch])
+        prompts, responses = _texts(drafts, (pairs[i] for i in batch))
         scores = call_reward_fn(function, prompts, responses, name, "reward_fn")
         return list(map(_score_or_reason, scores.tolist()))
 
     batches = _chunks(len(pairs), config.batch_size)
-    scores = _in_batches(journal, "reward function", batches, call, "response")
-    return [_result(scores[i]) for i in range(len(pairs))]
+    return _in_batches(journal, "reward function", batches, call, "response")
 
 
 def _score_or_reason(score: float) -> float | str:
@@ -196,19 +276,19 @@ def _penalised(result: dict, ratio: float | str, kl_coef: float) -> dict:
 
 def _judge(
     journal: Journal, drafts: Sequence[Draft], pairs: Sequence[tuple[int, int]], config: ScoreConfig
-) -> list[dict]:
+) -> Read[list[dict]]:
     judge = Judge(config)
     work = {
         f"{row}/{i}": partial(judge.judge, drafts[row].prompt, drafts[row].responses[i])
         for row, i in pairs
     }
     ask_all(work, journal, config.max_concurrency, "judge")
-    return [journal.done[key] for key in work]
+    return lambda: [journal.done[key] for key in work]
 
 
 def _logps(
     journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
-) -> list[list[list[float] | str]]:
+) -> Read[list[list[list[float] | str]]]:
     """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model, or
     the reason why it has none."""
     name, model = getattr(config, option), None
@@ -229,8 +309,7 @@ def _logps(
         return out
 
     batches = _chunks(len(drafts), config.batch_size)
-    by_row = _in_batches(journal, f"{_LOGPS}{name}", batches, work, "row")
-    return [by_row[row] for row in range(len(drafts))]
+    return _in_batches(journal, f"{_LOGPS}{name}", batches, work, "row")
 
 
 def _mean_and_sum(logps: np.ndarray, finish_reason: str | None) -> list[float] | str:
@@ -240,33 +319,30 @@ def _mean_and_sum(logps: np.ndarray, finish_reason: str | None) -> list[float] |
 
 def _log_ratios(
     journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
-) -> list[list[float | str]]:
+) -> Read[list[list[float | str]]]:
     """[row][response] -> log(policy / reference), or the reason why it has none."""
-    policy = _logps(journal, "model_name_or_path", drafts, config)
-    if config.model_name_or_path == config.reference_model_name_or_path:
-        reference = policy
-    else:
+    policy = reference = _logps(journal, "model_name_or_path", drafts, config)
+    if config.model_name_or_path != config.reference_model_name_or_path:
         reference = _logps(journal, "reference_model_name_or_path", drafts, config)
-    return [
+    return lambda: [
         [
             next((x for x in (p, r) if isinstance(x, str)), None) or p[1] - r[1]
-            for p, r in zip(policy[row], reference[row], strict=True)
+            for p, r in zip(*of_row, strict=True)
         ]
-        for row in range(len(drafts))
+        for of_row in zip(policy(), reference(), strict=True)
     ]
 
 
-def _merge(
+def _merged(
     drafts: Sequence[Draft],
-    pairs: Sequence[tuple[int, int]],
     results: Sequence[dict],
     ratios: list[list[float]] | None,
-) -> tuple[list[dict], Counter]:
-    """The final rows, in input order."""
-    by_pair = dict(zip(pairs, results, strict=True))
-    counts, rows = Counter(rows=len(drafts)), []
+    counts: Counter,
+) -> Iterator[dict]:
+    """The final rows, in input order; adds to `counts`."""
+    remaining = iter(results)
     for row, draft in enumerate(drafts):
-        results = [by_pair[row, i] for i in range(len(draft.responses))]
+        results = list(islice(remaining, len(draft.responses)))
         keep = [i for i, result in enumerate(results) if "score" in result]
         out = {"prompt": draft.prompt, "responses": [draft.responses[i] for i in keep]}
         if ratios is not None:
@@ -288,10 +364,9 @@ def _merge(
             for i, result in enumerate(results)
             if "error" in result
         ]
-        rows.append(draft.others | out | ({"unscored": unscored} if unscored else {}))
+        yield draft.others | out | ({"unscored": unscored} if unscored else {})
         for result in results:
             counts.update(result.get("usage", {}))
         counts["scored"] += len(keep)
         counts["unscored"] += len(unscored)
         counts["unrankable"] += len(keep) < 2
-    return rows, counts

@@ -38,7 +38,7 @@ INTEGERS = (
     "num_edges", "num_active", "hidden_size", "vocab_size", "first_token", "width",
     "num_values", "num_blocks",
 )  # fmt: skip
-FLOATS = ("logit_scale", "softcap", "margin")
+FLOATS = ("logit_scale", "softcap", "beta", "margin")
 INDICES = ("targets", "active", "path_edges", "path_offsets", "group_offsets", "best", "num_pairs")
 
 
@@ -138,10 +138,12 @@ def compile_all() -> Iterator[Usage]:
                 constants["bias_sums"] = None
             kernel = linear_logprob.dlogits_of_exps_kernel
             yield _compile(kernel, constants, {"exps": "*bf16"}, arch, f"keep bf16 {variant}", {})
-        for kernel in (ranking.forward_kernel, ranking.backward_kernel):
-            constants = {"BLOCK_T": ranking.BLOCK_T, "BLOCK_K": ranking.BLOCK_K}
-            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-            yield _compile(kernel, constants, {}, arch, "ranking", {})
+        constants = {"BLOCK_T": ranking.BLOCK_T, "BLOCK_K": ranking.BLOCK_K}
+        for kind in ("hinge", "logistic", "squared"):
+            own = constants | {"KIND": kind}
+            yield _compile(ranking.forward_kernel, own, {}, arch, f"ranking {kind}", {})
+        del constants["BLOCK_K"]
+        yield _compile(ranking.backward_kernel, constants, {}, arch, "ranking", {})
         for element in ("fp32", "bf16"):
             types = {"parameter": f"*{element}", "gradient": f"*{element}"}
             types |= {"exp_avg": "*bf16", "exp_avg_sq": "*bf16"}

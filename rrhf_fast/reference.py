@@ -80,15 +80,35 @@ def score(logps: Tensor, length_penalty: float = 1.0, length: int | None = None)
     return logps.sum() / (len(logps) if length is None else length) ** length_penalty
 
 
-def rank_loss(p: Tensor, rewards: Tensor, margin: float = 0.0) -> Tensor:
-    """sum over r_i < r_j of max(0, p_i - p_j + margin) (eq. 2): [k], [k] -> scalar. Equal rewards
-    form no pair."""
-    loss = p.sum() * 0
-    for i in range(len(p)):
-        for j in range(len(p)):
-            if rewards[i] < rewards[j]:
-                loss = loss + torch.clamp(p[i] - p[j] + margin, min=0)
-    return loss
+def pair_loss(d: Tensor, kind: str = "hinge", margin: float = 0.0) -> Tensor:
+    """phi(d): of a pair whose better response scores higher by d."""
+    if kind == "hinge":
+        return torch.clamp(margin - d, min=0)
+    if kind == "logistic":
+        return torch.nn.functional.softplus(margin - d, threshold=100)
+    assert kind == "squared"
+    return (margin - d) ** 2
+
+
+def rank_loss(
+    x: Tensor,
+    rewards: Tensor,
+    margin: float = 0.0,
+    kind: str = "hinge",
+    beta: float = 1.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """sum over r_i < r_j of phi(beta * (x_j - x_i)) (eq. 2), or their mean: [k], [k] -> scalar.
+    Equal rewards form no pair."""
+    losses = [
+        pair_loss(beta * (x[j] - x[i]), kind, margin)
+        for i in range(len(x))
+        for j in range(len(x))
+        if rewards[i] < rewards[j]
+    ]
+    if not losses:
+        return x.sum() * 0
+    return sum(losses) / (len(losses) if reduction == "mean" else 1)
 
 
 def sft_loss(
@@ -112,16 +132,24 @@ def rrhf_loss(
     rank_weight: float = 1.0,
     sft_weight: float = 1.0,
     sft_reduction: str = "sum",
+    pair_loss: str = "hinge",
     margin: float = 0.0,
+    beta: float = 1.0,
+    rank_reduction: str = "sum",
+    reference_logps: list[Tensor] | None = None,
     padded_width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One query's (loss, rank loss, SFT loss) (eq. 4): k tensors [R_i], rewards [k] -> three
     scalars.
 
+    `reference_logps` are the responses' log-probs under a reference model, k tensors [R_i];
     `padded_width` stands in for every response's length, as in the released code (prompt + longest
     response, end token included).
     """
     p = torch.stack([score(logp, length_penalty, padded_width) for logp in logps])
-    rank = rank_loss(p, rewards, margin)
+    if reference_logps is not None:
+        q = torch.stack([score(logp, length_penalty, padded_width) for logp in reference_logps])
+        p = p - q
+    rank = rank_loss(p, rewards, margin, pair_loss, beta, rank_reduction)
     sft = sft_loss(logps, rewards, sft_reduction, padded_width)
     return rank_weight * rank + sft_weight * sft, rank, sft

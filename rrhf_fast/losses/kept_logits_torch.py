@@ -1,10 +1,15 @@
 """A few edges' logits over the whole vocabulary, computed once for the log-probs and their
-gradient: the torch backend of `linear_rrhf_loss`."""
+gradient: the torch backend of `linear_rrhf_loss`.
+
+Logits and all that follows from them elementwise are at least float32. The backward's products of
+bfloat16 states are in bfloat16 where the processor has instructions for them.
+"""
 
 import torch
 from torch import Tensor
 
 from rrhf_fast.losses.linear_logprob_torch import chunk_logits
+from rrhf_fast.losses.matrix_sum import is_fast, product
 from rrhf_fast.losses.parts import GradientSums, LinearHead
 
 
@@ -21,12 +26,14 @@ class KeptLogits:
         fitting = int(workspace_mb * 2**20) // (len(head.weight) * head.weight.itemsize * copies)
         self.capacity = min(fitting, num_edges)
         self.room: Tensor | None = None  # allocated on first use
+        self.weight: Tensor | None = None  # in the dtype of the backward's products
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
         """logp [E] of targets [E] after states [E, H], E at most `capacity`."""
         if self.room is None:
-            self.room = states.new_empty(self.capacity, len(self.head.weight))
-        z = chunk_logits(states, self.head, slice(None), out=self.room[: len(states)])
+            self.room = self.head.weight.new_empty(self.capacity, len(self.head.weight))
+        wide = states.to(self.room.dtype)
+        z = chunk_logits(wide, self.head, slice(None), out=self.room[: len(states)])
         top = z.amax(1)
         target = z.gather(1, targets[:, None]).squeeze(1)
         total = z.sub_(top[:, None]).exp_().sum(1)
@@ -54,12 +61,16 @@ class KeptLogits:
         d_z[rows, targets] += upstream
         if slope is not None:
             d_z *= slope
-        if sums.states is not None:
-            sums.states[active] = d_z @ self.head.weight
-        if sums.weight is not None:
-            sums.weight.add_product(d_z.T, states[active])
         if sums.bias is not None:
             sums.bias.add_(d_z.sum(0))
+        dtype = states.dtype if is_fast(states) else d_z.dtype
+        d_z = d_z.to(dtype)
+        if sums.states is not None:
+            if self.weight is None:
+                self.weight = self.head.weight.to(dtype)
+            sums.states[active] = product(d_z, self.weight, sums.states.dtype)
+        if sums.weight is not None:
+            sums.weight.add_product(d_z.T, states[active].to(dtype))
 
 
 def _move_up(rows: Tensor, active: Tensor, block: int = 64) -> Tensor:

@@ -20,8 +20,23 @@ from torch.autograd.function import once_differentiable
 from rrhf_fast.losses import kept_logits_torch, linear_logprob_torch, rrhf_torch
 from rrhf_fast.losses.linear_logprob import check_shapes, choose_backend, linear_logprob
 from rrhf_fast.losses.matrix_sum import MatrixSum
-from rrhf_fast.losses.parts import GradientSums, Layout, LinearHead, Ranking, Scales, Wants
-from rrhf_fast.losses.rrhf import RRHFLoss, assemble, check_layout, loss_scales, rank
+from rrhf_fast.losses.parts import (
+    GradientSums,
+    Layout,
+    LinearHead,
+    PairLoss,
+    Ranking,
+    Scales,
+    Wants,
+)
+from rrhf_fast.losses.rrhf import (
+    RRHFLoss,
+    assemble,
+    check_layout,
+    check_pair_loss,
+    loss_scales,
+    rank,
+)
 from rrhf_fast.spans import span
 
 # MiB. A small workspace reads and writes d_weight [V, H] once per few queries; 8,192 edges of
@@ -51,7 +66,11 @@ def linear_rrhf_loss(
     rank_weight: float = 1.0,
     sft_weight: float = 1.0,
     sft_reduction: str = "sum",
+    pair_loss: str = "hinge",
     margin: float = 0.0,
+    beta: float = 1.0,
+    rank_reduction: str = "sum",
+    reference_logps: Tensor | None = None,
     padded_widths: Tensor | None = None,
     bounds: Sequence[tuple[int, int, int]] | None = None,
     backend: str = "auto",
@@ -84,9 +103,12 @@ def linear_rrhf_loss(
     check_shapes(hidden, weight, rows, targets, bias)
     layout = Layout(path_edges, path_offsets, group_offsets)
     check_layout(len(rows), rewards, layout)
+    pairs = check_pair_loss(pair_loss, beta, margin, rank_reduction)
     backend = choose_backend(backend, hidden)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    scales = loss_scales(layout, length_penalty, sft_reduction, padded_widths, dtype)
+    scales = loss_scales(
+        layout, length_penalty, sft_reduction, padded_widths, reference_logps, dtype
+    )
     tensors = (hidden, weight, bias)
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     if not any(wants):
@@ -94,8 +116,8 @@ def linear_rrhf_loss(
             hidden, weight, rows, targets, bias=bias, softcap=softcap, logit_scale=logit_scale,
             backend=backend, workspace_mb=workspace_mb,
         )  # fmt: skip
-        ranking = rank(logps, rewards, layout, scales, margin, backend)
-        return assemble(ranking, rank_weight, sft_weight)
+        ranking = rank(logps, rewards, layout, scales, pairs, backend)
+        return assemble(ranking, layout, rank_weight, sft_weight, rank_reduction)
     if bounds is not None:
         check_bounds(bounds, len(rows), layout)
         bounds = list(chain.from_iterable(bounds))
@@ -103,7 +125,8 @@ def linear_rrhf_loss(
         workspace_mb = 512 if backend == "triton" else 128
     loss, *ranking = _LinearRRHF.apply(
         *tensors, rows, targets, rewards, *layout, bounds, *scales, softcap, logit_scale,
-        float(margin), float(rank_weight), float(sft_weight), backend, float(workspace_mb), *wants,
+        *pairs, rank_reduction, float(rank_weight), float(sft_weight), backend,
+        float(workspace_mb), *wants,
     )  # fmt: skip
     return RRHFLoss(loss, *ranking)
 
@@ -152,21 +175,24 @@ def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
 def linear_rrhf_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
     rewards: Tensor, path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor,
-    bounds: list[int] | None, score_scales: Tensor, sft_scales: Tensor, softcap: float | None,
-    logit_scale: float, margin: float, rank_weight: float, sft_weight: float, backend: str,
-    workspace_mb: float, wants_hidden: bool, wants_weight: bool, wants_bias: bool,
+    bounds: list[int] | None, score_scales: Tensor, sft_scales: Tensor, reference: Tensor,
+    softcap: float | None, logit_scale: float, pair_loss: str, beta: float, margin: float,
+    rank_reduction: str, rank_weight: float, sft_weight: float, backend: str, workspace_mb: float,
+    wants_hidden: bool, wants_weight: bool, wants_bias: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; an unwanted gradient is empty. Flat
     because an operator's schema takes tensors and numbers only."""
     layout = Layout(path_edges, path_offsets, group_offsets)
-    scales = Scales(score_scales, sft_scales)
+    scales = Scales(score_scales, sft_scales, reference)
+    pairs = PairLoss(pair_loss, beta, margin)
     # The kernels expect contiguous rows.
     rows, targets, rewards = rows.contiguous(), targets.contiguous(), rewards.contiguous()
-    dtype = scales.score.dtype if backend == "torch" else hidden.dtype
-    states = hidden.index_select(0, rows).to(dtype)
+    states = hidden.index_select(0, rows)
     own_bias = None if bias is None else bias.contiguous()
+    # Products of 16 bits give results of 16 bits on a CPU: too few for logits.
+    dtype = scales.score.dtype if backend == "torch" else hidden.dtype
     head = LinearHead(weight.to(dtype).contiguous(), own_bias, softcap, logit_scale)
     if bounds is None:
         bounds = read_bounds(layout, len(rows))
@@ -191,15 +217,17 @@ def linear_rrhf_op(
         logits = kept if num_edges <= kept.capacity else sliced
         logp = logits.forward(states[edges], targets[edges])
         with span("loss"):
-            part = Ranking(*ranking.forward(logp, rewards[responses], *piece, margin))
-            upstream = d_rank[first:last], d_sft[first:last]
-            slopes = part.pair_counts, part.best
-            d_logp = ranking.backward(num_edges, *upstream, *piece, *slopes)
+            part = Ranking(*ranking.forward(logp, rewards[responses], *piece, pairs))
+            d_ranks = d_rank[first:last]
+            if rank_reduction == "mean":
+                d_ranks = d_ranks / part.num_pairs.clamp(min=1)
+            upstream = d_ranks, d_sft[first:last]
+            d_logp = ranking.backward(num_edges, *upstream, *piece, part.slopes, part.best)
             parts.append(part._replace(best=part.best + responses.start))
         own_states = sums.states[edges] if wants_hidden else None
         logits.add_gradients(d_logp, sums._replace(states=own_states))
     whole = Ranking(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    out = assemble(whole, rank_weight, sft_weight)
+    out = assemble(whole, layout, rank_weight, sft_weight, rank_reduction)
     d_hidden = None
     if wants_hidden:
         # index_put_ sorts where index_add_ would use atomics: repeated rows sum in a fixed order.
@@ -236,7 +264,7 @@ def _piece(
         path_offsets=layout.path_offsets[responses.start : responses.stop + 1] - tokens.start,
         group_offsets=layout.group_offsets[first : last + 1] - responses.start,
     )
-    own_scales = Scales(scales.score[responses], scales.sft[responses])
+    own_scales = Scales(*(of_responses[responses] for of_responses in scales))
     return edges, responses, own_layout, own_scales
 
 

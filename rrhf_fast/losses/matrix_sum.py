@@ -13,7 +13,7 @@ class MatrixSum:
         self._is_empty = True
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Add a @ b, all sums in the sum's dtype."""
+        """Add a @ b."""
         beta, self._is_empty = int(not self._is_empty), False
         add_product(self._total, a, b, beta=beta)
 
@@ -31,20 +31,35 @@ class MatrixSum:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
-    """total = beta * total + a @ b, all sums in the dtype of `total`; beta 0 ignores what it
+    """total = beta * total + a @ b, products summed in the dtype of `total`; beta 0 ignores what it
     held."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # the interpreter: the CPU's products have one dtype
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+    elif beta:
+        total += _rounded(a, b)
+    else:
+        total.copy_(_rounded(a, b))
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed in float32 and rounded once to dtype."""
+    """a @ b in `dtype`, summed in float32."""
     if a.dtype == dtype:
         return a @ b
     if a.device.type == "cuda" and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
-    return (a.float() @ b.float()).to(dtype)
+    return _rounded(a, b).to(dtype)
+
+
+def is_fast(a: Tensor) -> bool:
+    """Whether a is of 16 bits on a CPU that has instructions for products of such."""
+    if a.dtype != torch.bfloat16 or a.device.type != "cpu":
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _rounded(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b where products have one dtype: that of a and b if it is fast (each sum is then rounded
+    once to 16 bits, as under autocast), else float32."""
+    return a @ b if is_fast(a) else a.float() @ b.float()

@@ -21,10 +21,19 @@ class Layout(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Factors that turn a response's sum of log-probs into its score and into its SFT loss."""
+    """What turns a response's sum of log-probs into its score and into its SFT loss."""
 
-    score: Tensor  # [S]
-    sft: Tensor  # [S]
+    score: Tensor  # [S] factor of the score p
+    sft: Tensor  # [S] factor of the SFT loss
+    reference: Tensor  # [S] the score under the reference model, or 0
+
+
+class PairLoss(NamedTuple):
+    """The loss phi(d) of a pair, where d = beta * (x_better - x_worse) and x = p - reference."""
+
+    kind: str  # hinge, logistic or squared: see `rrhf_loss`
+    beta: float
+    margin: float
 
 
 class Ranking(NamedTuple):
@@ -33,7 +42,7 @@ class Ranking(NamedTuple):
     rank_loss: Tensor  # [G]
     sft_loss: Tensor  # [G]
     logp_scores: Tensor  # [S]
-    pair_counts: Tensor  # [S] int32
+    slopes: Tensor  # [S] d rank_loss / d logp_scores
     best: Tensor  # [G] int64
     num_pairs: Tensor  # [G] int64
     num_correct: Tensor  # [G] int64
@@ -44,7 +53,7 @@ class Ranking(NamedTuple):
         """Without values, for responses as in `scores` [S], whose dtype the losses have."""
         group = [scores.new_empty(num_queries) for _ in range(3)]
         count = [torch.empty_like(group[0], dtype=torch.int64) for _ in range(3)]
-        response = [torch.empty_like(scores, dtype=dtype) for dtype in (scores.dtype, torch.int32)]
+        response = [torch.empty_like(scores) for _ in range(2)]
         return cls(*group[:2], *response, *count, group[2])
 
 

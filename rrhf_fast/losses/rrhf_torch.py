@@ -7,61 +7,68 @@ queries.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
-from rrhf_fast.losses.parts import Layout, Ranking, Scales
+from rrhf_fast.losses.parts import Layout, PairLoss, Ranking, Scales
 
 
 class RRHFParts(torch.autograd.Function):
-    """apply(logps, rewards, *layout, *scales, margin) -> the tensors of a `Ranking`."""
+    """apply(logps, rewards, *layout, *scales, *pair_loss) -> the tensors of a `Ranking`."""
 
     @staticmethod
     def forward(ctx, logps, rewards, *arguments):
-        *tensors, margin = arguments
-        ranking = forward(logps, rewards, Layout(*tensors[:3]), Scales(*tensors[3:]), margin)
+        tensors, pair_loss = arguments[:6], PairLoss(*arguments[6:])
+        ranking = forward(logps, rewards, Layout(*tensors[:3]), Scales(*tensors[3:]), pair_loss)
         ctx.num_edges = len(logps)
-        ctx.save_for_backward(*tensors, ranking.pair_counts, ranking.best)
+        ctx.save_for_backward(*tensors, ranking.slopes, ranking.best)
         ctx.mark_non_differentiable(*ranking[2:])
         return tuple(ranking)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rank, d_sft, *_):
-        *tensors, pair_counts, best = ctx.saved_tensors
+        *tensors, slopes, best = ctx.saved_tensors
         layout, scales = Layout(*tensors[:3]), Scales(*tensors[3:])
-        d_logps = backward(ctx.num_edges, d_rank, d_sft, layout, scales, pair_counts, best)
-        return d_logps, *[None] * 7
+        d_logps = backward(ctx.num_edges, d_rank, d_sft, layout, scales, slopes, best)
+        return d_logps, *[None] * 10
 
 
 def forward(
-    logps: Tensor, rewards: Tensor, layout: Layout, scales: Scales, margin: float
+    logps: Tensor, rewards: Tensor, layout: Layout, scales: Scales, pair_loss: PairLoss
 ) -> Ranking:
     """The parts of the loss of log-probs [E] and rewards [S]."""
     path_edges, path_offsets, group_offsets = layout
-    num_responses, num_groups = len(path_offsets) - 1, len(group_offsets) - 1
-    group_sizes = group_offsets.diff()
+    num_groups, group_sizes = len(group_offsets) - 1, group_offsets.diff()
     group_of = torch.repeat_interleave(torch.arange(num_groups, device=logps.device), group_sizes)
     sums = torch.segment_reduce(logps[path_edges], "sum", lengths=path_offsets.diff())  # [S]
     p = sums * scales.score
+    x, beta = p - scales.reference, pair_loss.beta
 
     low, high = _ordered_pairs(rewards, group_sizes, group_offsets, group_of)
-    gaps = p[high] - p[low]  # [P]
-    violated = gaps < margin
-    # Integers, so a response whose violated pairs cancel out gets exactly 0.
-    c = torch.zeros(num_responses, dtype=torch.int32, device=logps.device)
-    c.index_add_(0, low, violated.int()).index_add_(0, high, -violated.int())
+    gaps = beta * (x[high] - x[low])  # [P]
+    pulls = _pulls(gaps, pair_loss)
+    # index_put_ sorts where index_add_ would use atomics. Pulls of a hinge are whole numbers, so a
+    # response whose violated pairs cancel out gets exactly 0.
+    c = torch.zeros_like(p).index_put_((low,), pulls, accumulate=True)
+    c.index_put_((high,), -pulls, accumulate=True)
 
     def count(pairs: Tensor) -> Tensor:
         return torch.zeros_like(group_sizes).index_add_(0, group_of[low], pairs.long())
 
-    rank = torch.segment_reduce(c * p, "sum", lengths=group_sizes) + margin * count(violated)
+    if pair_loss.kind == "hinge":
+        rank = beta * torch.segment_reduce(c * x, "sum", lengths=group_sizes)
+        rank = rank + pair_loss.margin * count(gaps < pair_loss.margin).to(p.dtype)
+    else:
+        of_pairs = _pair_losses(gaps, pair_loss)
+        rank = p.new_zeros(num_groups).index_put_((group_of[low],), of_pairs, accumulate=True)
     best = _first_argmax(rewards, group_sizes, group_offsets, group_of)
     return Ranking(
         rank_loss=rank,
         sft_loss=-sums[best] * scales.sft[best],
         logp_scores=p,
-        pair_counts=c,
+        slopes=beta * c,
         best=best,
-        num_pairs=count(torch.ones_like(violated)),
+        num_pairs=count(torch.ones_like(low)),
         num_correct=count(gaps > 0),
         margins=torch.zeros_like(rank).index_add_(0, group_of[low], gaps),
     )
@@ -73,19 +80,33 @@ def backward(
     d_sft: Tensor,
     layout: Layout,
     scales: Scales,
-    pair_counts: Tensor,
+    slopes: Tensor,
     best: Tensor,
 ) -> Tensor:
     """d loss / d logps [E] from d loss / d rank_loss [G] and d loss / d sft_loss [G]."""
     path_edges, path_offsets, group_offsets = layout
     num_responses = len(path_offsets) - 1
-    slopes = torch.repeat_interleave(d_rank, group_offsets.diff(), output_size=num_responses)
-    slopes = slopes * pair_counts * scales.score
-    slopes[best] -= d_sft * scales.sft[best]
-    along_paths = torch.repeat_interleave(slopes, path_offsets.diff(), output_size=len(path_edges))
+    d_sums = torch.repeat_interleave(d_rank, group_offsets.diff(), output_size=num_responses)
+    d_sums = d_sums * slopes * scales.score
+    d_sums[best] -= d_sft * scales.sft[best]
+    along_paths = torch.repeat_interleave(d_sums, path_offsets.diff(), output_size=len(path_edges))
     # index_put_ sorts where index_add_ would use atomics: shared edges are summed in fixed order.
     d_logps = scales.score.new_zeros(num_edges)
     return d_logps.index_put_((path_edges,), along_paths, accumulate=True)
+
+
+def _pulls(gaps: Tensor, pair_loss: PairLoss) -> Tensor:
+    """[P] -phi'(d): how strongly each pair pulls its better response up."""
+    if pair_loss.kind == "hinge":
+        return (gaps < pair_loss.margin).to(gaps.dtype)
+    missing = pair_loss.margin - gaps
+    return torch.sigmoid(missing) if pair_loss.kind == "logistic" else 2 * missing
+
+
+def _pair_losses(gaps: Tensor, pair_loss: PairLoss) -> Tensor:
+    """[P] phi(d) of the smooth losses."""
+    missing = pair_loss.margin - gaps
+    return -logsigmoid(-missing) if pair_loss.kind == "logistic" else missing.square()
 
 
 def _ordered_pairs(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 
 
 @dataclass
@@ -14,17 +14,30 @@ class LossConfig:
     """Exponent a in the score of a response, p = (sum of its log-probs) / length**a: 1 compares
     responses by their mean log-prob; 0 by the sum, which is lower for longer ones."""
     rank_weight: Annotated[float, Ge(0)] = 1.0
-    """Weight of the ranking loss. A higher weight improves ranking accuracy; whether it also raises
-    the reward of samples depends on the rows: try 1, 3 and 10 and compare samples."""
+    """Weight of the ranking loss. 1 suits rows with good provided responses; for a model's own
+    samples try a margin first, then 10 with it, and compare samples at the temperature you will
+    use."""
     sft_weight: Annotated[float, Ge(0)] = 1.0
-    """Weight of the negative log-likelihood of the best response. Without it (0) samples became
-    short and earned hardly more reward than before training."""
+    """Weight of the negative log-likelihood of the best response. Without it (0) and with
+    the plain hinge samples became short and earned hardly more reward than before training."""
     sft_reduction: Literal["sum", "mean"] = "sum"
     """Over the tokens of the best response: their sum, as in the paper, or their mean, which gives
     the ranking loss more weight."""
+    pair_loss: Literal["hinge", "logistic", "squared"] = "hinge"
+    """Loss of a pair as a function of d, beta times by how much the better response scores higher.
+    hinge: max(0, margin - d), the paper's. logistic: log(1 + exp(margin - d)), as in DPO and SimPO.
+    squared: (margin - d)**2, as in IPO."""
     margin: Annotated[float, Ge(0)] = 0.0
-    """By how much, in units of p, the better response of a pair has to score higher for the pair to
-    add no loss."""
+    """By how much the better response of a pair should score higher, in units of d. 0 suits
+    good provided responses, 1 a model's own samples, whose pairs are close."""
+    beta: Annotated[float, Gt(0)] = 1.0
+    """Factor of the scores that pairs compare."""
+    reference: Literal["none", "initial"] = "none"
+    """initial: pairs compare by how much each score rose since before the first step (of a round,
+    for iterate), as in DPO and IPO; the scores of that time are computed once and kept, so no
+    second model is loaded."""
+    rank_reduction: Literal["sum", "mean"] = "sum"
+    """Over the pairs of a prompt: their sum, as in the paper, or their mean."""
     compat: Literal["none", "official"] = "none"
     """official: the arithmetic of the released code of the paper, to compare with it. Each response
     counts as long as the padded rows of its prompt (prompt plus longest response, end token

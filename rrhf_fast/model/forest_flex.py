@@ -15,7 +15,9 @@ remain marked as partial, which costs time but does not change results.
 Legend: N tokens in the pack, B rows per block, M = ceil(N / B) blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,10 +38,6 @@ SMALL_SHARED_MEMORY = (86, 89, 120)
 # Fewest columns of a tl.dot tile, and therefore of a head.
 MIN_HEAD_SIZE = 16
 
-# Lengths are dynamic: one compilation per kind of layer, not per pack. fullgraph: a failure to
-# compile is an error, because PyTorch would compute all N x N scores instead.
-compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
-
 
 @dataclass(frozen=True)
 class Plan(Movable):
@@ -58,6 +56,18 @@ class Plan(Movable):
                 self.subtree_end, self.depths, window, block_size=self.block_size
             )
         return self.masks[window]
+
+
+def compiled(*tensors: torch.Tensor, **options):
+    """FlexAttention, compiled. Not at import, since that loads the compiler."""
+    return _compile()(*tensors, **options)
+
+
+@cache
+def _compile() -> Callable:
+    # Lengths are dynamic: one compilation per kind of layer, not per pack. fullgraph: a failure to
+    # compile is an error, because PyTorch would compute all N x N scores instead.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def plan(pack: PackedForest) -> Plan:

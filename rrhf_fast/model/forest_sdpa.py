@@ -108,6 +108,26 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a packed forest; see `rrhf_fast.model.backend`."""
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if query.device.type != "cpu" or query.dtype.itemsize > 2:
+        return _attend(query, key, value, plan, **options)
+    # Faster in float32 there; autocast would cast back.
+    with torch.autocast("cpu", enabled=False):
+        wide = [states.float() for states in (query, key, value)]
+        return _attend(*wide, plan, **options).to(query.dtype)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    *,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     queries = _gather(query, plan.query_rows, [b.query_depths.shape for b in plan.buckets])
     chains_and_keys = [(len(b.query_depths), b.num_keys) for b in plan.buckets]
     keys = _gather(key, plan.key_rows, chains_and_keys)

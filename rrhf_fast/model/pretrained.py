@@ -67,7 +67,7 @@ def loading(name_or_path: str, option: str) -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bars_on_terminals():
             warnings.simplefilter("ignore")
             yield
     except torch.OutOfMemoryError:
@@ -87,6 +87,20 @@ def loading(name_or_path: str, option: str) -> Iterator[None]:
         raise ValueError(f"{option}: {name_or_path}: {one_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Inside, the progress bars of transformers appear on terminals only."""
+
+    def bar(make, args: tuple, options: dict):
+        return make(*args, **(options | {"disable": None}))
+
+    before = transformers.logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        transformers.logging.set_tqdm_hook(before)
 
 
 def read_config(name_or_path: str, *, trust_remote_code: bool) -> PretrainedConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -15,6 +16,7 @@ from rrhf_fast.data.padded import PaddedBatch, build_padded
 from rrhf_fast.losses import RRHFLoss, linear_logprob, linear_rrhf_loss, rrhf_loss
 from rrhf_fast.losses.linear_rrhf import workspace_for
 from rrhf_fast.losses.parts import Layout, LinearHead
+from rrhf_fast.model.active_rows import pays, use_active_rows, use_all_rows
 from rrhf_fast.model.attention import FOREST, Choice, Forest, choose_backend
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.model.decoder import (
@@ -26,7 +28,7 @@ from rrhf_fast.model.decoder import (
     read_head,
     self_check,
 )
-from rrhf_fast.model.flops import Costs
+from rrhf_fast.model.flops import Costs, decoder_flops
 from rrhf_fast.model.layers import (
     checkpoint_layers,
     compile_layers,
@@ -35,6 +37,7 @@ from rrhf_fast.model.layers import (
     trial_length,
     uncompile_layers,
 )
+from rrhf_fast.model.lean_layers import find_lean_layers, use_lean_layers, use_own_layers
 from rrhf_fast.model.sharded import small_twin
 from rrhf_fast.model.weight_copies import copy_weights, keep_gradients, remove_copies, update_copies
 from rrhf_fast.spans import span
@@ -51,8 +54,10 @@ class RRHFModel(nn.Module):
     "none" runs padded batches. `attn_implementation` is a name of
     `rrhf_fast.model.attention.BACKENDS` or "auto"; `max_tokens` the tokens of the largest pack to
     come, if known. `compile` None compiles layers on CUDA if possible. `activation_checkpointing`
-    is "none", "selective" or "full". `device` is where the model will run, if it is not there yet;
-    `is_sharded` says that FSDP will shard it, which keeps its own copies of weights.
+    is "none", "selective" or "full". `skip_rows` lets linear layers leave rows without a gradient
+    out of their backward, where that pays (`row_skipping`): uncompiled on a CPU. `device` is where
+    the model will run, if it is not there yet; `is_sharded` says that FSDP will shard it, which
+    keeps its own copies of weights.
 
     Raises:
         ValueError: model, attention or compiler cannot do what is asked; says which and why.
@@ -70,6 +75,7 @@ class RRHFModel(nn.Module):
         attn_implementation: str = "auto",
         compile: bool | None = False,
         activation_checkpointing: str = "none",
+        skip_rows: bool = True,
         device: torch.device | None = None,
         is_sharded: bool = False,
     ):
@@ -83,6 +89,8 @@ class RRHFModel(nn.Module):
             memory = torch.cuda.get_device_properties(self.device).total_memory
             self.workspace_mb = workspace_for(memory)
         remove_copies(lm)
+        use_all_rows(lm)
+        use_own_layers(lm)
         restore_layers(lm)
         self.plain_attention = lm.config._attn_implementation
         self.attention: Choice | None = None
@@ -124,6 +132,13 @@ class RRHFModel(nn.Module):
             self.compiled, self.warnings = trial.compiled, self.warnings + trial.warnings
             if self.compiled:
                 compile_layers(lm)
+        is_eager_on_cpu = self.device.type == "cpu" and not self.compiled
+        self._skip_rows = skip_rows and is_eager_on_cpu
+        is_lean = is_eager_on_cpu and activation_checkpointing == "none" and runnable is lm
+        self._lean_layers = find_lean_layers(lm) if is_lean else []
+        # The share of the decoder's products whose backward leaves out rows without a gradient.
+        self.row_skipping = 0.0
+        self._use_own_backward()
         # Around compilation, so that the backward pass runs compiled layers too.
         if activation_checkpointing != "none":
             checkpoint_layers(lm, activation_checkpointing)
@@ -137,6 +152,7 @@ class RRHFModel(nn.Module):
         else:
             multiple = trial_length(self.lm, self.pad_to_multiple_of)
             pack = build_forest(queries, pad_to_multiple_of=multiple)
+        pack = replace(pack, reference_logps=torch.zeros_like(pack.rewards))
         try:
             with torch.enable_grad():
                 self(pack.to(self.device)).loss.backward()
@@ -175,13 +191,38 @@ class RRHFModel(nn.Module):
             yield
 
     def release(self) -> None:
-        """Give `lm` its own attention back, so that it is a plain Hugging Face model until
-        `engaged`."""
+        """Give `lm` its own attention and layers back, so that it is a plain Hugging Face model
+        until `engaged`."""
         self.lm.set_attn_implementation(self.plain_attention)
+        use_all_rows(self.lm)
+        use_own_layers(self.lm)
+        self._is_released = True
 
-    def engaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def engaged(self) -> Iterator[None]:
         """Inside this block, after `release`, packs can be run."""
-        return attention(self.lm, self.plain_attention if self.attention is None else FOREST)
+        was_released = self._is_released
+        self._use_own_backward()
+        try:
+            with attention(self.lm, self.plain_attention if self.attention is None else FOREST):
+                yield
+        finally:
+            if was_released:
+                self.release()
+
+    def _use_own_backward(self) -> None:
+        """Let the decoder's layers leave out rows and keep less, where they can."""
+        self._is_released = False
+        use_lean_layers(self._lean_layers)
+        if not self._skip_rows:
+            return
+        count = use_active_rows(self.lm)
+        for layer in self.copied:
+            layer.skips_rows = pays(layer)
+            count += layer.skips_rows * layer.in_features * layer.out_features
+        if count:  # else a decoder of other layers, and its flops are perhaps not known
+            forward, _ = decoder_flops(self.lm)
+            self.row_skipping = min(1.0, 2 * count / forward)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Inside this block matrix products run in `compute_dtype`; weights, norms and RoPE stay in
@@ -236,6 +277,18 @@ class RRHFModel(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
 
+    @torch.no_grad()
+    def response_logps(self, pack: Pack) -> torch.Tensor:
+        """[S] float32 sum of the log-probs of each response's tokens, without a gradient."""
+        lengths = pack.path_offsets.diff()
+        response_of = torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device),
+            lengths,
+            output_size=len(pack.path_edges),
+        )
+        logps = self.edge_logps(pack)[pack.path_edges].double()
+        return logps.new_zeros(len(lengths)).index_add_(0, response_of, logps).float()
+
     def head_inputs(self, pack: PackedForest | WeightedForest) -> tuple[torch.Tensor, LinearHead]:
         """Hidden states [N, H] of a pack, and the head that turns them into logits."""
         with self.autocast(), span("decoder"):
@@ -250,8 +303,11 @@ class RRHFModel(nn.Module):
 
     def loss_options(self, pack: Pack, share: float = 1.0) -> dict:
         """The pack's layout and `share` times the configured loss, as arguments of the loss
-        functions."""
+        functions. Raises ValueError if these need `reference_logps` and the pack has none."""
         config = self.loss_config
+        has_reference = config.reference == "initial"
+        if has_reference and pack.reference_logps is None:
+            raise ValueError("reference: expected a pack with reference_logps, found one without")
         widths = None
         if config.compat == "official":
             # Not torch.segment_reduce, which waits for the device to check the lengths.
@@ -269,6 +325,10 @@ class RRHFModel(nn.Module):
             "rank_weight": config.rank_weight * share,
             "sft_weight": config.sft_weight * share,
             "sft_reduction": "mean" if config.compat == "official" else config.sft_reduction,
-            "margin": config.margin,
+            **{
+                name: getattr(config, name)
+                for name in ("pair_loss", "margin", "beta", "rank_reduction")
+            },
+            "reference_logps": pack.reference_logps if has_reference else None,
             "padded_widths": widths,
         }

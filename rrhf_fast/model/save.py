@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from rrhf_fast.data.checks import one_line
+from rrhf_fast.model.pretrained import bars_on_terminals
 from rrhf_fast.stages.files import sync_folder
 from rrhf_fast.stages.lock import when_released
 
@@ -49,10 +50,10 @@ def write_model(
     *,
     dtype: torch.dtype,
     weights: dict[str, torch.Tensor],
-) -> None:
+) -> list[str]:
     """Write model and tokenizer to a staging folder, then move each file into place: no file is
     ever half-written, and no half-moved model can be loaded. Of a model with adapters, only the
-    adapters are written.
+    adapters are written. Returns the names of these files within `output_dir`.
 
     Raises:
         SaveFailed: the folder cannot be written. Its contents are unchanged, unless moving a file
@@ -64,7 +65,8 @@ def write_model(
         _empty(staging)
         generation, lm.generation_config = lm.generation_config, GenerationConfig()
         try:
-            lm.save_pretrained(staging, state_dict=weights)
+            with bars_on_terminals():
+                lm.save_pretrained(staging, state_dict=weights)
         finally:
             lm.generation_config = generation
         if (staging / "config.json").exists():  # not for adapters
@@ -81,7 +83,7 @@ def write_model(
             f"output_dir: {output_dir} could not be written ({one_line(error)})"
         ) from error
     try:
-        _move_into_place(staging, output_dir)
+        return _move_into_place(staging, output_dir)
     except OSError as error:
         problem = f"{output_dir} could not be written ({one_line(error)})"
         raise SaveFailed(f"output_dir: {problem}; the new files are in {staging}") from error
@@ -110,9 +112,9 @@ def _empty(staging: Path) -> None:
             path.unlink()
 
 
-def _move_into_place(staging: Path, output_dir: Path) -> None:
+def _move_into_place(staging: Path, output_dir: Path) -> list[str]:
     """Move every file of `staging`, keeping its folders, and remove stale files. The file by which
-    the folder is loaded goes first and comes last."""
+    the folder is loaded goes first and comes last. Returns the files' names."""
     probe = staging / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -134,6 +136,7 @@ def _move_into_place(staging: Path, output_dir: Path) -> None:
     sync_folder(output_dir)
     _empty(staging)
     when_released(output_dir, staging.rmdir)
+    return sorted(path.as_posix() for path in moved)
 
 
 def _move(path: Path, target: Path, mode: int) -> None:

@@ -2,7 +2,8 @@
 
 For every pack, autocast casts a float32 weight, computes its gradient in 16 bits, casts that to
 float32 and adds it: 26 bytes moved per weight and pack. A copy that lasts until the next optimizer
-step, and a product that accumulates into the gradient, move 8 and round no gradient to 16 bits.
+step, and a product that accumulates into the gradient, move 8 and round no gradient to 16 bits
+(except on CPUs, whose products of 16 bits are rounded once).
 
 A copy is a plain attribute of its layer: neither parameter nor buffer, and in no checkpoint. Copies
 help on one device; FSDP keeps its own.
@@ -20,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from rrhf_fast.losses.matrix_sum import add_product
+from rrhf_fast.model.active_rows import active_rows, rows_of, spread
 
 
 class CopiedLinear(nn.Linear):
@@ -29,6 +31,7 @@ class CopiedLinear(nn.Linear):
 
     weight_copy: Tensor
     copied: tuple[int, int] | None  # version and address of `weight` when it was copied
+    skips_rows: bool = False  # see `rrhf_fast.model.active_rows`
 
     def update(self) -> None:
         """Copy the weight if it has changed; allocate its gradient if gradients are enabled."""
@@ -50,7 +53,8 @@ class CopiedLinear(nn.Linear):
             self.update()
         if torch.is_grad_enabled() and self.weight.requires_grad:
             x = x.to(self.weight_copy.dtype)
-            return _Product.apply(x, self.weight, self.weight_copy, self.bias, self.weight.grad)
+            weights = (self.weight, self.weight_copy, self.bias, self.weight.grad)
+            return _Product.apply(x, *weights, self.skips_rows)
         return F.linear(x, self.weight_copy, self.bias)
 
 
@@ -59,8 +63,9 @@ class _Product(torch.autograd.Function):
     embeddings, needs no gradient; its gradient is added to `gradient`, not returned."""
 
     @staticmethod
-    def forward(ctx, x, weight, copy, bias, gradient):
+    def forward(ctx, x, weight, copy, bias, gradient, skips_rows):
         ctx.save_for_backward(x, copy, gradient)
+        ctx.skips_rows = skips_rows
         rows = x.reshape(-1, x.shape[-1])
         # These operators' results are kept by selective checkpointing.
         if bias is None:
@@ -73,13 +78,14 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y):
         x, copy, gradient = ctx.saved_tensors
-        d_rows, d_x, d_bias = d_y.reshape(-1, d_y.shape[-1]), None, None
-        torch.ops.rrhf_fast.add_product(gradient, d_rows.t(), x.reshape(-1, x.shape[-1]))
+        kept = active_rows(d_y, copy.shape[1]) if ctx.skips_rows else None
+        d_rows, d_x, d_bias = rows_of(d_y, kept), None, None
+        torch.ops.rrhf_fast.add_product(gradient, d_rows.t(), rows_of(x, kept))
         if ctx.needs_input_grad[0]:
-            d_x = torch.mm(d_rows, copy).view(x.shape)
+            d_x = spread(torch.mm(d_rows, copy), kept, x.shape)
         if ctx.needs_input_grad[3]:
             d_bias = d_rows.sum(0, dtype=gradient.dtype)
-        return d_x, None, None, d_bias, None
+        return d_x, None, None, d_bias, None, None
 
 
 torch.library.define("rrhf_fast::add_product", "(Tensor(a!) total, Tensor a, Tensor b) -> ()")
@@ -120,6 +126,7 @@ def remove_copies(lm: PreTrainedModel) -> None:
     for module in lm.modules():
         if type(module) is CopiedLinear:
             del module.weight_copy, module.copied
+            vars(module).pop("skips_rows", None)
             module.__class__ = nn.Linear
 
 

@@ -44,25 +44,36 @@ class Answer:
     text: str
     finish_reason: str | None
     usage: dict[str, int]  # prompt_tokens, completion_tokens, requests
+    token_ids: list[int] | None = None  # of the text and its end, from servers that give them
 
 
-def read_answer(body: bytes, chat: bool, requests: int) -> Answer:
-    """Read the answer in the body of a response with status 200.
+def read_answers(body: bytes, chat: bool, requests: int) -> list[Answer | Refused]:
+    """Read every choice in the body of a response with status 200: its answer, or the reason why
+    it has no complete text. The first one holds the usage of all.
 
     Args:
         chat: the response is from /chat/completions, else from /completions.
         requests: requests sent to get it.
 
     Raises:
-        Refused: a completion without a complete text.
         NoCompletion: JSON that is not a completion.
         ValueError: not JSON.
     """
     try:
         record = json.loads(body, parse_int=_integer, parse_constant=lambda _: None)
-        return _answer(record, chat, requests)
+        choices = _choices(record)
+        usage = _usage(record) | {"requests": requests}
+        answers = []
+        for choice in choices:
+            try:
+                answers.append(_answer(choice, record, chat, {} if answers else usage))
+            except Refused as refusal:
+                answers.append(refusal)
     except RecursionError:
         raise NoCompletion("an answer nested too deeply") from None
+    if all(isinstance(answer, NoCompletion) for answer in answers):
+        raise answers[0]
+    return answers
 
 
 def _integer(digits: str) -> int | None:
@@ -70,12 +81,12 @@ def _integer(digits: str) -> int | None:
     return int(digits) if len(digits) < 20 else None
 
 
-def _answer(record: Any, chat: bool, requests: int) -> Answer:
-    choice = _first_choice(record)
+def _answer(choice: Any, record: dict, chat: bool, usage: dict[str, int]) -> Answer:
+    """The answer of one choice of a completion."""
+    choice = choice if isinstance(choice, dict) else {}
     message = choice.get("message") if chat else choice
     if not isinstance(message, dict):
-        raise NoCompletion("an answer without a message")
-    usage = _usage(record) | {"requests": requests}
+        raise NoCompletion("an answer without a message", usage)
     text = _text(message.get("content" if chat else "text"))
     reason = choice.get("finish_reason")
     reason = reason if isinstance(reason, str) else None
@@ -93,19 +104,24 @@ def _answer(record: Any, chat: bool, requests: int) -> Answer:
         raise Refused(f"an answer without text (finish_reason {reason})", usage)
     if text != _encodable(text):
         raise Refused("an answer that is not valid Unicode", usage)
-    return Answer(text, reason, usage)
+    return Answer(text, reason, usage, _token_ids(choice.get("token_ids")))
 
 
-def _first_choice(record: Any) -> dict:
+def _token_ids(value: Any) -> list[int] | None:
+    is_list = isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+    return value if is_list else None
+
+
+def _choices(record: Any) -> list:
     if not isinstance(record, dict):
         raise NoCompletion("an answer that is not a JSON object")
     if error := record.get("error"):
         message = error.get("message") if isinstance(error, dict) else error
         raise NoCompletion(f"an error instead of an answer: {one_line(message or error, None)}")
     choices = record.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    if not isinstance(choices, list) or not any(isinstance(choice, dict) for choice in choices):
         raise NoCompletion("an answer without choices")
-    return choices[0]
+    return choices
 
 
 def _text(content: Any) -> str | None:

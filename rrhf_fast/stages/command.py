@@ -2,26 +2,23 @@
 
 import errno
 import os
-import re
 import signal
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.ending import PREEMPTED, fail, how_to_resume
 from rrhf_fast.stages.files import disk_problem
-from rrhf_fast.stages.launcher import launched
+from rrhf_fast.stages.launcher import is_first, launched
+from rrhf_fast.stages.links import RankLost
+from rrhf_fast.stages.loading import own_process
 from rrhf_fast.stages.outlet import Outlet
 from rrhf_fast.stages.parse import Config, parse_config
 
-# EX_TEMPFAIL of sysexits.h: try again later.
-PREEMPTED = 75
-# Characters of an error line, at most, and of a word in it.
-_LONGEST_LINE, _LONGEST_WORD = 2000, 400
 # What a name that the user gave leads to; any other failure of the system has reasons outside.
 _OF_NAMES = (
     FileNotFoundError,
@@ -43,17 +40,21 @@ def run_command(
     run: Callable[[Config], int],
     arguments: list[str] | None = None,
     *,
-    many_processes: bool = False,
+    many_processes: bool = True,
+    preempted_by: Collection[str] = ("SIGUSR1",),
 ) -> int:
     """Parse the options and run; returns the exit code: that of `run`, 2 for a mistake in options
     or data (a ValueError, or a file that cannot be used), 1 if memory, disk or system fail, 130 for
-    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP. A launcher of several processes is refused unless
-    the command shares its work among `many_processes`; such a command ends with 75 for these two
-    signals and SIGUSR1, so that a cluster queues it again. What cannot be printed stops nothing."""
+    Ctrl-C, 143 and 129 for SIGTERM and SIGHUP. The signals of `preempted_by`, and among several
+    ranks all of these, end it with 75, so that a cluster queues it again. A launcher of several
+    processes is refused unless the command shares its work among `many_processes`. What cannot be
+    printed stops nothing."""
     out = Outlet(sys.stdout)
     with redirect_stdout(out), redirect_stderr(Outlet(sys.stderr)):
         try:
-            code = _ending(name, description, config_class, run, arguments, many_processes)
+            code = _ending(
+                name, description, config_class, run, arguments, many_processes, preempted_by
+            )
         except SystemExit:  # of --help
             code = None
         out.flush()
@@ -71,44 +72,43 @@ def _ending(
     run: Callable[[Config], int],
     arguments: list[str] | None,
     many_processes: bool,
+    preempted_by: Collection[str],
 ) -> int:
     """Run the command and say how it ended, on one line; returns the exit code."""
-    rank, config = 0, None
+    config = None
     try:
-        world = launched()
-        rank = world.rank
-        if not many_processes and world.size > 1:
+        size = launched().size
+        if not many_processes and size > 1:
             raise ValueError(
-                f"this command is one process, but WORLD_SIZE is {world.size}: "
+                f"this command is one process, but WORLD_SIZE is {size}: "
                 f"start it by python -m rrhf_fast.{name}, not by torchrun or srun"
             )
-        with _stopped_by_signals(alone=world.size == 1, resumes=many_processes):
+        with _stopped_by_signals(alone=size == 1):
             config = parse_config(config_class, arguments, name, description)
             return run(config)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if problem := disk_problem(error):
             return fail(name, _of_the_disk(problem, error, config), 1)
         if isinstance(error, ValueError):
-            # Nearly always every rank makes the same mistake. The first one reports it, and the
-            # launcher then ends the others while they wait.
-            if rank > 0:
-                time.sleep(10)
             return fail(name, error, 2)
         if isinstance(error, OSError):
             is_name = isinstance(error, _OF_NAMES)
             is_name |= error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
             problem = f"{_where(error, config)}{error.strerror or one_line(error)}"
             return fail(name, problem, 2 if is_name else 1)
+        if isinstance(error, RankLost):
+            return fail(name, f"{error}; {how_to_resume(config)}", 1)
         problem = _lack_of_memory(error)
         if problem is None:
             raise
         has_batch = hasattr(config_class, "batch_size")
         return fail(name, f"{problem}{': lower --batch_size' if has_batch else ''}", 1)
     except Stopped as error:
-        code = PREEMPTED if many_processes else 128 + error.args[0]
-        return fail(name, f"stopped by {error.args[0].name}", code)
+        number = error.args[0]
+        code = PREEMPTED if number.name in preempted_by else 128 + number
+        return fail(name, f"stopped by {number.name}", code)
     except KeyboardInterrupt:
-        return fail(name, "interrupted", 130)
+        return fail(name, "interrupted", 130) if is_first() else 130
     except SystemExit as error:  # --help ends so, and so does code that others wrote
         if config is None:
             raise
@@ -140,10 +140,10 @@ def _lack_of_memory(error: Exception) -> str | None:
 
 
 @contextmanager
-def _stopped_by_signals(*, alone: bool, resumes: bool) -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP, and SIGUSR1 if the command `resumes`, raise `Stopped` where they
-    would have ended the process without a word. Among several ranks they end the process at once:
-    one that waits for the others would not end otherwise."""
+def _stopped_by_signals(*, alone: bool) -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise `Stopped` where they would have ended the process
+    without a word. Among several ranks they end the process at once: one that waits for the others
+    would not end otherwise."""
 
     own = os.getpid()
 
@@ -156,7 +156,7 @@ def _stopped_by_signals(*, alone: bool, resumes: bool) -> Iterator[None]:
             os._exit(PREEMPTED)
         raise Stopped(signal.Signals(number))
 
-    names = ["SIGTERM", "SIGHUP", *(["SIGUSR1"] if resumes else [])]
+    names = ("SIGTERM", "SIGHUP", "SIGUSR1")
     names = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has one
     if threading.current_thread() is not threading.main_thread():
         names = []
@@ -172,6 +172,8 @@ def _stopped_by_signals(*, alone: bool, resumes: bool) -> Iterator[None]:
 
 def _of_the_disk(problem: str, error: Exception, config: object) -> str:
     """The line for what `disk_problem` found behind an error."""
+    if str(error).startswith("data_cache_dir"):  # nothing was begun
+        return f"{error}; choose another by --data_cache_dir or RRHF_FAST_CACHE"
     if isinstance(error, ValueError):  # it names option and file
         problem = str(error)
     else:
@@ -179,32 +181,10 @@ def _of_the_disk(problem: str, error: Exception, config: object) -> str:
     return f"{problem}; {how_to_resume(config)}" if config is not None else problem
 
 
-def how_to_resume(config: object) -> str:
-    """What to do after a command stopped half-way, for its error line."""
-    how = ", without --overwrite" if getattr(config, "overwrite", False) else ""
-    if getattr(config, "output_dir", "") is None:
-        how = ", with its --output_dir"
-    if getattr(config, "resume_from_checkpoint", "latest") != "latest":
-        how += ", with --resume_from_checkpoint latest"
-    return f"what is done is kept: run the same command again{how}"
-
-
-def fail(name: str, problem: object, code: int) -> int:
-    """Print the problem as one line; returns the exit code."""
-    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", _shortened, one_line(problem, None))
-    if len(text) > _LONGEST_LINE:
-        text = f"{text[: _LONGEST_LINE - 3]}..."
-    print(f"rrhf_fast.{name}: error: {text}", file=sys.stderr)
-    return code
-
-
-def _shortened(word: re.Match) -> str:
-    return f"{word[0][:100]}...{word[0][-100:]}"
-
-
 def leave(main: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `main`. With several ranks it ends at once: a failed
     rank that waits for the others, which wait for it, keeps the launcher from ending the job."""
+    own_process()
     try:
         code = main()
     except BaseException as error:

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le
 from tqdm import tqdm
 
 from rrhf_fast.data.checks import one_line
-from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
+from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answers
 from rrhf_fast.stages.journal import Journal
 from rrhf_fast.stages.secrets import hide, hide_in_logs, keep_secret, repeats_secret
 
@@ -33,18 +33,22 @@ _READING = threading.Lock()
 class EndpointConfig:
     """Requests to OpenAI-compatible endpoints (pip install rrhf-fast[openai])"""
 
-    timeout: Annotated[float, Gt(0), Le(86400)] = 120.0
-    """Seconds in which one try has to end: connection, request and the whole answer."""
+    timeout: Annotated[float, Gt(0), Le(86400)] = 600.0
+    """Seconds in which one try has to end: connection, request and the whole answer, which may be
+    that of many responses."""
     max_retries: Annotated[int, Ge(0), Le(1000)] = 5
     """Further tries, with growing pauses, after a time-out, a refusal for load (429), a server
     error or an answer that cannot be read."""
-    max_concurrency: Annotated[int, Ge(1), Le(1000)] = 8
-    """Requests under way at the same time."""
+    max_concurrency: Annotated[int, Ge(1), Le(1000)] = 32
+    """Requests under way at the same time, of all processes together (but at least one in each),
+    each for all responses to a prompt. A large GPU takes more; endpoints that limit the load may
+    need fewer."""
     token_limit_parameter: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
     """Name of the token limit in chat requests. auto: max_tokens, and max_completion_tokens once
     the endpoint refuses that."""
-    send_seed: bool = True
-    """Send a seed with each request; false for endpoints that refuse one."""
+    send_seed: bool = False
+    """Send a seed with each request: answers then repeat, as far as the endpoint's arithmetic does,
+    but vLLM samples more slowly. Some endpoints refuse it."""
 
 
 class EndpointDown(RuntimeError):
@@ -116,24 +120,48 @@ class Endpoint:
         chat: bool = True,
         **options,
     ) -> Answer:
-        """Ask for the answer to messages, or to a string (sent as one user message, or to
-        /completions if `chat` is false).
-
-        Args:
-            max_tokens: of the answer; sent under the name that the endpoint supports.
-            options: further parameters; None is not sent.
+        """Ask for one answer; see `ask_many`.
 
         Raises:
             Refused: no text for this request.
+        """
+        first = self.ask_many(model, prompt, max_tokens=max_tokens, chat=chat, **options)[0]
+        if isinstance(first, Refused):
+            raise first
+        return first
+
+    def ask_many(
+        self,
+        model: str,
+        prompt: str | list[dict] | list[int],
+        *,
+        max_tokens: int,
+        chat: bool = True,
+        **options,
+    ) -> list[Answer | Refused]:
+        """Ask for answers to messages, or to a string (sent as one user message, or to /completions
+        if `chat` is false) or its tokens (sent to /completions).
+
+        Args:
+            max_tokens: of an answer; sent under the name that the endpoint supports.
+            options: further parameters, such as n; None is not sent.
+
+        Returns:
+            The answer of each choice, or the reason why it has no text; more or fewer than n where
+            the endpoint wills it. The first one holds the usage of all.
+
+        Raises:
+            Refused: the endpoint refuses the request.
             EndpointDown: no answer.
             ValueError: the endpoint does not support a parameter; says which option to change.
         """
         options = {name: value for name, value in options.items() if value is not None}
         options["model"] = model
-        chat = chat or isinstance(prompt, list)
+        is_text = isinstance(prompt, str)
+        chat = chat if is_text else isinstance(prompt[0], dict)
         if chat:
             as_message = [{"role": "user", "content": prompt}]
-            options["messages"] = as_message if isinstance(prompt, str) else prompt
+            options["messages"] = as_message if is_text else prompt
         else:
             options["prompt"] = prompt
         requests = 0
@@ -144,19 +172,19 @@ class Endpoint:
             if reason := answer.extensions.get("not_taken"):
                 raise Refused(reason, {"requests": requests})
             result = self._result(answer.content, chat, requests)
-            if isinstance(result, Answer):
+            if isinstance(result, list):
                 return result
             may_differ = isinstance(result, NoCompletion | EndpointDown)
             if not may_differ or requests > self._max_retries:
                 raise result
             time.sleep(min(0.5 * 2 ** min(requests, 4), 8.0))
 
-    def _result(self, body: bytes, chat: bool, requests: int) -> Answer | Exception:
-        """The answer in the body of a response with status 200, or why there is none. The exception
-        is returned, for one raised here would carry what the endpoint sent."""
+    def _result(self, body: bytes, chat: bool, requests: int) -> list[Answer | Refused] | Exception:
+        """The answers in the body of a response with status 200, or why there are none. The
+        exception is returned, for one raised here would carry what the endpoint sent."""
         try:
             with _READING:
-                answer = read_answer(body, chat, requests)
+                answers = read_answers(body, chat, requests)
         except Refused as error:
             usage = error.usage | {"requests": requests}
             return type(error)(_shown(error), usage)
@@ -164,10 +192,7 @@ class Endpoint:
             times = f", {requests} times" if requests > 1 else ""
             what = f"an answer that is not a completion ({_shown(error)}){times}"
             return EndpointDown(f"{self.name}: {what}")
-        if repeats_secret(answer.text):
-            # Not replaced in the text: nobody would notice that in the rows.
-            return Refused("the answer repeats an API key", answer.usage)
-        return answer
+        return [_without_secrets(answer) for answer in answers]
 
     def _post(self, chat: bool, max_tokens: int, options: dict, max_retries: int) -> Any:
         """Send a request; raises as `ask` does for any status other than 200."""
@@ -216,6 +241,15 @@ class Endpoint:
                 problem = f"the endpoint does not support this {parameter}: {reason}"
                 return ValueError(f"{option}: {problem} (set it to {cure})")
         return Refused(reason)
+
+
+def _without_secrets(answer: Answer | Refused) -> Answer | Refused:
+    if isinstance(answer, Refused):
+        return type(answer)(_shown(answer), answer.usage)
+    if repeats_secret(answer.text):
+        # Not replaced in the text: nobody would notice that in the rows.
+        return Refused("the answer repeats an API key", answer.usage)
+    return answer
 
 
 def _key(base_url: str | None, variable: str, where: str) -> str:
@@ -275,9 +309,14 @@ def _shown(text: object) -> str:
 
 
 def ask_all(
-    work: Mapping[str, Callable[[], Any]], journal: Journal, max_concurrency: int, title: str
+    work: Mapping[str, Callable[[], Any]],
+    journal: Journal,
+    max_concurrency: int,
+    title: str,
+    unit: str = "response",
 ) -> None:
     """Run those functions of `work` whose keys the journal lacks in threads; journal each result.
+    Ranks share them, and so the requests under way; the first one has all results at the end.
 
     After an exception no further function starts; those under way are finished and journalled, then
     the exception is raised.
@@ -286,11 +325,11 @@ def ask_all(
     def run(key: str) -> None:
         journal.write(key, work[key]())
 
-    missing = [key for key in work if key not in journal.done]
-    bar = {"total": len(work), "initial": len(work) - len(missing), "unit": "response"}
+    ranks, missing = journal.ranks, journal.mine(work)
+    bar = {"total": len(missing), "unit": unit, "disable": ranks.bar}
     with (
-        tqdm(**bar, desc=title, disable=None) as progress,
-        ThreadPoolExecutor(max_concurrency) as pool,
+        tqdm(**bar, desc=title) as progress,
+        ThreadPoolExecutor(max(1, max_concurrency // ranks.size)) as pool,
     ):
         try:
             for future in as_completed([pool.submit(run, key) for key in missing]):
@@ -299,3 +338,4 @@ def ask_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    journal.share()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """Replace a JSONL file in one step."""
     with replacing(path) as staging, staging.open("w", encoding="utf-8") as file:
         file.writelines(to_json(row) + "\n" for row in rows)

@@ -15,8 +15,8 @@ import docstring_parser
 from rrhf_fast.stages.options import limits
 
 _EPILOG = (
-    "Lists are written [a, b]; --OPTION+ VALUE appends to one. "
-    "Write null for an option that is not set."
+    "Lists are written [a, b]; --OPTION+ VALUE appends to one. A switch may stand alone:\n"
+    "--OPTION is --OPTION true. Write null for an option that is not set."
 )
 
 

@@ -30,6 +30,14 @@ def launched() -> Launched:
     return Launched(rank, size, _number("LOCAL_RANK", 0) if by_launcher else 0, by_launcher)
 
 
+def is_first() -> bool:
+    """Whether this process speaks for the run: the first rank, or the only process."""
+    try:
+        return launched().rank == 0
+    except ValueError:  # whoever needs more says so
+        return True
+
+
 def _adopt_srun() -> None:
     """Set the variables that PyTorch reads, as torchrun does, from those of srun: without them
     every task of a step would be a run of its own, and all would write the same files. Variables

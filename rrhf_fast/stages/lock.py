@@ -158,7 +158,7 @@ class _Lock:
     def _is_won(self, file: int, is_new: bool, who: str) -> bool:
         """Whether this process holds the open file's lock; False to try again. Raises ValueError
         if another process holds it."""
-        is_free = _flock(file)
+        is_free = flock(file)
         if is_free is not False and not self._is_at_path(file):
             return False
         if is_new and is_free is not False:
@@ -254,7 +254,7 @@ class _Holder:
         return unseen and is_free is not False
 
     def refusal(self, is_free: bool | None) -> str | None:
-        """Who holds the lock, or None if nobody does. `is_free`: as `_flock` says."""
+        """Who holds the lock, or None if nobody does. `is_free`: as `flock` says."""
         since = f"{self} since {one_line(self.started, 40)}" if self.host else str(self)
         if is_free is False:
             return since
@@ -263,8 +263,8 @@ class _Holder:
         return since if is_free is None and _is_running(self.pid) else None
 
 
-def _flock(file: int) -> bool | None:
-    """Lock the file; False if another process has, None if the file system has no such locks."""
+def flock(file: int) -> bool | None:
+    """Lock an open file. Returns False if another process has, None if there are no locks here."""
     if fcntl is None:
         return None
     try:

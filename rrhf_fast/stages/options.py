@@ -92,6 +92,8 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
         if name not in kinds and (name not in REMOVED or value != REMOVED[name]):
             near = get_close_matches(name, kinds, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
+            if name == "hub_token":  # of transformers
+                hint = " (set HF_TOKEN, or log in by hf auth login: options are written to files)"
             raise ValueError(f"{where}{name}: no such option{hint}")
         kind, value = kinds.get(name), {rest: value} if rest else value
         if get_origin(kind) is list and isinstance(value, list):

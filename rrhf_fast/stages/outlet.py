@@ -6,11 +6,14 @@ import os
 from typing import Any, TextIO
 
 from rrhf_fast.data.checks import visible_lines
+from rrhf_fast.stages.launcher import is_first
 
 
 def say(text: str) -> None:
-    """Print lines for the user; what a terminal would obey in them is written out."""
-    print(visible_lines(text), flush=True)
+    """Print lines for the user, once however many ranks there are; what a terminal would obey in
+    them is written out."""
+    if is_first():
+        print(visible_lines(text), flush=True)
 
 
 class Outlet:

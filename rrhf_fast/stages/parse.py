@@ -3,6 +3,7 @@
 import re
 import stat
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
@@ -64,8 +65,9 @@ def parse_config(
 
 def _words(config_class: type, arguments: list[str]) -> Iterator[tuple[str, str | None]]:
     """The options of a command line with their values; None for those that take none."""
-    words = iter(arguments)
-    for word in words:
+    words = deque(arguments)
+    while words:
+        word = words.popleft()
         if word in _ALONE:
             yield _ALONE[word], None
             continue
@@ -74,10 +76,23 @@ def _words(config_class: type, arguments: list[str]) -> Iterator[tuple[str, str 
             raise ValueError(f"{word}: expected --OPTION VALUE")
         if name != "config":
             check_names(config_class, {name.removesuffix("+"): None}, "", dotted=True)
-        text = text if has_value else next(words, None)
-        if text is None or (not has_value and re.fullmatch(r"--\w[^\s]*", text)):
-            raise ValueError(f"{name}: expected a value, found {text or 'none'}")
+        if not has_value:
+            follows = bool(words) and not re.fullmatch(r"--\w[^\s]*", words[0])
+            if not follows and _is_switch(config_class, name):
+                text = "true"
+            elif not follows:
+                raise ValueError(f"{name}: expected a value, found {words[0] if words else 'none'}")
+            else:
+                text = words.popleft()
         yield name, text
+
+
+def _is_switch(config_class: type, name: str) -> bool:
+    """Whether an option, perhaps one within another, is true or false: alone it means true."""
+    kind = config_class
+    for part in name.split("."):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return bool in _parts(kind)
 
 
 def _set(

@@ -20,7 +20,7 @@ def claim(output_dir: str, options: dict, *, replaces: Collection[str] = ()) -> 
 
     Args:
         options: everything that the results depend on, as JSON.
-        replaces: remove an earlier run, which may consist of the files with these names.
+        replaces: remove an earlier run, which may consist of the files that match these patterns.
 
     Raises:
         ValueError: the folder cannot be written, or holds a run with other options, or other files.
@@ -77,14 +77,16 @@ def _first_result(folder: Path) -> str | None:
     return next((str(path.relative_to(folder)) for path in files if path.stat().st_size), None)
 
 
-def _empty(folder: Path, names: Collection[str]) -> None:
-    """Remove these files; refuse if the folder holds any others."""
-    names = [*(path.name for path in folder.glob(".*.saving")), *names]  # of `replacing`, killed
-    if others := [path.name for path in folder.iterdir() if path.name not in {LOCK_FILE, *names}]:
+def _empty(folder: Path, patterns: Collection[str]) -> None:
+    """Remove files in the order of these patterns; refuse if the folder holds any others."""
+    patterns = (".*.saving", *patterns)  # of `replacing`, killed
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    kept = {LOCK_FILE, *(path.name for path in files)}
+    if others := [path.name for path in folder.iterdir() if path.name not in kept]:
         problem = f"holds other files, for example {others[0]} (choose another folder)"
         raise ValueError(f"output_dir: {folder} {problem}")
-    for name in names:
-        folder.joinpath(name).unlink(missing_ok=True)
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def pass_on(config: object, target: type, **options):

@@ -13,11 +13,12 @@ __all__ = ["TrainConfig", "train"]
 def train(config: TrainConfig) -> "TrainResult":
     """Train a causal language model by RRHF and save it.
 
-    Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
-    samples.jsonl when `eval_reward_fn` is set, and checkpoints. Ctrl-C ends the run early and still
+    Writes to `output_dir`: the model (safetensors), tokenizer and card (README.md), metrics.jsonl,
+    training.png, samples.jsonl when `eval_reward_fn` is set, and checkpoints; with `push_to_hub`
+    the model is then pushed to the hub. Ctrl-C ends the run early and still
     saves the model; SIGTERM and SIGUSR1 end it after the step at hand with a checkpoint. Under
-    torchrun every process calls this. With `dry_run` it prints an estimate of the memory instead,
-    with `show_tokens` rows in tokens.
+    torchrun every process calls this. With `dry_run` it prints an estimate of memory and time
+    instead, with `show_tokens` rows in tokens.
 
     Raises:
         ValueError: a mistake in options, files or rows, found before anything is trained; or an
@@ -25,6 +26,7 @@ def train(config: TrainConfig) -> "TrainResult":
         NotFinite: the loss or gradient is not finite; the weights of the last good step are saved.
         OutOfMemory: a pack does not fit the device.
         SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
+        HubFailed: the hub cannot be reached before the run, or does not take the saved model.
 
     Example:
         >>> result = train(TrainConfig(max_steps=2, output_dir=folder))  # the embedded demo

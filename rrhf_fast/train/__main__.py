@@ -10,24 +10,27 @@ Writes the model, metrics.jsonl and training.png to output_dir. Ctrl-C stops ear
 """
 
 from rrhf_fast.stages.command import PREEMPTED, fail, how_to_resume, leave, run_command
-from rrhf_fast.train import TrainConfig, train
+from rrhf_fast.stages.loading import quick_imports
+from rrhf_fast.train import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in options or
     data, 75 stopped by SIGTERM, SIGUSR1 or SIGHUP (from the first step on with a checkpoint to
     resume from), 130 Ctrl-C."""
-    return run_command("train", __doc__, TrainConfig, _run, arguments, many_processes=True)
+    signals = ("SIGTERM", "SIGHUP", "SIGUSR1")
+    return run_command("train", __doc__, TrainConfig, _run, arguments, preempted_by=signals)
 
 
 def _run(config: TrainConfig) -> int:
-    # Heavy, and not needed for --help or a misspelt option.
-    from rrhf_fast.model.save import SaveFailed
-    from rrhf_fast.train.backward import OutOfMemory
-    from rrhf_fast.train.step import NotFinite
+    with quick_imports():  # not needed for --help or a misspelt option
+        from rrhf_fast.model.save import SaveFailed
+        from rrhf_fast.train.backward import OutOfMemory
+        from rrhf_fast.train.step import NotFinite
+        from rrhf_fast.train.trainer import run
 
     try:
-        result = train(config)
+        result = run(config)
     except SaveFailed as error:
         return fail("train", f"{error}; {how_to_resume(config)}", 1)
     except (NotFinite, OutOfMemory) as error:

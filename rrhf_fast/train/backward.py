@@ -2,10 +2,14 @@
 
 Whole: forward and backward of every pack. Active: score every pack without gradients, then forward
 and backward of the part that has a gradient (`rrhf_fast.data.active`), in new packs. Cost in
-forwards of a pack, with `kept` the share of its tokens that have a gradient and `whole` 3, or 4
-where checkpointing runs each layer once more:
+forwards of a pack, with `kept` the share of its tokens that have a gradient and `again` 1 where
+checkpointing runs each layer once more, else 0:
 
-    whole against 1 + whole * kept
+    whole     1 + again + 2 * (1 - skipping * (1 - kept))
+    active    1 + (3 + again) * kept
+
+`skipping` is the share of products in whose backward layers leave out the other tokens by
+themselves (`rrhf_fast.model.active_rows`).
 """
 
 from collections.abc import Iterator
@@ -32,12 +36,15 @@ class OutOfMemory(RuntimeError):
     """A pack does not fit the device; states its size and which option to lower."""
 
 
-def is_worthwhile(config: TrainConfig, kept: float) -> bool:
+def is_worthwhile(config: TrainConfig, kept: float, skipping: float) -> bool:
     """Whether a step takes the active way when a share `kept` of its tokens has a gradient."""
     if config.active_set != "auto":
         return config.active_set == "on"
-    whole = 4 if config.activation_checkpointing == "full" else 3
-    return config.packing == "forest" and 1 + whole * kept < (1 - MIN_SAVING) * whole
+    if config.pair_loss != "hinge":  # every response has a gradient
+        return False
+    again = config.activation_checkpointing == "full"
+    whole = 1 + again + 2 * (1 - skipping * (1 - kept))
+    return config.packing == "forest" and 1 + (3 + again) * kept < (1 - MIN_SAVING) * whole
 
 
 def backward_whole(
@@ -97,7 +104,7 @@ def backward_active(
 def active_edges(out: RRHFLoss, pack: Pack, config: LossConfig) -> torch.Tensor:
     """[E] bool, the edges of responses with a gradient: those whose rank loss has a slope, and the
     best ones."""
-    has_gradient = (out.pair_counts != 0) & (config.rank_weight != 0)
+    has_gradient = (out.slopes != 0) & (config.rank_weight != 0)
     if config.sft_weight != 0:
         has_gradient.index_fill_(0, out.best, True)
     along_paths = torch.repeat_interleave(

@@ -2,6 +2,7 @@
 
     output_dir/checkpoint-<step>/
       trainer_state.json    step, schedule, config, lengths of the growing files
+      reference_logps.npz   with --reference initial: see `rrhf_fast.train.reference`
       config.json, ...      the Hugging Face model except its weights, for `rrhf_fast.export`
       __<rank>_<n>.distcp   weights, optimizer state, random states
       .metadata             what is in which of these
@@ -12,7 +13,6 @@ The step determines the position in the data, since the order of an epoch follow
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -48,6 +48,7 @@ from rrhf_fast.train.checkpoint_writer import Writer
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.reference import attach_reference, write_reference
 from rrhf_fast.train.save import trained_tensors
 
 # Files of output_dir that grow with the run; resuming truncates them to their length at the time.
@@ -56,7 +57,8 @@ GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
 NOT_COMPUTED = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "run_name",
     "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
-    "dry_run", "show_tokens",
+    "dry_run", "dry_run_machine", "show_tokens", "data_cache_dir", "dataset_num_proc",
+    "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 
@@ -67,7 +69,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     skipped: int = 0  # consecutive skipped steps up to this one
-    active_fraction: float = 1.0  # of tokens: a running mean over steps
+    active_fraction: float = 1.0  # of tokens: the first step's, then a running mean
 
     def add(self, totals: Totals, problem: str | None) -> None:
         """Count a step; `problem` is why its update was skipped."""
@@ -75,7 +77,8 @@ class Progress:
         self.num_tokens += totals.num_tokens
         self.skipped = self.skipped + 1 if problem else 0
         if not math.isnan(totals.active_fraction):  # NaN for padded packs
-            self.active_fraction += 0.2 * (totals.active_fraction - self.active_fraction)
+            weight = 1.0 if self.step == 1 else 0.2
+            self.active_fraction += weight * (totals.active_fraction - self.active_fraction)
 
 
 class Stager(BlockingAsyncStager):
@@ -161,9 +164,11 @@ class Checkpoints:
         saved = read_state(folder)
         if saved["data"] != self._data:
             raise ValueError(
-                f"resume_from_checkpoint: {folder} is from a run on other rows (to train its model "
-                "on these, export it and pass it as model_name_or_path)"
+                f"resume_from_checkpoint: {folder} is from a run on other rows, or of an earlier "
+                "version (to train its model on these rows, export it and pass it as "
+                "model_name_or_path)"
             )
+        attach_reference(self._run)  # while the model is the initial one
         state = self._load(folder, ("model", "optimizer"), "resume_from_checkpoint")
         self._set_moments(state)
         # Load the previous step and step once, which computes rates from this run's schedule.
@@ -193,11 +198,7 @@ class Checkpoints:
     @cached_property
     def _data(self) -> str:
         """A hash of the training rows' tokens and rewards, in order."""
-        digest = hashlib.blake2b(digest_size=16)
-        for query in self._run.train.queries:
-            for array in (query.prompt_ids, *query.response_ids, query.rewards):
-                digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return self._run.train.queries.digest()
 
     @property
     def _rng_key(self) -> str:
@@ -214,6 +215,7 @@ class Checkpoints:
             write_config(run.model.lm, staging, run.save_dtype)
         write_generation_config(run.model.lm, staging)
         run.tokenizer.save_pretrained(staging)
+        write_reference(run, staging)
         lengths = {name: run.output_dir / name for name in GROWING_FILES}
         state = {
             **asdict(progress),
@@ -251,7 +253,8 @@ class Checkpoints:
 
 def changed_options(folder: Path, config: TrainConfig) -> str:
     """Describe the options that changed since the checkpoint and affect what a run computes."""
-    saved = read_state(folder)["config"]
+    # Options that its version did not have had their defaults.
+    saved = asdict(TrainConfig()) | read_state(folder)["config"]
     changes = [
         f"{f.name} {one_line(saved[f.name], 80)} -> {getattr(config, f.name)}"
         for f in fields(config)

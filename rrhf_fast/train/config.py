@@ -10,6 +10,7 @@ from rrhf_fast.data.chat import refuse_reserved
 from rrhf_fast.data.checks import printed
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.model.config import LossConfig
+from rrhf_fast.stages.hub import HubConfig
 from rrhf_fast.stages.options import check, check_magnitudes
 
 
@@ -35,6 +36,11 @@ class DataConfig:
     """Allow an output_dir that already holds a run."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose author you trust."""
+    data_cache_dir: str | None = None
+    """Folder where tokenised rows are kept for later runs. Default: rrhf_fast in the user's cache
+    folder, or RRHF_FAST_CACHE of the environment."""
+    dataset_num_proc: Annotated[int, Ge(1)] | None = None
+    """Processes that tokenise rows. Default: one per core."""
 
 
 @dataclass
@@ -132,8 +138,11 @@ class SpeedConfig:
     """Recompute activations in the backward pass to save memory. full: keep one activation per
     layer. selective: also keep the results of matrix products and attention."""
     active_set: Literal["auto", "on", "off"] = "auto"
-    """Score the responses of each step first and train on the part that has a gradient alone, which
-    gives the same step. auto: while that is less work."""
+    """Spend no backward on tokens without a gradient, those of correctly ranked responses alone;
+    the step is the same. on: score the responses of each step first, then train on the others.
+    auto: leave them out within the backward of linear layers, where these run uncompiled on a CPU;
+    elsewhere as on while that is less work, and never for a pair_loss other than hinge, under which
+    nearly every response has a gradient."""
 
 
 @dataclass
@@ -192,7 +201,11 @@ class WatchingConfig:
     """Print this many rows as the model will see them, token by token, and stop; loads no
     weights."""
     dry_run: bool = False
-    """Print an estimate of the GPU memory that training needs, and stop; loads no weights."""
+    """Print an estimate of memory and time on 1 to 1,024 GPUs, and stop; loads no weights."""
+    dry_run_machine: dict[str, float] = field(default_factory=dict)
+    """What dry_run assumes of a GPU and its network, instead of a H100 SXM's figures: {tflops, mfu,
+    memory_gib, memory_gb_per_second, gpus_per_node, nvlink_gb_per_second, network_gb_per_second,
+    hop_microseconds}, or some of them."""
     logging_steps: Annotated[int, Ge(1)] = 1
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[int, Ge(1)] | None = None
@@ -244,6 +257,7 @@ class TrainConfig(
     ProcessesConfig,
     SavingConfig,
     WatchingConfig,
+    HubConfig,
     SeedConfig,
 ):
     """Options of `python -m rrhf_fast.train`; without model and data it trains the demo."""
@@ -255,6 +269,7 @@ class TrainConfig(
         self.reading()
         if self.output_dir == "":  # an unset variable of the shell, perhaps
             raise ValueError("output_dir: missing")
+        self.repository()
         if "" in self.stop_strings:
             raise ValueError("stop_strings: an empty text would cut every response to nothing")
         refuse_reserved(self.chat_template_kwargs)
@@ -287,6 +302,12 @@ class TrainConfig(
             )
         if self.optim == "adamw_8bit" and self.optimizer_state_dtype != "float32":
             raise ValueError("optim, optimizer_state_dtype: adamw_8bit keeps its state in 8 bits")
+        if self.pair_loss == "squared" and self.margin == 0:
+            problem = "squared draws responses together without a margin (IPO's is 1 / (2 tau))"
+            raise ValueError(f"margin, pair_loss: {problem}")
+        if self.pair_loss == "hinge" and self.reference == "initial" and self.margin == 0:
+            problem = "all responses score alike at first, so a hinge needs a margin above 0"
+            raise ValueError(f"margin, reference: {problem}")
         if self.use_peft:
             _check_layers(self.lora_target_modules)
         if self.compat == "official" and self.sft_reduction != "sum":

@@ -1,14 +1,13 @@
 """Ranks: one process per device, and the model sharded over them with FSDP2.
 
-A launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and the address of the first rank; for
-tasks of srun, `launched` does. Without one there is a single process, no process group, and this
-module does nothing.
+A launcher such as torchrun starts them; without one there is a single process, no process group,
+and this module does nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -28,24 +27,16 @@ from rrhf_fast.model.layers import decoder_layers
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.stages.launcher import launched
 from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.ranks import Ranks, join_ranks, local_device
 from rrhf_fast.train.config import TrainConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
-    """This process's position among the ranks of a run."""
+class World(Ranks):
+    """This process's position among the ranks of a training run."""
 
     device: torch.device
-    rank: int = 0
-    size: int = 1
     mesh: DeviceMesh | None = None  # (replicate, shard); None without a process group
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank prints, and writes files that exist once per run."""
-        return self.rank == 0
 
     def print(self, text: str) -> None:
         """Print on the first rank."""
@@ -58,47 +49,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """All ranks' values, in rank order, on every rank."""
-        if self.mesh is None:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """If the body fails on any rank, raise the lowest such rank's exception on all ranks."""
-        own = None
-        try:
-            yield
-        except Exception as error:
-            own = error
-        for error in self.gather(own):
-            if error is not None:
-                error.on_all_ranks = True
-                raise error
-
-    def once(self, function: Callable[[], T]) -> T:
-        """Call on the first rank; all ranks return its result, or raise its exception."""
-        outcome = [None, None]
-        if self.is_first:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        if self.mesh is not None:
-            dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            outcome[1].on_all_ranks = True
-            raise outcome[1]
-        return outcome[0]
-
-
-def is_on_all_ranks(error: BaseException) -> bool:
-    """Whether `World` raised this error on every rank, so that the ranks are still in step."""
-    return getattr(error, "on_all_ranks", False)
-
 
 @contextmanager
 def join_world(config: TrainConfig) -> Iterator[World]:
@@ -107,15 +57,10 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     Raises:
         ValueError: data_parallel_shard times data_parallel_replicate is not the number of ranks, or
             the launcher's variables make no sense.
+        RankLost: another rank has ended while this one waited for it.
     """
-    rank, size, local_rank, by_launcher = launched()
-    cuda = torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() == 1:  # Slurm may show each task its own GPU only
-        local_rank = 0
-    if cuda and local_rank >= torch.cuda.device_count():
-        problem = f"expected less than {torch.cuda.device_count()}, the number of GPUs"
-        raise ValueError(f"LOCAL_RANK: {problem}, found {local_rank}")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    size, by_launcher = launched().size, launched().by_launcher
+    device = local_device()
     shard = config.data_parallel_shard or size // config.data_parallel_replicate
     if shard * config.data_parallel_replicate != size:
         product = f"{shard} x {config.data_parallel_replicate} for {size} processes"
@@ -123,25 +68,22 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             "data_parallel_shard, data_parallel_replicate: expected their product to be the number "
             f"of processes (torchrun --nproc_per_node), found {product}"
         )
-    if not by_launcher:
-        if config.cpu_offload:
-            raise ValueError("cpu_offload: needs torchrun (one process is enough)")
-        yield World(device)
-        return
-    if cuda:
-        torch.cuda.set_device(device)
-    joined_here = not dist.is_initialized()
-    if joined_here:
-        # The thread that writes checkpoints communicates over gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    names = ("replicate", "shard")
-    mesh = init_device_mesh(
-        device.type, (config.data_parallel_replicate, shard), mesh_dim_names=names
-    )
-    yield World(device, rank, size, mesh)
-    # Not after an exception: other ranks may be waiting in a collective that this one never joins.
-    if joined_here:
-        dist.destroy_process_group()
+    if config.cpu_offload and not by_launcher:
+        raise ValueError("cpu_offload: needs torchrun (one process is enough)")
+    with join_ranks("train", config) as ranks:
+        mesh = None
+        if by_launcher:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            shape = config.data_parallel_replicate, shard
+            mesh = _mesh(dist.group.WORLD, device.type, shape)
+        yield World(device, mesh, **vars(ranks))
+
+
+@lru_cache(maxsize=1)
+def _mesh(group: dist.ProcessGroup, device_type: str, shape: tuple[int, int]) -> DeviceMesh:
+    """The mesh of these ranks; rounds of training share it, and its communicators."""
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
@@ -162,7 +104,7 @@ def shard_model(model: RRHFModel, world: World, config: TrainConfig) -> None:
     for layer in decoder_layers(model.lm):
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
-    for name in ("edge_weights", "weighted_loss"):
+    for name in ("edge_weights", "weighted_loss", "response_logps"):
         register_fsdp_forward_method(model, name)
 
 
@@ -196,6 +138,14 @@ def gathered(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             unit.set_reshard_after_forward(
                 config.reshard_after_forward and unit is not model, recurse=False
             )
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a forward without a backward left whole: where they are, `parameters`
+    gives others than the optimizer must have."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

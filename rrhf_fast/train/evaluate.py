@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_fast.data.active import kept_rows
+from rrhf_fast.data.corpus import Corpus
 from rrhf_fast.data.encode import decode_response
 from rrhf_fast.data.forest import Pack, PackedForest
-from rrhf_fast.data.tokenise import TokenisedQuery, learned_end_ids
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.flops import Flops
@@ -30,8 +30,8 @@ class Sums(NamedTuple):
     loss: float  # of queries, as are the two parts
     rank_loss: float
     sft_loss: float
-    num_correct: float  # pairs in which the better response has the higher p
-    margins: float  # over pairs, of p_better - p_worse
+    num_correct: float  # pairs in which the better response scores higher
+    margins: float  # over pairs, of the better score minus the worse
     num_pairs: float
     num_queries: float
     num_tokens: float  # padding included
@@ -151,7 +151,7 @@ def evaluate_ranking(
 def evaluate_samples(
     model: RRHFModel,
     tokenizer: PreTrainedTokenizerBase,
-    queries: Sequence[TokenisedQuery],
+    queries: Corpus,
     reward_fn: RewardFn,
     config: TrainConfig,
     world: World | None = None,
@@ -167,9 +167,10 @@ def evaluate_samples(
         ValueError: the reward function did not return one finite number per response.
     """
     world = world or World(model.device)
-    prompts = [query.row.prompt for query in queries for _ in range(config.eval_samples)]
-    prompt_ids = [query.prompt_ids for query in queries for _ in range(config.eval_samples)]
-    end_tokens = sorted({tokenizer.eos_token_id, *learned_end_ids(queries)})
+    places = [place for place in range(len(queries)) for _ in range(config.eval_samples)]
+    prompts = list(map(queries.prompt, places))
+    prompt_ids = [queries[place].prompt_ids for place in places]
+    end_tokens = sorted({tokenizer.eos_token_id, *queries.end_ids})
     with model.generation(), model.autocast(), gathered(model, config):
         share = sample_responses(
             model.lm,

@@ -23,7 +23,7 @@ from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.train.config import TrainConfig
 
-NUM_GPUS = (1, 2, 4, 8, 16, 32, 64)
+NUM_GPUS = tuple(2**n for n in range(11))  # to 1,024
 # The range of `max_tokens_per_pack auto`, and the share of a GPU that the estimate may fill.
 PACK_STEP, SMALLEST_PACK, LARGEST_PACK = 1024, 2048, 32768
 SHARE_TO_FILL = 0.85
@@ -43,7 +43,7 @@ class Memory:
 
 
 def memory_table(config: TrainConfig) -> str:
-    """The estimate for a config on 1 to 64 GPUs, in GiB. Raises the ValueErrors of loading."""
+    """The estimate for a config on 1 to 1,024 GPUs, in GiB. Raises the ValueErrors of loading."""
     options = {"trust_remote_code": config.trust_remote_code}
     lm = empty_model(config.model_name_or_path, **options)
     if config.use_peft:
@@ -65,12 +65,12 @@ def memory_table(config: TrainConfig) -> str:
         f"GiB per GPU: {config.model_name_or_path}, {count / 1e9:.3g}B parameters, "
         f"{str(dtype).removeprefix('torch.')}, {packs}, "
         f"activation_checkpointing {config.activation_checkpointing}",
-        f"{'GPUs':>5}" + "".join(f"{name:>13}" for name in [*names, "total"]),
+        f"{'GPUs':>6}" + "".join(f"{name:>13}" for name in [*names, "total"]),
     ]
     for num_gpus, size in zip(NUM_GPUS, sizes, strict=True):
         parts = astuple(estimate(lm, config, dtype, num_gpus, activations(size)))
         numbers = "".join(f"{part / 2**30:13.2f}" for part in [*parts, sum(parts)])
-        lines.append(f"{num_gpus:>5}{numbers}")
+        lines.append(f"{num_gpus:>6,}{numbers}")
     return "\n".join(lines)
 
 
@@ -107,8 +107,8 @@ def estimate(
     activations: float = 0,
 ) -> Memory:
     """Estimate with weights sharded over `num_gpus`; 1 means a process without torchrun."""
-    layers = [_sizes(layer) for layer in decoder_layers(lm)]
-    count, trained = _sizes(lm)
+    layers = [parameter_counts(layer) for layer in decoder_layers(lm)]
+    count, trained = parameter_counts(lm)
     largest, rest = max(layers), count - sum(size for size, _ in layers)
     masters = 4 * count / num_gpus
     if num_gpus == 1:
@@ -230,7 +230,7 @@ def _moment_bytes(config: TrainConfig) -> int:
     return 2 if config.optimizer_state_dtype == "bfloat16" else 4
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
     """Numbers of all and of trained parameters."""
     parameters = list(module.parameters())
     return (

@@ -2,19 +2,16 @@
 
 from pathlib import Path
 
-import matplotlib
-
+from rrhf_fast.stages.figure import new_figure
 from rrhf_fast.stages.files import replacing
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the backend is set
 
 
 def plot_training(records: list[dict], path: Path) -> None:
     """Draw loss, ranking accuracy, held-out reward (or margin) and speed from metrics records."""
     train = [record for record in records if "loss" in record]
     held_out = [record for record in records if "eval/loss" in record]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = new_figure(11, 7)
+    axes = figure.subplots(2, 2)
     loss, accuracy, reward, speed = axes.flat
 
     _line(loss, train, "rank_loss", "ranking", "C0")
@@ -47,7 +44,6 @@ def plot_training(records: list[dict], path: Path) -> None:
             axis.legend(fontsize="small")
     with replacing(path) as staging:
         figure.savefig(staging, dpi=110, format="png")
-    plt.close(figure)
 
 
 def _line(axis, records: list[dict], key: str, label: str, color: str) -> None:

@@ -1,23 +1,19 @@
 """From the options to everything that a run needs: rows, tokens, model, packs, and a summary."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers.trainer_utils import enable_full_determinism
 
 from rrhf_fast import demo
-from rrhf_fast.data.forest import Pack, forest_tokens
-from rrhf_fast.data.load import RowReport, load_rows
+from rrhf_fast.data.corpus import Corpus
+from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
-from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.rows import Row
-from rrhf_fast.data.split import hold_out
-from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery, learned_end_ids, tokenise_rows
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.pretrained import check_vocabulary, padding_id, read_config
@@ -25,15 +21,17 @@ from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.save import learn_end_tokens
 from rrhf_fast.model.sharded import Stored, empty_model, fill_weights, locate_weights
 from rrhf_fast.stages.checkpoint_files import read_state
+from rrhf_fast.stages.hub import hub_name, public_names, refuse_local_base
 from rrhf_fast.stages.reward_fn import RewardFn, load_reward_fn
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.corpora import read_corpora
 from rrhf_fast.train.distributed import World, shard_model
 from rrhf_fast.train.given import Given
 from rrhf_fast.train.memory import activation_line, fitting_tokens
 from rrhf_fast.train.output_dir import check_output_dir, claim_output_dir
 from rrhf_fast.train.profile import WARMUP
 from rrhf_fast.train.starting_point import starting_point
-from rrhf_fast.train.summary import describe
+from rrhf_fast.train.summary import describe, warn_of_rate
 
 
 @dataclass
@@ -52,7 +50,11 @@ class Run:
     reward_fn: RewardFn | None
     num_steps: int
     summary: str
+    warning: str | None  # for stderr
     lock: ExitStack  # closing it unlocks output_dir, which the first rank holds
+    nameable: frozenset[tuple[str, str]] = frozenset()  # kinds and names that a card may give
+    is_given: bool = False  # the model was handed over in memory
+    reference: dict[str, np.ndarray] = field(default_factory=dict)  # see `attach_reference`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,26 +94,30 @@ def _prepare(config: TrainConfig, world: World, given: Given, lock: ExitStack) -
     if config.model_name_or_path is None:
         config = with_demo(config)
     world.once(lambda: check_output_dir(config, lock))
+    if (repository := config.repository()) is not None:
+        if config.use_peft:
+            is_given = isinstance(given.model, transformers.PreTrainedModel)
+            refuse_local_base(given.model.name_or_path if is_given else config.model_name_or_path)
+        repository = world.once(repository.check)
+        config = replace(config, hub_model_id=repository.name)
     checkpoint = starting_point(config, world)
     reward_fn = given.reward_fn
     if reward_fn is None and config.eval_reward_fn is not None:
         reward_fn = load_reward_fn(config.eval_reward_fn)
-    rows = _read_rows(config, given)
-
     set_seed = enable_full_determinism if config.full_determinism else transformers.set_seed
     set_seed(config.seed)
     tokenizer = given.processing_class or load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
+    max_length = min(config.max_length, _window(config, given) or config.max_length)
+    data = read_corpora(config, given, tokenizer, max_length, world)
     lm, stored, save_dtype = _load(config, world, given.model)
     config = replace(config, dtype=_resolve_dtype(config.dtype, world.device))
-    max_length = min(config.max_length, max_positions(lm) or config.max_length)
-    data = _tokenise(rows, tokenizer, config, max_length)
-    queries = data.train + data.held_out
-    ids = (ids for query in queries for ids in (query.prompt_ids, *query.response_ids))
-    check_vocabulary(ids, lm, config.model_name_or_path, "model_name_or_path")
-    learn_end_tokens(lm, tokenizer, learned_end_ids(data.train))
-    num_tokens = _resolve_pack(config, world, data.train + data.held_out, checkpoint, given.model)
+    check_vocabulary([[data.findings.max_id]], lm, config.model_name_or_path, "model_name_or_path")
+    learn_end_tokens(lm, tokenizer, data.train.end_ids)
+    sizes = [None if corpus is None else _sizes(corpus, config) for corpus in data.sides]
+    largest = max(int(part.max()) for part in sizes if part is not None)
+    num_tokens = _resolve_pack(config, world, largest, checkpoint, given.model)
     config = replace(config, max_tokens_per_pack=num_tokens)
 
     model = _build_model(config, world, lm, stored, max_length)
@@ -122,9 +128,14 @@ def _prepare(config: TrainConfig, world: World, given: Given, lock: ExitStack) -
         "pad_to_multiple_of": model.pad_to_multiple_of,
         "plan": model.plan,
     }
-    train = PackPlanner(data.train, **options)
+    train, held_out = (
+        None if corpus is None else PackPlanner(corpus, sizes=part, **options)
+        for corpus, part in zip(data.sides, sizes, strict=True)
+    )
     num_steps = _count_steps(config, len(data.train))
     has_template = bool(tokenizer.chat_template)
+    if repository is not None:
+        world.once(repository.create)
     return Run(
         config=config,
         world=world,
@@ -134,61 +145,44 @@ def _prepare(config: TrainConfig, world: World, given: Given, lock: ExitStack) -
         save_dtype=save_dtype,
         tokenizer=tokenizer,
         train=train,
-        held_out=PackPlanner(data.held_out, **options) if data.held_out else None,
+        held_out=held_out,
         reward_fn=reward_fn,
         num_steps=num_steps,
-        summary=describe(
-            config, model, train, data.held_out, data.report, data.cut, max_length, has_template
-        ),
+        summary=describe(config, model, data, max_length, has_template),
+        warning=warn_of_rate(config, model, has_template),
         lock=lock,
+        nameable=world.once(lambda: _nameable(config)),
+        is_given=isinstance(given.model, transformers.PreTrainedModel),
     )
 
 
-@dataclass
-class _Data:
-    """Queries in tokens, and what became of the rows."""
-
-    train: list[TokenisedQuery]
-    held_out: list[TokenisedQuery]
-    report: RowReport
-    cut: TokenCounts
+def datasets_of(sources: list[str]) -> list[str]:
+    """The names of datasets, of the hub perhaps, within the names of rows."""
+    return list(dict.fromkeys(source.split(":")[0] for source in sources))
 
 
-def _read_rows(config: TrainConfig, given: Given) -> list[tuple[list[Row], RowReport]]:
-    """Training rows and held-out rows, with a report of each."""
-    options = config.reading() | {
-        "use_responses": config.use_responses,
-        "stop_strings": config.stop_strings,
-    }
-    train = load_rows(given.rows("train_dataset", config), **options)
-    if config.eval_data is None:
-        return [train, ([], RowReport())]
-    return [train, load_rows(given.rows("eval_dataset", config), **options)]
+def _nameable(config: TrainConfig) -> frozenset[tuple[str, str]]:
+    """Model and datasets of the hub; of a run that pushes, those that are public."""
+    sources = [config.train_data] if isinstance(config.train_data, str) else config.train_data or []
+    named = {"model": [hub_name(config.model_name_or_path)]}
+    named["dataset"] = [hub_name(name, "dataset") for name in datasets_of(sources)]
+    if config.push_to_hub:
+        named = {kind: public_names(names, kind) for kind, names in named.items()}
+    return frozenset((kind, name) for kind, names in named.items() for name in names if name)
 
 
-def _tokenise(
-    rows: list[tuple[list[Row], RowReport]],
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: TrainConfig,
-    max_length: int,
-) -> _Data:
-    limits = {
-        "max_length": max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "max_response_length": config.max_response_length,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        "on_bad_rows": config.on_bad_rows,
-    }
-    (train_rows, report), (held_out_rows, held_out_report) = rows
-    train, cut = tokenise_rows(train_rows, tokenizer, report, **limits)
-    held_out = []
-    if held_out_rows:
-        held_out, held_out_cut = tokenise_rows(held_out_rows, tokenizer, held_out_report, **limits)
-        cut.cut += held_out_cut.cut
-    report.add(held_out_report)
-    if config.eval_fraction > 0:
-        train, held_out = hold_out(train, config.eval_fraction, config.seed)
-    return _Data(train, held_out, report, cut)
+def _window(config: TrainConfig, given: Given) -> int | None:
+    """The model's window in tokens, before its weights are loaded."""
+    if isinstance(given.model, transformers.PreTrainedModel):
+        return max_positions(given.model)
+    code = {"trust_remote_code": config.trust_remote_code}
+    return max_positions(empty_model(config.model_name_or_path, **code))
+
+
+def _sizes(corpus: Corpus, config: TrainConfig) -> np.ndarray:
+    """Tokens of each query in a pack."""
+    is_forest = config.packing == "forest"
+    return corpus.index["forest_tokens"] if is_forest else corpus.padded_tokens
 
 
 def _build_model(
@@ -211,6 +205,7 @@ def _build_model(
         attn_implementation=config.attn_implementation,
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
+        skip_rows=config.active_set == "auto",
         device=world.device,
         is_sharded=world.mesh is not None,
     )
@@ -298,7 +293,7 @@ def _resolve_dtype(dtype: str, device: torch.device) -> str:
 def _resolve_pack(
     config: TrainConfig,
     world: World,
-    queries: Sequence[TokenisedQuery],
+    largest_query: int,
     checkpoint: Path | None = None,
     given: str | transformers.PreTrainedModel | None = None,
 ) -> int:
@@ -319,7 +314,6 @@ def _resolve_pack(
             lm = empty_model(config.model_name_or_path, **code)
         if config.use_peft:
             add_lora(lm, config)
-    tokens = forest_tokens if config.packing == "forest" else padded_tokens
     dtype = getattr(torch, config.dtype)
     return fitting_tokens(
         lm,
@@ -328,5 +322,5 @@ def _resolve_pack(
         num_gpus=1 if world.mesh is None else world.mesh["shard"].size(),
         activations=activation_line(lm, config, dtype),
         memory=min(world.gather(torch.cuda.get_device_properties(world.device).total_memory)),
-        largest_query=max(map(tokens, queries)),
+        largest_query=largest_query,
     )

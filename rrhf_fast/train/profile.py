@@ -9,11 +9,13 @@ import errno
 import gzip
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
@@ -61,16 +63,23 @@ class StepProfiler:
         for _, batch in zip(range(WARMUP), batches, strict=False):
             yield batch
         _wait(self.model.device)
-        with torch.profiler.profile() as profile, record_function(STEPS):
-            self._is_recording = True
-            for _ in range(self.num_steps):
-                with span("data"):
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                yield batch
-            self._is_recording = False
-            _wait(self.model.device)
+        with torch.profiler.profile() as profile:
+            try:
+                with record_function(STEPS):
+                    self._is_recording = True
+                    for _ in range(self.num_steps):
+                        with span("data"):
+                            batch = next(batches, None)
+                        if batch is None:
+                            break
+                        yield batch
+                    self._is_recording = False
+                    _wait(self.model.device)
+            finally:
+                if dist.is_initialized():
+                    # A thread of gloo uses the profiler until shortly after its collective is done,
+                    # and dies of a segmentation fault if there is none by then (torch 2.13).
+                    time.sleep(0.5)
         if self._totals:
             self._write(profile)
         yield from batches

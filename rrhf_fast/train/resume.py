@@ -7,6 +7,7 @@ from rrhf_fast.stages.checkpoint_files import SUMS_FILE, read_state, write_check
 from rrhf_fast.train.checkpoint import Checkpoints, Progress, changed_options
 from rrhf_fast.train.metrics import MetricsLog, cut
 from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.reference import attach_reference
 
 
 def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
@@ -19,6 +20,7 @@ def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
         elif is_resumed:
             world.print(f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
         checkpoints.clear(keep_complete=False)
+        attach_reference(run)
         return Progress()
     checkpoints.clear(keep_complete=True)
     progress, lengths = checkpoints.resume(folder)

@@ -4,13 +4,9 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from torch.utils.benchmark import Timer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # the backend comes first
-
+from rrhf_fast.stages.figure import new_figure
 from rrhf_fast.stages.files import replacing, write_text
 
 NOTE = """\
@@ -56,6 +52,8 @@ def product_speed(device: torch.device, dtype: torch.dtype, seconds: float = 1.0
 
 def _best(statement: str, seconds: float, **names: torch.Tensor) -> float:
     """Seconds per run, the device's work included."""
+    from torch.utils.benchmark import Timer  # imports setuptools
+
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
 
@@ -133,7 +131,8 @@ class Breakdown:
         parts = self._order()[::-1]
         spent = [1e3 * self.seconds[part] for part in parts]
         best = [1e3 * (self.at_roofline(part) or 0.0) for part in parts]
-        figure, axis = plt.subplots(figsize=(9, 0.5 * len(parts) + 1.6), layout="constrained")
+        figure = new_figure(9, 0.5 * len(parts) + 1.6)
+        axis = figure.subplots()
         axis.barh(parts, spent, color="C0", alpha=0.35, label="time taken")
         axis.barh(parts, best, height=0.4, color="C0", label="time at the roofline")
         for place, (part, length) in enumerate(zip(parts, spent, strict=True)):
@@ -151,7 +150,6 @@ class Breakdown:
         axis.spines[["top", "right"]].set_visible(False)
         with replacing(path) as staging:
             figure.savefig(staging, dpi=110, format="png")
-        plt.close(figure)
 
     def write(self, folder: Path) -> None:
         """breakdown.md and breakdown.png."""

@@ -34,15 +34,17 @@ def gather_weights(model: RRHFModel, world: World, dtype: torch.dtype) -> dict[s
     return weights
 
 
-def save_model(run: Run, output_dir: Path | None = None) -> None:
-    """Write model (or adapters) and tokenizer, by default to the run's output_dir. All ranks must
-    call. Raises ValueError if another process writes to that folder."""
+def save_model(run: Run, output_dir: Path | None = None) -> list[str]:
+    """Write model (or adapters) and tokenizer, by default to the run's output_dir; returns the
+    names of these files. All ranks must call. Raises ValueError if another process writes to that
+    folder."""
     weights = gather_weights(run.model, run.world, run.save_dtype)
     folder = output_dir or run.output_dir
 
-    def write() -> None:
+    def write() -> list[str]:
         # The saved config must name a standard attention.
         with locked(folder), run.model.generation():
-            write_model(run.model.lm, run.tokenizer, folder, dtype=run.save_dtype, weights=weights)
+            options = {"dtype": run.save_dtype, "weights": weights}
+            return write_model(run.model.lm, run.tokenizer, folder, **options)
 
-    run.world.once(write)
+    return run.world.once(write)

@@ -35,9 +35,8 @@ def take_step(
     """
     model, world = run.model, run.world
     totals = Totals(model.device)
-    backward = (
-        backward_active if is_worthwhile(run.config, progress.active_fraction) else backward_whole
-    )
+    is_active = is_worthwhile(run.config, progress.active_fraction, model.row_skipping)
+    backward = backward_active if is_active else backward_whole
     backward(model, batch, run.config, world, totals)
     if signals.stop:
         totals.flag()
@@ -62,6 +61,6 @@ def _not_finite(
     """What was not finite, and a few of the step's rows."""
     ids = run.world.gather([i for pack in packs for i in pack.query_ids.tolist()])
     some = itertools.islice(itertools.chain.from_iterable(ids), 3)
-    rows = ", ".join(run.train.queries[i].row.where for i in some)
+    rows = ", ".join(map(run.train.queries.where, some))
     problem = f"loss {totals.means()['loss']}, gradient norm {grad_norm}"
     return f"step {step}: {problem}; its rows include {rows} (try a lower --learning_rate)"

@@ -1,76 +1,77 @@
 """The summary printed before the first step: what the run will train on."""
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
 from rrhf_fast.data.checks import listed
-from rrhf_fast.data.load import RowReport
-from rrhf_fast.data.packs import PackPlanner
-from rrhf_fast.data.padded import padded_tokens
-from rrhf_fast.data.split import count_shared
-from rrhf_fast.data.tokenise import TokenCounts, TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel
+from rrhf_fast.stages.cards import short
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.corpora import Corpora
+
+# Between the 1e-6 that preference losses bear on chat models and the 1e-5 that ruins their answers:
+# README of princeton-nlp/SimPO, "Hyperparameter tuning".
+HIGH_RATE = 5e-6
 
 
 def describe(
-    config: TrainConfig,
-    model: RRHFModel,
-    train: PackPlanner,
-    held_out: Sequence[TokenisedQuery],
-    report: RowReport,
-    cut: TokenCounts,
-    max_length: int,
-    has_template: bool,
+    config: TrainConfig, model: RRHFModel, data: Corpora, max_length: int, has_template: bool
 ) -> str:
     """Model, rows, k, ties, duplicates, dropped and cut rows, packed versus padded tokens."""
-    queries = train.queries
-    sizes = Counter(len(query.response_ids) for query in queries)
-    num_responses = sum(k * count for k, count in sizes.items())
-    ties = sum(len(np.unique(query.rewards)) < len(query.rewards) for query in queries)
-    duplicates = sum(
-        len({ids.tobytes() for ids in query.response_ids}) < len(query.response_ids)
-        for query in queries
+    train, held_out, report, cut = (
+        data.train,
+        data.held_out,
+        data.findings.report,
+        data.findings.counts,
     )
-    packed, padded = sum(train.sizes), sum(padded_tokens(query) for query in queries)
-    num_parameters = _short(sum(p.numel() for p in model.parameters()))
+    index = train.index
+    ks, num_rows = np.unique(index["num_responses"], return_counts=True)
+    num_responses = int((ks * num_rows).sum())
+    ties = int((index["distinct_rewards"] < index["num_responses"]).sum())
+    duplicates = int((index["distinct_responses"] < index["num_responses"]).sum())
+    packed, padded = int(index["forest_tokens"].sum(dtype=np.int64)), int(train.padded_tokens.sum())
+    num_parameters = short(sum(p.numel() for p in model.parameters()))
     kind = model.lm.config.model_type
     skipped = "".join(f", {count} skipped: {kind}" for kind, count in report.bad.most_common())
     dropped = report.bad_responses.most_common()
     left_out = "".join(f", {count} left out: {kind}" for kind, count in dropped)
-    ks = ", ".join(f"{k} ({count} rows)" for k, count in sorted(sizes.items()))
+    by_k = ", ".join(f"{k} ({count} rows)" for k, count in zip(ks, num_rows, strict=True))
+    num_held_out = 0 if held_out is None else len(held_out)
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
         "device": f"{model.device}, {config.dtype} arithmetic, packing {config.packing}, "
         f"packs of {config.max_tokens_per_pack} tokens",
         **_attention_lines(model),
-        "rows": f"{report.read} read, {len(queries)} to train on, {len(held_out)} held out"
-        + skipped,
-        "responses": f"{num_responses}, k = {ks}{left_out}",
+        "rows": f"{report.read} read, {len(train)} to train on, {num_held_out} held out" + skipped,
+        "responses": f"{num_responses}, k = {by_k}{left_out}",
         "": f"{ties} rows with tied scores, {duplicates} with duplicate responses",
         "cut": f"{cut.cut['prompts']} prompts and {cut.cut['responses']} responses, "
         f"to fit {max_length} tokens",
         "tokens": f"{packed:,} per epoch; with padding {padded:,} "
         f"({padded / packed:.2f} times as many)",
     }
-    if text := warn_of_text([query.row.prompt for query in queries], has_template):
+    when = "found in the cache" if data.seconds is None else f"tokenised in {data.seconds:.1f} s"
+    lines["cut"] += f"; rows {when}"
+    if text := warn_of_text(int(index["is_text"].sum()), len(train), has_template):
         lines["prompts"] = text
     if report.unused:
         lines["unused"] = f"fields: {counted(report.unused)}"
-    shared = count_shared([q.row for q in held_out], [q.row for q in queries])
-    if shared:
-        lines["leak"] = (
-            f"warning: {shared} of {len(held_out)} held-out rows share a prompt with training rows"
-        )
-    if ties == len(queries) and all(len(np.unique(query.rewards)) == 1 for query in queries):
+    if held_out is not None:
+        shared = int(np.isin(held_out.index["prompt_key"], index["prompt_key"]).sum())
+        if shared:
+            lines["leak"] = (
+                f"warning: {shared} of {num_held_out} held-out rows share a prompt with training "
+                "rows"
+            )
+    if (index["distinct_rewards"] == 1).all():
         lines["warning"] = "no row has two different scores, so there is nothing to rank"
-    oversized = [size for size in train.sizes if size > config.max_tokens_per_pack]
-    if oversized:
+    sizes = index["forest_tokens"] if config.packing == "forest" else train.padded_tokens
+    oversized = sizes[sizes > config.max_tokens_per_pack]
+    if len(oversized):
         lines["note"] = (
             f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) "
-            f"and each get their own pack; the largest has {max(oversized):,} tokens"
+            f"and each get their own pack; the largest has {oversized.max():,} tokens"
         )
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
@@ -83,15 +84,33 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
     return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
 
 
-def warn_of_text(prompts: Sequence[str | list[dict]], has_template: bool) -> str | None:
-    """A warning about prompts that bypass the tokenizer's chat template, if any."""
-    texts = sum(isinstance(prompt, str) for prompt in prompts)
+def warn_of_text(texts: int, total: int, has_template: bool) -> str | None:
+    """A warning about prompts that bypass the tokenizer's chat template, if any of them do."""
     if not texts or not has_template:
         return None
-    which = "all" if texts == len(prompts) else f"{texts} of {len(prompts)}"
+    which = "all" if texts == total else f"{texts} of {total}"
     return (
         f"warning: {which} are text, which bypasses the model's chat template; "
         "--apply_chat_template true turns them into messages"
+    )
+
+
+def warn_of_rate(config: TrainConfig, model: RRHFModel, has_template: bool) -> str | None:
+    """A warning about a learning rate that may ruin a chat model if all weights are trained.
+
+    Models of any size get it: what a small one bears depends on more than its size (one of 135M
+    gained at 1e-4 in experiments/), so the text names this model's and those of the advice.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    is_full = not config.use_peft and 2 * trained > total  # a loaded model may be mostly frozen
+    if not (has_template and is_full and config.learning_rate > HIGH_RATE):
+        return None
+    return (
+        f"warning: learning_rate {config.learning_rate:g} is high for all weights of a chat model: "
+        f"5e-7 to 1e-6 is advised for 1B to 8B parameters, and this one has {short(total)} "
+        "(SimPO's authors, with 7B to 9B, saw incoherent or repetitive answers at 1e-5; the RRHF "
+        "paper's 2e-5 was for Alpaca-7B)"
     )
 
 
@@ -100,10 +119,3 @@ def counted(rows_with: Counter) -> str:
     shown = [f"{listed([name])} ({count} rows)" for name, count in rows_with.most_common(12)]
     more = len(rows_with) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _short(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

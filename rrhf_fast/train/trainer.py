@@ -15,21 +15,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rrhf_fast.data.packs import Batch, ahead, batches
 from rrhf_fast.model.layers import count_given_up, count_graphs
+from rrhf_fast.stages.cards import write_card
+from rrhf_fast.stages.ending import is_on_all_ranks
 from rrhf_fast.stages.files import append, naming, to_json
+from rrhf_fast.stages.hub import pushed_files
 from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.reward_fn import RewardFn
 from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
+from rrhf_fast.train.card import compared, model_card
 from rrhf_fast.train.checkpoint import Checkpoints, Progress
+from rrhf_fast.train.cluster import cost_table
 from rrhf_fast.train.config import TrainConfig
-from rrhf_fast.train.distributed import is_on_all_ranks, join_world
+from rrhf_fast.train.distributed import join_world, reshard
 from rrhf_fast.train.evaluate import Totals, evaluate_ranking, evaluate_samples
 from rrhf_fast.train.given import Given, Rows
+from rrhf_fast.train.log_lines import LogLines, in_short
 from rrhf_fast.train.memory import memory_table
 from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
+from rrhf_fast.train.reference import attach_reference
 from rrhf_fast.train.resume import first_evaluation, start, was_left_out
 from rrhf_fast.train.roofline import product_speed
 from rrhf_fast.train.save import save_model
@@ -62,7 +69,10 @@ def run(config: TrainConfig) -> TrainResult:
     config.validate()
     if config.dry_run or config.show_tokens:
         config = with_demo(config) if config.model_name_or_path is None else config
-        say(memory_table(config) if config.dry_run else shown_rows(config))
+        if config.dry_run:
+            say(f"{memory_table(config)}\n\n{cost_table(config)}")
+        else:
+            say(shown_rows(config))
         return TrainResult(output_dir=None, metrics=[])
     with RRHFTrainer(args=config) as trainer:
         return trainer.train()
@@ -139,18 +149,21 @@ class RRHFTrainer:
         self.step = 0
         self._latest: tuple[int, dict] = (-1, {})  # step and metrics of the last evaluation
         self._logged: dict | None = None
+        self._saved: list[str] = []  # the files of the model, once it is saved
         self._given_up = count_given_up()
         self._profiler: StepProfiler | None = None
         self._peak_flops: float | None = None  # on a GPU, per second
         self._bar: tqdm | None = None
+        self._lines: LogLines | None = None  # in the bar's place
         self._event("on_init_end")
 
     def train(self) -> TrainResult:
         """Train until all steps are done, from a checkpoint if the options name one.
 
-        Writes to `output_dir`: the model (safetensors) and tokenizer, metrics.jsonl, training.png,
-        samples.jsonl where a reward function is given, and checkpoints. Ctrl-C ends training early
-        and saves the model; SIGTERM and SIGUSR1 end it with a checkpoint.
+        Writes to `output_dir`: the model (safetensors), tokenizer and card (README.md),
+        metrics.jsonl, training.png, samples.jsonl where a reward function is given, and
+        checkpoints; with `push_to_hub` the model is then pushed to the hub. Ctrl-C ends training
+        early and saves the model; SIGTERM and SIGUSR1 end it with a checkpoint.
 
         Raises:
             ValueError: the reward function misbehaves, and the model of the steps so far is saved;
@@ -158,6 +171,7 @@ class RRHFTrainer:
             NotFinite: the loss or gradient is not finite; the last good weights are saved.
             OutOfMemory: a pack does not fit the device.
             SaveFailed: a checkpoint or the model cannot be written; earlier ones are whole.
+            HubFailed: the model is saved, but could not be pushed.
         """
         if self.callbacks.given:
             raise ValueError("train: this trainer has trained already (make another)")
@@ -224,6 +238,7 @@ class RRHFTrainer:
                 result.after = self._evaluate()
             self._event("on_train_end")
         self.world.print(_closing(result))
+        self._push(result)
         return result
 
     def evaluate(self) -> dict[str, float]:
@@ -238,8 +253,10 @@ class RRHFTrainer:
         """
         if self.run.held_out is None:
             raise ValueError("eval_dataset: missing (or set eval_data or eval_fraction)")
+        attach_reference(self.run, held_out_only=True)
         with self.run.model.engaged():
             measures, _ = self._measure()
+            reshard(self.run.model)  # `train` may come next
             self._sync()
             self.callbacks.evaluated(measures)
         return {f"eval_{name}": value for name, value in measures.items()}
@@ -282,8 +299,12 @@ class RRHFTrainer:
             options = {"num_steps": config.profile_steps, "folder": run.output_dir / "profile"}
             self._profiler = StepProfiler(run.model, optimizer, num_ranks=world.size, **options)
             loader = self._profiler.watch(loader)
-        options = {"total": run.num_steps, "initial": self.step, "disable": not world.is_first}
+        # None: a bar on terminals only.
+        disable = None if world.is_first else True
+        options = {"total": run.num_steps, "initial": self.step, "disable": disable}
         with closing(loader), tqdm(loader, unit="step", **options) as self._bar:
+            if self._bar.disable:
+                self._lines = LogLines(self.step, run.num_steps, world.print)
             for batch in self._bar:
                 if self.step % run.steps_per_epoch == 0:
                     self._event("on_epoch_begin")
@@ -322,16 +343,15 @@ class RRHFTrainer:
             if count_given_up() > self._given_up:
                 self._given_up = count_given_up()
                 self._bar.write(f"warning: step {self.step}: {GIVEN_UP}")
-        self._bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, accuracy {record['rewards/accuracies']:.2f}, "
-            f"{speed:,.0f} tokens/s"
-        )
+        self._bar.set_postfix_str(in_short(record))
         return record
 
     def _announce(self) -> None:
         """Print what the run is about to do; on a GPU measure what it can do at best."""
         world, run = self.world, self.run
         world.print(run.summary)
+        if run.warning is not None and world.is_first:
+            print(run.warning, file=sys.stderr, flush=True)
         if world.size > 1:
             copies, shards = world.mesh.shape
             world.print(f"ranks      {world.size}, weights in {copies} copies of {shards} parts")
@@ -346,6 +366,8 @@ class RRHFTrainer:
         if record is not self._logged:
             self._logged = record
             self.log.write(record)
+            if self._lines is not None:
+                self._lines.show(record)
             self._sync()
             self.callbacks.logged(record)
 
@@ -404,6 +426,21 @@ class RRHFTrainer:
         # The other ranks wait: Slurm would take one that is done for a failure.
         self.world.once(lambda: plot_training(self.log.records, plot))
 
+    def _push(self, result: TrainResult) -> None:
+        """Push the finished model, if that was asked for, or say how to push what there is."""
+        repository, folder = self.run.config.repository(), self.run.output_dir
+        if repository is None:
+            return
+        files = [*self._saved, "training.png", "metrics.jsonl"]
+        if not (result.interrupted or result.preempted):
+            self.world.once(lambda: repository.push(folder, files))
+            return
+        how = "the run that resumes from the checkpoint pushes" if result.preempted else ""
+        if self._saved:
+            command = repository.command(folder, pushed_files(folder, files))
+            how = f"to push this model: {command}"
+        self.world.print(f"nothing was pushed to {repository.name}{how and '; '}{how}")
+
     def _sync(self) -> None:
         """Let callbacks know where the run is."""
         state = self.callbacks.state
@@ -436,25 +473,19 @@ class RRHFTrainer:
                 try:
                     if result.steps and together:
                         self._plot()
+                        card = model_card(self.run, result)
+                        self.world.once(lambda: write_card(self.run.output_dir, card))
                 finally:  # last: a folder with a model is that of a finished run
                     if result.steps and together and not result.preempted:
-                        save_model(self.run)
+                        self._saved = save_model(self.run)
                 self.log.close()
                 if result.interrupted:
                     checkpoints.finish()
 
 
 def _closing(result: TrainResult) -> str:
-    names = {
-        "rewards/accuracies": "held-out ranking accuracy",
-        "reward": "held-out reward of fresh samples",
-        "response_length": "tokens of a fresh sample",
-        "loss": "held-out loss",
-    }
     lines = [
-        f"{title:<34} {result.before[name]:8.3f} -> {result.after[name]:8.3f}"
-        for name, title in names.items()
-        if name in result.before and name in result.after
+        f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
     ]
     state = "stopped early" if result.interrupted else "done"
     saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"

@@ -1,0 +1,1 @@
+"""What a bug report needs: versions, devices and settings of this machine."""

@@ -2,7 +2,7 @@
 
 python -m experiments                   # all, or by name: sources rounds ...
 python -m experiments smallest          # a minute; exit code 1 if its check fails
-python -m experiments tuning            # not part of all, like real_model
+python -m experiments tuning            # not part of all, like real_model and margin_real
 python -m experiments my.yaml data --models DIR --data DIR
 python -m experiments --report_only --results experiments/results
 
@@ -29,9 +29,11 @@ from rrhf_fast.data.checks import one_line
 
 EXPERIMENTS = (
     *("sources", "rounds", "alternatives", "choices", "responses"),
-    *("size", "data", "equivalence"),
+    *("pair_losses", "margin", "margin_demo", "margin_stories", "size", "data", "equivalence"),
+    *("reasoning", "long_form", "safety", "constitution"),
 )
-BY_NAME = ("tuning", "real_model")  # chose the learning rates; needs a model of the user
+# Some chose the learning rates, the others need a model of the user.
+BY_NAME = ("tuning", "tuning_online", "tuning_tasks", "real_model", "margin_real")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,9 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
-        raise ValueError("jobs, seeds: expected at least 1")
+    for name in ("jobs", "seeds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, found {value}")
     names = options.names or EXPERIMENTS
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    for name in names:
+        if not name.endswith(".yaml") and name not in known:
+            expected = f"{', '.join(known)}, or a .yaml file"
+            raise ValueError(f"{name}: no such experiment (there are {expected})")
     paths = [Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml" for name in names]
     roots = {"models": options.models, "data": options.data}
     work = options.work.resolve()

@@ -61,13 +61,15 @@ def make(
         write_rows(output_dir / f"{name}.jsonl", rows)
 
 
-def train_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: list[tuple[str, str]], vocab_size: int = 576, context: int = 256
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that any text round-trips. Prepends BOS; the trainer appends EOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=576,
+        vocab_size=vocab_size,
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -82,7 +84,7 @@ def train_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        model_max_length=256,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -99,7 +101,7 @@ def pretrain(
         head_dim=16,
         num_attention_heads=hidden_size // 16,
         num_key_value_heads=hidden_size // 32,
-        max_position_embeddings=256,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,

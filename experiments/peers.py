@@ -1,8 +1,8 @@
-"""DPO and GRPO by TRL (pip install rrhf-fast[experiments]), for comparison.
+"""DPO, GRPO and RLOO by TRL (pip install rrhf-fast[experiments]), for comparison.
 
-They get the same data as the trainer: DPO the best and the worst response of each row, GRPO the
-same prompts and as many samples of the live model. TRL appends EOS to a response given as text, as
-the trainer does.
+They get the same data as the trainer: DPO the best and the worst response of each row, GRPO and
+RLOO the same prompts and as many samples of the live model. TRL appends EOS to a response given as
+text, as the trainer does.
 """
 
 import json
@@ -20,7 +20,7 @@ from rrhf_fast.stages.reward_fn import load_reward_fn
 
 @dataclass
 class PeerConfig:
-    """Options of both, named as in the trainer."""
+    """Options of all, named as in the trainer."""
 
     model_name_or_path: str
     train_data: str
@@ -39,12 +39,12 @@ class PeerConfig:
 
 @dataclass
 class GRPOConfig(PeerConfig):
-    """Options of GRPO, which draws its own samples."""
+    """Options of GRPO and RLOO, which draw their own samples."""
 
     reward_fn: str = ""
     """package.module:function, called as function(prompts, responses) -> scores."""
     num_samples: int = 4
-    """Responses per prompt; GRPO learns only where their rewards differ."""
+    """Responses per prompt; GRPO and RLOO learn only where their rewards differ."""
     max_new_tokens: int = 64
 
 
@@ -59,6 +59,8 @@ def dpo(config: PeerConfig, output_dir: Path) -> None:
         if row.rewards[best] > row.rewards[worst]:
             chosen, rejected = row.responses[best], row.responses[worst]
             pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise ValueError(f"train_data: {config.train_data}: no row has responses of unequal scores")
     options = _shared(config, output_dir) | {
         "per_device_train_batch_size": config.train_batch_size,
     }
@@ -70,6 +72,19 @@ def grpo(config: GRPOConfig, output_dir: Path) -> None:
     from trl import GRPOConfig as Arguments
     from trl import GRPOTrainer
 
+    _fit_online(GRPOTrainer, Arguments, config, output_dir)
+
+
+def rloo(config: GRPOConfig, output_dir: Path) -> None:
+    """Train on samples of the live model, each against the mean of its prompt's others; write the
+    model."""
+    from trl import RLOOConfig as Arguments
+    from trl import RLOOTrainer
+
+    _fit_online(RLOOTrainer, Arguments, config, output_dir)
+
+
+def _fit_online(trainer_class: type, arguments: type, config: GRPOConfig, output_dir: Path) -> None:
     score = load_reward_fn(config.reward_fn, "reward_fn")
 
     def reward(prompts, completions, **_):
@@ -84,14 +99,8 @@ def grpo(config: GRPOConfig, output_dir: Path) -> None:
         "max_completion_length": config.max_new_tokens,
         "temperature": 1.0,
     }
-    _fit(
-        GRPOTrainer,
-        config,
-        output_dir,
-        prompts,
-        args=Arguments(**options),
-        reward_funcs=reward,
-    )
+    args = arguments(**options)
+    _fit(trainer_class, config, output_dir, prompts, args=args, reward_funcs=reward)
 
 
 def _shared(config: PeerConfig, output_dir: Path) -> dict:

@@ -4,15 +4,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after choosing the backend
-
-from experiments.recipe import CONFIGS, MEASURES, Arm, Experiment, Stage
-from experiments.runner import read_result
-from experiments.statistics import Table, estimate, holm, swap_test
+from experiments.recipe import CONFIGS, Arm, Experiment, Stage, arms_of, as_list, at, title_of
+from experiments.runner import all_stages, read_result
+from experiments.statistics import Table, best_column, estimate, holm, seeds_gaps, seeds_test
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.report import save_figure
 from rrhf_fast.stages.files import write_text
@@ -25,20 +22,26 @@ def collect(experiment: Experiment, work: Path) -> dict:
     arms = []
     for arm in experiment.arms:
         record = {"name": arm.name, "series": arm.series, "x": arm.x, "skipped": arm.skipped}
-        arms.append(record | {"by_prompt": _by_prompt(arm, names, work, prompts), "measures": {}})
+        record |= {"by_prompt": _by_prompt(arm, names, work, prompts), "measures": {}}
+        if "reward@best" in names:
+            _add_best(record, _temperatures(arm, experiment), prompts)
+        if "cost" in experiment.text:
+            record["seconds"] = _seconds(arm, work)
+        arms.append(record)
     figures = {
         "name": experiment.name,
         "title": experiment.text["title"],
         "question": experiment.text["question"],
-        "seeds": experiment.text["seeds"],
-        "baseline": experiment.text["baseline"],
+        "seeds": experiment.seeds,
+        "baseline": as_list(experiment.text["baseline"])[0],
         "environment": _environment(experiment.results(), work),
         "measures": names,
+        "cost": experiment.text.get("cost"),
         "x": experiment.text.get("x"),
         "prompts": prompts,
         "arms": arms,
     }
-    _measure(figures, {arm.name: experiment.baseline_of(arm) for arm in experiment.arms})
+    _measure(figures, {arm.name: experiment.baselines_of(arm) for arm in experiment.arms})
     return figures
 
 
@@ -46,10 +49,11 @@ def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]])
     """{measure: {"prompts": [an index into `prompts` per seed], "numerators": [[...] per seed],
     "denominators": likewise, or None for ones}}. Adds missing lists to `prompts`."""
     tables: dict[str, dict] = {}
-    for stages in arm.results.values():
+    for results in arm.results.values():
         measures = {}
-        for stage in stages:
-            measures |= read_result(stage, work)["measures"]
+        for stage, temperature in results:
+            found = read_result(stage, work)["measures"]
+            measures |= {at(name, temperature): value for name, value in found.items()}
         for name in names:
             if name not in measures:
                 continue
@@ -66,7 +70,56 @@ def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]])
     return tables
 
 
-def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
+def _temperatures(arm: Arm, experiment: Experiment) -> list[float]:
+    """The temperatures among which an arm has to choose: those of the recipe, without greedy if its
+    answer is the best of several samples."""
+    stages = [stage for results in arm.results.values() for stage, _ in results]
+    of_samples = any(stage.kind == "best_of" for stage in stages)
+    return [t for t in experiment.text["temperatures"] if t > 0 or not of_samples]
+
+
+def _add_best(arm: dict, temperatures: list[float], prompts: list[list[str]]) -> None:
+    """Add the measure reward@best, composed of the others, and how often each was chosen. An arm
+    that lacks any of the temperatures gets none: the others have a wider choice."""
+    if any(at("reward", t) not in arm["by_prompt"] for t in temperatures):
+        return
+    lists = [arm["by_prompt"][at("reward", t)] for t in temperatures]
+    if any(other["prompts"] != lists[0]["prompts"] for other in lists):
+        raise ValueError(f"{arm['name']}: reward: measured on other prompts at some temperature")
+    rows = [prompts[number] for number in lists[0]["prompts"]]
+    width = max(map(len, rows))
+    halves = np.array(
+        [[int(p[-1], 16) % 2 == 1 for p in row + ["0"] * (width - len(row))] for row in rows]
+    )
+    values = [_padded(table["numerators"], width) for table in lists]
+    chosen = best_column(values, halves)
+    best = np.choose(chosen, values)
+    arm["by_prompt"]["reward@best"] = {
+        "prompts": lists[0]["prompts"],
+        "numerators": [row[: len(kept)].tolist() for row, kept in zip(best, rows, strict=True)],
+        "denominators": None,
+    }
+    used = np.isfinite(best)
+    shares = {f"{t:g}": float((chosen[used] == i).mean()) for i, t in enumerate(temperatures)}
+    arm["best_temperature"] = {t: round(share, 3) for t, share in shares.items() if share > 0}
+
+
+def _padded(rows: list[list[float]], width: int) -> np.ndarray:
+    return np.array([row + [np.nan] * (width - len(row)) for row in rows])
+
+
+def _seconds(arm: Arm, work: Path) -> dict[str, float]:
+    """CPU seconds per seed of the stages behind an arm, by kind, without its evaluation."""
+    totals: dict[str, float] = {}
+    for results in arm.results.values():
+        for stage in all_stages(needed for result, _ in results for needed in result.inputs):
+            if stage.kind not in ("select", "make", "export", "evaluate", "round"):
+                seconds = read_result(stage, work).get("seconds", float("nan"))
+                totals[stage.kind] = totals.get(stage.kind, 0.0) + seconds / len(arm.results)
+    return {kind: round(seconds, 2) for kind, seconds in totals.items()}
+
+
+def _measure(figures: dict, baselines: dict[str, list[str]]) -> None:
     tables = {
         arm["name"]: {name: _table(figures, arm, name) for name in arm["by_prompt"]}
         for arm in figures["arms"]
@@ -78,20 +131,25 @@ def _measure(figures: dict, baselines: dict[str, str | None]) -> None:
             table = tables[arm["name"]].get(name)
             if table is None or not table.denominators.any():
                 continue
-            record = arm["measures"][name] = _record(estimate(table))
-            against = baselines[arm["name"]]
-            baseline = tables[against].get(name) if against else None
-            if baseline is not None:
+            record = arm["measures"][name] = _record(estimate(table)) | {"against": []}
+            for against in baselines[arm["name"]]:
+                baseline = tables[against].get(name)
+                if baseline is None:
+                    continue
                 sides = [arms[key]["by_prompt"][name]["prompts"] for key in (arm["name"], against)]
                 if sides[0] != sides[1]:
                     problem = f"{name}: measured on other prompts than {against}"
                     raise ValueError(f"{figures['name']}: {arm['name']}: {problem}")
-                record["against"] = {"arm": against, **_record(estimate(table, baseline))}
-                compared.append(record["against"])
-                p_values.append(swap_test(table, baseline))
-        for record, p in zip(compared, holm(p_values), strict=True):
+                compared.append({"arm": against, **_record(estimate(table, baseline))})
+                record["against"].append(compared[-1])
+                p_values.append(seeds_test(table, baseline))
+        # Arms that are the same at each seed test nothing.
+        tested = [i for i, p in enumerate(p_values) if p < 1]
+        adjusted = dict(zip(tested, holm([p_values[i] for i in tested]), strict=True))
+        for i, record in enumerate(compared):
+            p = adjusted.get(i, 1.0)
             record["p"] = round(p, 5)
-            # Both must agree: the test over prompts, the interval over seeds.
+            # Both must agree: the test over seeds, the interval over seeds and prompts.
             record["differs"] = p < 0.05 and not record["low"] <= 0 <= record["high"]
 
 
@@ -106,7 +164,7 @@ def _table(figures: dict, arm: dict, name: str) -> Table:
         np.add.at(numerators[seed], at, values["numerators"][seed])
         ones = values["denominators"] is None
         np.add.at(denominators[seed], at, 1.0 if ones else values["denominators"][seed])
-    transform = {"transform": _perplexity} if name == "perplexity" else {}
+    transform = {"transform": _perplexity} if name.startswith("perplexity") else {}
     return Table(numerators, denominators, **transform)
 
 
@@ -154,40 +212,106 @@ def _page(figures: dict, text: dict, tables: list[str]) -> str:
         *tables,
         f"Values are means over {len(figures['seeds'])} seeds and the held-out prompts, with 95 % "
         "intervals over both, which are symmetric and so may exceed a bound. Differences are "
-        "paired by seed and prompt; **bold** ones differ from 0 by a paired permutation test over "
-        "prompts (p < 0.05 after Holm's correction, over all rows of a column) and by their "
-        "interval, which is not corrected for the number of rows. Seeds share the initial model "
+        "paired by seed and prompt; **bold** ones differ from 0 by their interval and by a paired "
+        "t-test whose units are seeds (p < 0.05 after Holm's correction, over all rows of a "
+        "column; the intervals are not corrected). Seeds share the initial model "
         "and, where a set of rows is nearly used up, most rows: other ones may differ more.",
+        *_on_temperatures(figures),
         *([f"Left out: {'; '.join(skipped)}."] if skipped else []),
+        *_not_run(figures, text),
         f"Made by `python -m experiments {given}{roots}` ({versions}, {device}) from "
         f"{recipe}; [every prompt's figures]({name}.json).",
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _not_run(figures: dict, text: dict) -> list[str]:
+    """What the recipe asks for and older figures lack."""
+    have = {arm["name"] for arm in figures["arms"]}
+    arms = [name for name, *_ in arms_of(text) if name not in have]
+    lacking = []
+    if "reward@best" in text["measures"] and "reward@best" not in figures["measures"]:
+        lacking.append("were taken at T = 1 only, where a gain may be one in certainty alone")
+    if len(figures["seeds"]) < len(text["seeds"]):
+        lacking.append(f"have {len(figures['seeds'])} of {len(text['seeds'])} seeds")
+    if arms:
+        lacking.append(f"lack the arms {'; '.join(arms)}")
+    if not lacking:
+        return []
+    return [f"**The recipe asks for more than these figures: they {', and '.join(lacking)}.**"]
+
+
+def _on_temperatures(figures: dict) -> list[str]:
+    shares = {arm["name"]: arm.get("best_temperature") for arm in figures["arms"]}
+    chosen = {name: max(found, key=found.get) for name, found in shares.items() if found}
+    if not chosen:
+        return []
+    usual = max(chosen.values(), key=list(chosen.values()).count)
+    others = [f"{name} (T = {t})" for name, t in chosen.items() if t != usual]
+    return [
+        "The same trained model answers at each temperature T: four samples per prompt, or the one "
+        "greedy answer (T = 0). At T = 1 a method also gains by only making its samples more "
+        "certain, which a lower temperature does for free: compare at equal T, or each at its "
+        "best. The best T is chosen per seed and half of the prompts, on the other seeds and the "
+        f"other half; most often it is T = {usual}"
+        + (f", except for {'; '.join(others)}." if others else " for all.")
+    ]
+
+
 def _tables(figures: dict) -> list[str]:
-    """The values, and the differences if there are any."""
+    """The values, the differences if there are any, and the cost."""
     names = figures["measures"]
+    titles = [title_of(name, names) for name in names]
     arms = [arm for arm in figures["arms"] if arm["measures"]]
     values = [[arm["name"], *(_cell(arm["measures"].get(name)) for name in names)] for arm in arms]
-    tables = [_markdown(["", *(MEASURES[name] for name in names)], values)]
+    tables = [_markdown(["", *titles], values)]
     differences = [
-        [
-            f"{arm['name']} − {against}",
-            *(_cell(arm["measures"].get(name, {}).get("against")) for name in names),
-        ]
+        [f"{arm['name']} − {against}", *(_cell(_against(arm, name, against)) for name in names)]
         for arm in arms
-        if (against := _against(arm))
+        for against in _baselines(arm)
     ]
     if differences:
-        head = ["difference", *(MEASURES[name] for name in names)]
-        tables.append(_markdown(head, differences))
+        tables.append(_markdown(["difference", *titles], differences))
+    if (cost := figures.get("cost")) and any(
+        arm["name"] == cost["over"] and cost["measure"] in arm["by_prompt"] for arm in arms
+    ):
+        tables.append(_cost_table(figures, arms))
     return tables
 
 
-def _against(arm: dict) -> str | None:
-    names = (record.get("against", {}).get("arm") for record in arm["measures"].values())
-    return next(filter(None, names), None)
+def _baselines(arm: dict) -> list[str]:
+    """The arms that this one is compared with."""
+    found = [against["arm"] for record in arm["measures"].values() for against in record["against"]]
+    return list(dict.fromkeys(found))
+
+
+def _against(arm: dict, measure: str, baseline: str) -> dict | None:
+    compared = arm["measures"].get(measure, {}).get("against", [])
+    return next((record for record in compared if record["arm"] == baseline), None)
+
+
+def _cost_table(figures: dict, arms: list[dict]) -> str:
+    """CPU seconds per seed, and per reward gained over the arm that cost nothing."""
+    measure, by_name = figures["cost"]["measure"], {arm["name"]: arm for arm in arms}
+    free = by_name[figures["cost"]["over"]]
+    last = {arm["series"]: arm["name"] for arm in arms if arm["series"] is not None}
+    shown = [
+        arm
+        for arm in arms
+        if measure in arm["by_prompt"]
+        if arm is not free and last.get(arm["series"], arm["name"]) == arm["name"]
+    ]
+    kinds = list(dict.fromkeys(kind for arm in shown for kind in arm["seconds"]))
+    rows = []
+    for arm in shown:
+        gain = estimate(*(_table(figures, side, measure) for side in (arm, free)))
+        total = sum(arm["seconds"].values())
+        per_gain = f"{total / gain.value:.1f}" if gain.low > 0 else "no gain shown"
+        parts = [f"{arm['seconds'].get(kind, 0):.1f}" for kind in kinds]
+        rows.append([arm["name"], *parts, f"{total:.1f}", str(gain), per_gain])
+    title = title_of(measure, figures["measures"])
+    head = ["CPU seconds per seed", *kinds, "in all", f"gain: {title}", "seconds per reward gained"]
+    return _markdown(head, rows)
 
 
 def _cell(record: dict | None) -> str:
@@ -220,13 +344,8 @@ def plot(figures: dict, path: Path) -> None:
     columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
     rows = -(-len(names) // columns)
     height = 3.6 if curves else max(2.2, 1.1 + 0.27 * len(arms))
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(4.3 * columns + 1, height * rows),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(4.3 * columns + 1, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     shown = list(axes.flat)[: len(names)]
     for axis, name in zip(shown, names, strict=True):
         if curves:
@@ -234,7 +353,7 @@ def plot(figures: dict, path: Path) -> None:
             axis.set_xlabel(figures["x"] or "")
         else:
             _dots(axis, arms, name, figures["baseline"])
-        axis.set_title(MEASURES[name], fontsize="medium")
+        axis.set_title(title_of(name, figures["measures"]), fontsize="medium")
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     if curves:  # one for all panels, beside them so that it covers no points
@@ -265,6 +384,7 @@ def _curves(axis, arms: list[dict], name: str) -> None:
     reach = points[-1] - points[0]
     if len(points) <= 8:
         axis.set_xticks(points)
+    dashes = iter((":", "--", "-.", (0, (1, 4))))
     for number, label in enumerate(series):
         here = [arm for arm in arms if arm["series"] == label and name in arm["measures"]]
         if not here:
@@ -272,7 +392,7 @@ def _curves(axis, arms: list[dict], name: str) -> None:
         records = [arm["measures"][name] for arm in here]
         values = [record["value"] for record in records]
         if len(here) == 1:
-            axis.axhline(values[0], color="gray", linestyle=":", label=label)
+            axis.axhline(values[0], color="gray", linestyle=next(dashes, "-"), label=label)
             low, high = records[0]["low"], records[0]["high"]
             axis.axhspan(low, high, color="gray", alpha=0.15, linewidth=0)
             continue
@@ -316,14 +436,21 @@ def write_index(texts: dict[str, dict], folder: Path) -> None:
 
 
 def failed_checks(figures: dict, checks: list[dict]) -> list[str]:
-    """One line per failed `check`: {better, than, measure} expects a difference above 0 with
-    p < 0.05."""
+    """One line per failed `check`: {better, than, measure} expects a difference whose interval is
+    above 0, as is each seed's own difference; from three seeds on, the test over seeds (p < 0.05)
+    replaces the latter. Two seeds leave that test one degree of freedom, so that only a difference
+    of 12.7 standard errors would pass, and their interval alone is somewhat too narrow."""
     arms = {arm["name"]: arm for arm in figures["arms"]}
     problems = []
     for check in checks:
-        tables = [_table(figures, arms[check[k]], check["measure"]) for k in ("better", "than")]
-        gain, p = estimate(*tables), swap_test(*tables)
-        if not (gain.value > 0 and p < 0.05):
-            expected = f"expected {check['better']} above {check['than']} in {check['measure']}"
-            problems.append(f"{figures['name']}: {expected}, found {gain} (p {p:.4f})")
+        name, sides = check["measure"], [arms.get(check[k]) for k in ("better", "than")]
+        expected = f"expected {check['better']} above {check['than']} in {name}"
+        if not all(side and name in side["by_prompt"] for side in sides):
+            problems.append(f"{figures['name']}: {expected}, found no figures of both")
+            continue
+        tables = [_table(figures, side, name) for side in sides]
+        gain, gaps, p = estimate(*tables), seeds_gaps(*tables), seeds_test(*tables)
+        if not gain.low > 0 or not (p < 0.05 if len(gaps) > 2 else (gaps > 0).all()):
+            by_seed = " ".join(f"{gap:.3f}" for gap in gaps)
+            problems.append(f"{figures['name']}: {expected}, found {gain} (by seed {by_seed})")
     return problems

@@ -114,7 +114,9 @@ def _work(stage: Stage, work: Path) -> None:
                 json.dumps({"kind": stage.kind, "options": stage.options}, indent=1)
             )
             measures = KINDS[stage.kind].run(build_config(stage.kind, stage.options), folder)
-            result = {"environment": _environment(), "measures": measures}
+            # Of the CPU, not of the clock: other processes change it little.
+            seconds = round(sum(os.times()[:4]), 2)
+            result = {"environment": _environment(), "measures": measures, "seconds": seconds}
             write_text(folder / "result.json", json.dumps(result))
         except BaseException:
             traceback.print_exc()

@@ -7,7 +7,7 @@ measure also return measures by prompt, {name: {"prompts", "numerators", "denomi
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,10 @@ import numpy as np
 from annotated_types import Ge, Gt
 
 from experiments.make_demo import make
-from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo
+from experiments.peers import GRPOConfig, PeerConfig, dpo, grpo, rloo
+from experiments.ppo import PPOConfig, ppo
+from experiments.tasks import MeasureConfig, TaskConfig, make_task, measure
+from experiments.tasks.constitution import judge
 from rrhf_fast.data.load import load_rows
 from rrhf_fast.data.rows import Draft, provided_mask
 from rrhf_fast.evaluate import evaluate
@@ -26,12 +29,13 @@ from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.iterate import iterate
 from rrhf_fast.iterate.config import IterateConfig
 from rrhf_fast.sample import sample
-from rrhf_fast.sample.config import SampleConfig
+from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.logprobs import LogProbs
 from rrhf_fast.stages.files import write_rows
-from rrhf_fast.stages.options import check
+from rrhf_fast.stages.options import REMOVED, check, check_names
+from rrhf_fast.stages.run_folder import pass_on
 from rrhf_fast.train import train
 from rrhf_fast.train.config import TrainConfig
 
@@ -70,6 +74,21 @@ class SelectConfig:
 
 
 @dataclass
+class Evaluation(EvaluateConfig):
+    """Options of `evaluate`: the command's, and greedy decoding."""
+
+    temperature: Annotated[float, Ge(0)] = 1.0
+    """0 for the one greedy answer, instead of num_samples."""
+
+    def sampling(self, model: str, source: str | None = None) -> Policy:
+        """How the samples of a model are drawn."""
+        policy = super().sampling(model, source)
+        if self.temperature > 0:
+            return policy
+        return replace(policy, method="greedy", num_responses=1, temperature=1.0)
+
+
+@dataclass
 class RankConfig(ScorerConfig):
     """Options of `rank`: does the model's p order held-out responses as their scores do?"""
 
@@ -93,6 +112,8 @@ class RoundConfig:
     """The round that ends after this many optimizer steps; 0 for the initial model."""
     per_round: int
     """Optimizer steps per round."""
+    temperature: Annotated[float, Ge(0)] = 1.0
+    """If not 1, sample again from the round's model; 0 is greedy."""
 
     def validate(self) -> None:
         """Raise ValueError, with the option's name, for an invalid value."""
@@ -192,7 +213,7 @@ def _iterate(config: IterateConfig, folder: Path) -> None:
     iterate(replace(config, output_dir=str(folder / "rounds")))
 
 
-def _evaluate(config: EvaluateConfig, folder: Path) -> Measures:
+def _evaluate(config: Evaluation, folder: Path) -> Measures:
     evaluate(replace(config, output_dir=str(folder / "evaluation")))
     return _read(folder / "evaluation")
 
@@ -214,8 +235,15 @@ def _hash(prompt) -> str:
 
 
 def _round(config: RoundConfig, folder: Path) -> Measures:
-    number = config.steps // config.per_round
-    return _read(Path(config.iterate, f"round-{number}", "evaluation"))
+    round_folder = Path(config.iterate, f"round-{config.steps // config.per_round}")
+    if config.temperature == 1:
+        return _read(round_folder / "evaluation")
+    stage = json.loads((Path(config.iterate).parent / "stage.json").read_text())
+    run = build_config("iterate", stage["options"])
+    model = str(round_folder / "model") if config.steps else run.model_name_or_path
+    options = {"model_name_or_path": model, "reference_model_name_or_path": run.model_name_or_path}
+    options |= {"data": run.eval_data, "temperature": config.temperature, "output_dir": "."}
+    return _evaluate(pass_on(run, Evaluation, **options), folder)
 
 
 def _best_of(config: BestOfConfig, folder: Path) -> Measures:
@@ -266,6 +294,29 @@ def _grpo(config: GRPOConfig, folder: Path) -> None:
     grpo(config, folder / "model")
 
 
+def _rloo(config: GRPOConfig, folder: Path) -> None:
+    rloo(config, folder / "model")
+
+
+def _ppo(config: PPOConfig, folder: Path) -> None:
+    ppo(config, folder / "model")
+
+
+def _task(config: TaskConfig, folder: Path) -> None:
+    make_task(config, folder / "task")
+
+
+def _measure(config: MeasureConfig, folder: Path) -> Measures:
+    prompts, measures = measure(config)
+    hashes = [_hash(prompt) for prompt in prompts]
+    return {name: {"prompts": hashes, **terms} for name, terms in measures.items()}
+
+
+def _judge(config: ScoreConfig, folder: Path) -> None:
+    with judge() as base_url:
+        _score(replace(config, base_url=base_url), folder)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of stage: its options, its function, and the output that other stages refer to."""
@@ -283,7 +334,7 @@ KINDS = {
     "score": Kind(ScoreConfig, _score, "rows.jsonl", ("output",)),
     "train": Kind(TrainConfig, _train, "model", ("output_dir",)),
     "export": Kind(ExportConfig, _export, "model", ("output_dir",)),
-    "evaluate": Kind(EvaluateConfig, _evaluate, "evaluation", ("output_dir",)),
+    "evaluate": Kind(Evaluation, _evaluate, "evaluation", ("output_dir",)),
     "iterate": Kind(IterateConfig, _iterate, "rounds", ("output_dir",)),
     "round": Kind(RoundConfig, _round, ""),
     "best_of": Kind(BestOfConfig, _best_of, ""),
@@ -291,14 +342,28 @@ KINDS = {
     "make": Kind(MakeConfig, _make, "demo"),
     "dpo": Kind(PeerConfig, _dpo, "model"),
     "grpo": Kind(GRPOConfig, _grpo, "model"),
+    "rloo": Kind(GRPOConfig, _rloo, "model"),
+    "ppo": Kind(PPOConfig, _ppo, "model"),
+    "task": Kind(TaskConfig, _task, "task"),
+    "measure": Kind(MeasureConfig, _measure, ""),
+    "judge": Kind(ScoreConfig, _judge, "rows.jsonl", ("output", "base_url")),
 }
 # Kinds that need a further library.
-NEEDS = {"dpo": "trl", "grpo": "trl"}
+NEEDS = {"dpo": "trl", "grpo": "trl", "rloo": "trl"}
 
 
 def build_config(kind: str, options: dict):
-    """Build and validate a stage's config. Raises ValueError or TypeError for a mistake."""
-    config = KINDS[kind].config(**options, **dict.fromkeys(KINDS[kind].own, "."))
+    """Build and validate a stage's config. Raises ValueError for a mistake."""
+    config_class, own = KINDS[kind].config, KINDS[kind].own
+    if given := [name for name in own if name in options]:
+        raise ValueError(f"{given[0]}: the stage sets it itself")
+    check_names(config_class, options, "", dotted=False)
+    for option in fields(config_class):
+        has_default = option.default is not MISSING or option.default_factory is not MISSING
+        if not has_default and option.name not in (*options, *own):
+            raise ValueError(f"{option.name}: missing")
+    kept = {name: value for name, value in options.items() if name not in REMOVED}
+    config = config_class(**kept, **dict.fromkeys(own, "."))
     if hasattr(config, "validate"):
         config.validate()
     return config

@@ -36,9 +36,13 @@ def estimate(
     """The measure, or its difference to a baseline's, with a 95 % interval.
 
     The squared standard error is the sum of two bootstrap variances, one of drawing seeds and one
-    of drawing prompts (each the same for both tables). Both contain the noise of single samples, so
-    the interval is slightly too wide. A few seeds estimate their variance poorly, so its width is
-    Student's quantile with Satterthwaite's degrees of freedom.
+    of drawing prompts (each the same for both tables). A few seeds estimate their variance poorly,
+    so the width is Student's quantile with Satterthwaite's degrees of freedom.
+
+    In simulations (60 prompts) it covers the truth in 96 % to 99 % of cases where seeds matter
+    little, since both variances contain the noise of single samples. Where most of the error comes
+    from seeds, it covers 94 % to 95 % with five seeds, 92 % to 94 % with three, and only 89 % to
+    92 % with two: the degrees of freedom are estimates too.
     """
     num_seeds, num_prompts = table.numerators.shape
     every_seed, every_prompt = np.ones(num_seeds), np.ones(num_prompts)
@@ -67,30 +71,49 @@ def estimate(
     return Estimate(center, center - width, center + width)
 
 
-def swap_test(table: Table, baseline: Table, *, draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of the difference, if the arms of each prompt's results were exchangeable.
+def seeds_gaps(table: Table, baseline: Table) -> np.ndarray:
+    """Each seed's own difference, of those that have data."""
+    seeds, prompts = np.eye(len(table.numerators)), np.ones(table.numerators.shape[1])
+    gaps = table.value(seeds, prompts) - baseline.value(seeds, prompts)
+    return gaps[np.isfinite(gaps)]
 
-    A paired permutation test: each draw swaps about half of the prompts, with all their seeds. It
-    tests whether these models differ on such prompts; the interval tells whether other seeds would.
-    (All draws are one product of matrices; scipy.stats.permutation_test takes 20 times as long.)
+
+def seeds_test(table: Table, baseline: Table) -> float:
+    """Two-sided p of the difference by a paired t-test whose units are seeds.
+
+    Another training run is what a claim about a method must survive, so prompts, of which there are
+    many, add no degrees of freedom. Five seeds leave no test without a distribution: flipping the
+    signs of five differences has p 1/16 at least. 1 where fewer than two seeds have data, or where
+    seeds change nothing (greedy answers of an untrained model): they are no sample then.
     """
-    sides = [
-        np.stack([side.numerators.sum(0), side.denominators.sum(0)]) for side in (table, baseline)
-    ]
-    swapped = np.random.default_rng(seed).random((draws, sides[0].shape[1])) < 0.5
-    change = swapped.astype(float) @ (sides[1] - sides[0]).T  # [draws, 2]
+    gaps = seeds_gaps(table, baseline)
+    if len(gaps) < 2 or np.ptp(gaps) <= 1e-9 * np.abs(gaps).max():
+        return 1.0
+    error = gaps.std(ddof=1) / np.sqrt(len(gaps))
+    return float(2 * stats.t.sf(abs(gaps.mean()) / error, len(gaps) - 1))
 
-    def gap(change: np.ndarray) -> np.ndarray:
-        a, b = sides[0].sum(1) + change, sides[1].sum(1) - change
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = [table.transform(x[..., 0] / x[..., 1]) for x in (a, b)]
-        return np.abs(values[0] - values[1])
 
-    observed = gap(np.zeros(2))
-    # Rounding must not make a draw smaller than an equal observation; NaN, where a draw leaves a
-    # side without data, is no evidence of a difference.
-    smaller = gap(change) < observed * (1 - 1e-9) - 1e-12
-    return float((1 + (~smaller).sum()) / (1 + draws))
+def best_column(values: Sequence[np.ndarray], halves: np.ndarray) -> np.ndarray:
+    """Which of several columns of figures is the best, chosen apart from where it is used.
+
+    Args:
+        values: per column (such as a temperature), [S, P]; NaN where there is no figure.
+        halves: which half each cell's prompt belongs to, bool [S, P].
+
+    Returns:
+        The column per cell, int [S, P]: that with the highest mean over the other seeds and the
+        other half of the prompts. (The best by the same figures would be too good: the highest of
+        several means holds the luckiest noise.) A single seed has only the other half.
+    """
+    num_seeds = len(halves)
+    chosen = np.zeros(halves.shape, int)
+    for seed in range(num_seeds):
+        others = np.arange(num_seeds) != seed if num_seeds > 1 else np.ones(1, bool)
+        for half in (False, True):
+            elsewhere = (halves != half) & others[:, None]
+            means = [np.nanmean(column[elsewhere]) for column in values]
+            chosen[seed, halves[seed] == half] = int(np.argmax(means))
+    return chosen
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
-"""The active-set backward against the whole one, by the share of tokens with a gradient, with and
-without activation checkpointing, interleaved."""
+"""The backward of the tokens that have a gradient against that of all, by their share, with and
+without activation checkpointing, interleaved. In two ways: within linear layers, or by a second
+pass on these tokens alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from benchmarks.timing import interleaved, ratio
 from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, planner_for
 from rrhf_fast import TrainConfig
 from rrhf_fast.data.tokenise import TokenisedQuery
+from rrhf_fast.model.active_rows import use_active_rows, use_all_rows
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
 from rrhf_fast.train.distributed import World
@@ -84,56 +86,68 @@ def _case(
     planner = planner_for(model, queries, config.max_tokens_per_pack)
     batch = planner.batch(range(len(queries)))
 
-    def step(backward: Callable) -> Totals:
+    def step(backward: Callable, use_rows: Callable) -> Totals:
+        use_rows(model.lm)
         totals = Totals(model.device)
         backward(model, batch, config, World(model.device), totals)
         return totals
 
-    ways = {"whole": partial(step, backward_whole), "active": partial(step, backward_active)}
+    ways = {
+        "whole": partial(step, backward_whole, use_all_rows),
+        "within layers": partial(step, backward_whole, use_active_rows),
+        "second pass": partial(step, backward_active, use_all_rows),
+    }
+    if not model.row_skipping:
+        del ways["within layers"]
     gradients = []
     for way in ways.values():
         model.zero_grad()
         fraction = way().active_fraction
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    difference = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
-    del gradients
+    first, *others = gradients
+    difference = max(((other - first).norm() / first.norm()).item() for other in others)
+    del gradients, first, others
     case = {"active_fraction": fraction, "gradient_difference": difference}
     if not difference < TOLERANCES[model.compute_dtype]:
-        return case | {"problem": "the two gradients differ"}
-    seconds = interleaved(ways, rounds, before=model.zero_grad)
+        return case | {"problem": "the gradients differ"}
+    options = {"device": model.device.type, "before": model.zero_grad, "record": case}
+    seconds = interleaved(ways, rounds, **options)
+    takes_second = is_worthwhile(config, fraction, model.row_skipping)
+    otherwise = "within layers" if model.row_skipping else "whole"
     return case | {
-        "speedup": ratio(seconds["whole"], seconds["active"]),
-        "auto": "active" if is_worthwhile(config, fraction) else "whole",
+        "speedups": {name: ratio(seconds["whole"], times) for name, times in seconds.items()},
+        "auto": "second pass" if takes_second else otherwise,
         "seconds": seconds,
     }
 
 
 def table(figures: dict) -> str:
     """Speed relative to the whole backward, by the share of tokens with a gradient."""
-    rows = [
-        [
-            f"checkpointing {case['activation_checkpointing']}",
-            f"{case.get('active_fraction', math.nan):.0%}",
-            *(
-                ["{median:.2f} ({min:.2f} to {max:.2f})".format(**case["speedup"]), case["auto"]]
-                if "speedup" in case
-                else [case["problem"][:40], ""]
-            ),
+    cases = figures["cases"]
+    ways = list(dict.fromkeys(way for case in cases for way in case.get("speedups", {})))
+    rows = []
+    for case in cases:
+        speedups = case.get("speedups", {})
+        cells = [
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**speedups[way])
+            if way in speedups
+            else case.get("problem", "")[:40]
+            for way in ways
         ]
-        for case in figures["cases"]
-    ]
-    title = f"{figures['model']}, {figures['workload']}"
-    return text_table([title, "active", "times as fast as whole", "auto takes"], rows)
+        mode, share = case["activation_checkpointing"], case.get("active_fraction", math.nan)
+        rows.append([f"checkpointing {mode}", f"{share:.0%}", *cells, case.get("auto", "")])
+    title = f"{figures['model']}, {figures['workload']}: times as fast as whole"
+    return text_table([title, "active", *ways, "auto takes"], rows)
 
 
 def plot(figures: dict, path: Path) -> None:
     """One group of bars per share of active tokens, one panel per checkpointing mode."""
     panels = []
-    measured = [case for case in figures["cases"] if "speedup" in case]
+    measured = [case for case in figures["cases"] if "seconds" in case]
     for mode in dict.fromkeys(case["activation_checkpointing"] for case in measured):
         cases = [case for case in measured if case["activation_checkpointing"] == mode]
         heights = {
-            way: [median(case["seconds"][way]) for case in cases] for way in ("whole", "active")
+            way: [median(case["seconds"][way]) for case in cases] for way in cases[0]["seconds"]
         }
         groups = [f"{case['active_fraction']:.0%}" for case in cases]
         panels.append((f"{figures['model']}, checkpointing {mode}", groups, heights))

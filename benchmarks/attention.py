@@ -175,7 +175,8 @@ def _measure(
         save()
     if rounds == 0:
         return
-    seconds = interleaved({name: c.step for name, c in runnable.items()}, rounds, results=results)
+    steps = {name: contender.step for name, contender in runnable.items()}
+    seconds = interleaved(steps, rounds, device=device.type, results=results, record=case)
     for name, times in seconds.items():
         results[name]["ms"] = median(times) * 1e3
         if UNPACKED in seconds:
@@ -356,8 +357,9 @@ def _decoder(shape: tuple[int, int, int], tokens: int, device: str, rounds: int)
     ways = {"forest": forest, "plain rows": plain}
     for way in ways.values():  # compiles
         way()
-    seconds = interleaved(ways, rounds, before=lm.zero_grad)
-    return {
+    record: dict = {}
+    seconds = interleaved(ways, rounds, device=device, before=lm.zero_grad, record=record)
+    return record | {
         "model": sizes,
         "attention": model.attention.name,
         "plain attention": model.plain_attention,

@@ -242,8 +242,11 @@ def _run(options: argparse.Namespace, missing: list[str]) -> int:
         "engine_options": _engine_options(options, out),
     }
     # Like Ctrl-C: end the part and write its figures so far.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_parts(_parts(options), results, out)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_parts(_parts(options), results, out)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return int(any(record["status"] != OK for record in results["parts"].values()))
 
 

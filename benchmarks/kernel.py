@@ -16,7 +16,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.machine import compute_dtype, peak_flops
+from benchmarks.machine import compute_dtype as dtype_of
+from benchmarks.machine import peak_flops
 from benchmarks.plots import grouped_bars
 from benchmarks.results import Save, describe, judge, no_save, recorded
 from benchmarks.tables import cell, text_table
@@ -62,6 +63,7 @@ def run(
     softcaps: Sequence[float | None] = (None,),
     workspaces_mb: Sequence[float | None] = (None,),
     only: Sequence[str] | None = None,
+    compute_dtype: str | None = None,
     save: Save = no_save,
 ) -> dict:
     """Time forward, and forward and backward, of all contenders on the preset's shapes.
@@ -72,7 +74,9 @@ def run(
         fractions: shares of edges with a gradient.
         softcaps, workspaces_mb: values for `linear_rrhf_loss`; None is its default.
         only: names of contenders, instead of all.
+        compute_dtype: of hidden states and weight, instead of the device's.
     """
+    dtype = getattr(torch, compute_dtype) if compute_dtype else dtype_of(device)
     on_gpu = device == "cuda"
     if shapes is None:
         shapes = SMOKE_SHAPES if preset == "smoke" else SHAPES if on_gpu else CPU_SHAPES
@@ -84,7 +88,7 @@ def run(
         ways = contenders(device, workspaces_mb) if softcap is None else own(device, workspaces_mb)
         ways = {name: way for name, way in ways.items() if only is None or name in only}
         with recorded(case):
-            _measure(case, ways, device, rounds, partial(save, figures))
+            _measure(case, ways, device, dtype, rounds, partial(save, figures))
         save(figures)
     return figures
 
@@ -107,21 +111,22 @@ def contenders(
 ) -> dict[str, Contender | str]:
     """`own` and the peers; a missing one is replaced by the reason."""
     heads: dict[str, Contender | str] = {**own(device, workspaces_mb)}
+    peers = {"torch's linear_cross_entropy": _linear_cross_entropy, "TRL, chunked": _trl}
     if device == "cuda":
         heads["torch.compile"] = _by(torch.compile(_plain, dynamic=False))
-        peers = {
+        peers |= {
             "cut-cross-entropy, exact": _cut_cross_entropy,
             "Liger": _liger,
             "Liger, scaled (CuTe on Hopper)": _liger_scaled,
             SCALAR: _quack,
         }
-        for name, load in peers.items():
-            try:
-                heads[name] = load()
-            except ImportError as error:
-                heads[name] = f"not installed ({error})"
-            except Exception as error:  # from a package too old for this torch or triton
-                heads[name] = describe(error)
+    for name, load in peers.items():
+        try:
+            heads[name] = load()
+        except ImportError as error:
+            heads[name] = f"not installed ({error})"
+        except Exception as error:  # from a package too old for this torch or triton
+            heads[name] = describe(error)
     return heads
 
 
@@ -169,6 +174,28 @@ def _sweep(backend: str, workspace_mb: float | None) -> Contender:
     return loss
 
 
+def _linear_cross_entropy() -> Contender:
+    from torch.nn import LinearCrossEntropyOptions  # since PyTorch 2.13
+    from torch.nn.functional import linear_cross_entropy
+
+    # In chunks; without options it is plain torch.
+    options = {"reduction": "none", "options": LinearCrossEntropyOptions()}
+    return _of_logps(lambda *arguments: -linear_cross_entropy(*arguments, **options))
+
+
+def _trl() -> Contender:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    # No bias, temperature 1, no softcap, logits as they are, and nothing for its metrics.
+    before, after = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE), (None, 1.0, ("log_probs",))
+    return _of_logps(
+        lambda hidden, weight, targets: ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, *before, *after
+        )[0]
+    )
+
+
 def _cut_cross_entropy() -> Contender:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -208,12 +235,12 @@ def _measure(
     case: dict,
     ways: dict[str, Contender | str],
     device: str,
+    dtype: torch.dtype,
     rounds: int,
     save: Callable[[], None],
 ) -> None:
     """Check every contender, then time the correct ones; results are added to `case`."""
     shape, fraction, results = case["shape"], case["fraction"], case["contenders"]
-    dtype = compute_dtype(device)
     case["dtype"] = str(dtype)
     torch._dynamo.reset()  # otherwise later shapes would get dynamic graphs
     tensors, queries, exact = _inputs(shape, fraction, case.get("softcap"), device, dtype)
@@ -239,11 +266,13 @@ def _measure(
         return
     runnable = {name: way for name, way in ways.items() if "problem" not in results[name]}
     forwards = {name: partial(forward, way) for name, way in runnable.items()}
-    forward_times = interleaved(forwards, rounds, results=results)
+    forward_times = interleaved(forwards, rounds, device=device, results=results)
     steps = {name: partial(step, runnable[name]) for name in forward_times}
     alone: dict[str, dict] = {PRODUCTS: {}}
     products = {PRODUCTS: _products(tensors, fraction)}
-    step_times = interleaved(products | steps, rounds, results=results | alone)
+    step_times = interleaved(
+        products | steps, rounds, device=device, results=results | alone, record=case
+    )
     bound = step_times.pop(PRODUCTS, [])
     case["products"] = alone[PRODUCTS] | ({"ms": median(bound) * 1e3} if bound else {})
     del products

@@ -48,9 +48,11 @@ def _case(shape: tuple[int, int, int], device: str, rounds: int) -> dict:
             judge(results[name], [error], TOLERANCE)
         if "problem" not in results[name]:
             ways[name] = partial(_gradient, way, logps, rewards)
-    for name, times in interleaved(ways, rounds, results=results).items():
-        results[name] |= {"ms": median(times) * 1e3, "seconds": times}
-    return {"queries/k/tokens": shape, "contenders": results}
+    case = {"queries/k/tokens": shape, "contenders": results}
+    times = interleaved(ways, rounds, device=device, results=results, record=case)
+    for name, seconds in times.items():
+        results[name] |= {"ms": median(seconds) * 1e3, "seconds": seconds}
+    return case
 
 
 def _gradient(way: Callable, logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:

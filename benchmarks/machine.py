@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cores import binding
 from benchmarks.timing import device_seconds
 
 # Side of the square product, and MiB of the copy, that are timed.
@@ -22,6 +23,7 @@ def environment(device: str) -> dict:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        **({"binding": binding()} if device == "cpu" else {}),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
     }

@@ -42,6 +42,8 @@ def grouped_bars(
 def ranked_bars(panels: Sequence[tuple[str, Mapping[str, float]]], path: Path, *, xlabel: str):
     """Panels below each other; one horizontal bar per contender, in order, with its value at the
     end. Names that start with "rrhf_fast" are highlighted."""
+    if not panels:  # all have failed
+        return
     counts = [len(values) for _, values in panels]
     figure, axes = plt.subplots(
         len(panels),

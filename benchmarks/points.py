@@ -3,16 +3,22 @@
 import ctypes
 import gc
 import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from benchmarks import cores
 from benchmarks.baselines import plain_head, released_loss, repeat_prompts
 from benchmarks.workloads import Lengths, build_model, draw
 from rrhf_fast import TrainConfig
@@ -50,9 +56,11 @@ class Point:
     @property
     def num_tokens(self) -> int:
         """Tokens that the decoder encodes."""
-        prompt, branches = self.lengths.prompt, self.lengths.k * (self.lengths.response - 1)
-        copies = self.lengths.k if self.way in (RELEASED, PADDED, REPEATED) else 1
-        return self.num_queries * (copies * prompt + branches)
+        prompt, response, k = self.lengths.prompt, self.lengths.response, self.lengths.k
+        copies = k if self.way in (RELEASED, PADDED, REPEATED) else 1
+        # The released code also encodes last tokens, from which nothing is predicted.
+        response -= self.way != RELEASED
+        return self.num_queries * (copies * prompt + k * response)
 
 
 def measure(point: Point) -> dict:
@@ -74,11 +82,20 @@ def measure(point: Point) -> dict:
         gc.collect()  # reference cycles of an earlier point
         torch.cuda.empty_cache()
         return _measure(point)
-    # A forked process needs no imports.
+    with isolated() as process:
+        return process.submit(_measure, point).result()
+
+
+@contextmanager
+def isolated() -> Iterator[ProcessPoolExecutor]:
+    """A process forked from one that has imported all, its threads bound to cores."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rrhf_fast.train.backward"])
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(_measure, point).result()
+    with (
+        mock.patch.dict(os.environ, cores.bound_environment()),
+        ProcessPoolExecutor(1, mp_context=context) as process,
+    ):
+        yield process
 
 
 def _measure(point: Point) -> dict:
@@ -104,21 +121,24 @@ def _measure(point: Point) -> dict:
     }
 
 
-def _prepare(point: Point) -> tuple[RRHFModel, Callable[[], dict]]:
+def _prepare(point: Point) -> tuple[nn.Module, Callable[[], dict]]:
     """The model that accumulates gradients, and a function that does so once and returns the
     loss."""
     lm = build_model(point.shape, device=point.device, vocab_size=point.vocab_size)
     queries = draw(point.lengths, point.num_queries, lm.config.vocab_size)
+    dtype = torch.bfloat16 if point.device == "cuda" else torch.float32
+    if point.way == RELEASED:  # with none of the engine's levers, which convert layers in place
+        return lm, lambda: _sum_up(queries, lambda query: _released(lm, query, dtype))
     checkpointing = "full" if point.way in (CHECKPOINTED, LEAN) else "none"
     # The released code divides by the padded width, so all ways do here.
     config = TrainConfig(compat="official", max_tokens_per_pack=point.max_tokens)
     model = RRHFModel(
         lm,
         config,
-        packing="none" if point.way in (RELEASED, PADDED) else "forest",
+        packing="none" if point.way == PADDED else "forest",
         max_length=4096,
         max_tokens=point.max_tokens,
-        compute_dtype=torch.bfloat16 if point.device == "cuda" else torch.float32,
+        compute_dtype=dtype,
         compile=None,
         activation_checkpointing=checkpointing,
     )
@@ -127,8 +147,6 @@ def _prepare(point: Point) -> tuple[RRHFModel, Callable[[], dict]]:
         options = {"pad_to_multiple_of": model.pad_to_multiple_of, "plan": model.plan}
         if point.correlation is not None:
             _correlate(model, queries, point.correlation)
-    if point.way == RELEASED:
-        return model, lambda: _sum_up(queries, lambda query: _released(model, query))
     if point.way == REPEATED:
         packs = [repeat_prompts([query], [i], **options) for i, query in enumerate(queries)]
     else:
@@ -160,9 +178,9 @@ def _sum_up(parts: list, loss_of: Callable[[object], torch.Tensor]) -> dict:
     return {"loss": total}
 
 
-def _released(model: RRHFModel, query: TokenisedQuery) -> torch.Tensor:
-    with model.autocast():
-        return released_loss(model.lm, query)
+def _released(lm: PreTrainedModel, query: TokenisedQuery, dtype: torch.dtype) -> torch.Tensor:
+    with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32):
+        return released_loss(lm, query)
 
 
 def _active(model: RRHFModel, batch, config: TrainConfig) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import compute_dtype
+from benchmarks.machine import compute_dtype as dtype_of
 from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, planner_for, real
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
@@ -38,14 +38,17 @@ def profile(
     num_queries: int | None = None,
     max_tokens_per_pack: int | None = None,
     num_steps: int = 2,
+    compute_dtype: str | None = None,
     engine_options: dict | None = None,
 ) -> Breakdown:
     """Profile steps of `num_queries` queries (default: enough for four packs on a GPU, else 8) of
     the paper's lengths, or of `data` (JSONL rows) in the tokens of `model`; write trace.json.gz,
-    breakdown.md and breakdown.png to `out`. `engine_options` go to `RRHFModel`."""
+    breakdown.md and breakdown.png to `out`. `compute_dtype` is as for `step.run`; `engine_options`
+    go to `RRHFModel`."""
     max_tokens = max_tokens_per_pack or PACK_TOKENS[device]
     num_queries = num_queries or (fill(PAPER, max_tokens) if device == "cuda" else 8)
     options = {"compile": None, "max_tokens": max_tokens} | (engine_options or {})
+    options["compute_dtype"] = getattr(torch, compute_dtype) if compute_dtype else dtype_of(device)
     config = TrainConfig(
         train_batch_size=num_queries,
         max_tokens_per_pack=max_tokens,
@@ -56,14 +59,14 @@ def profile(
     else:
         lm = build_model(SHAPES[device][preset], device=device)
         queries = draw(PAPER, num_queries, lm.config.vocab_size)
-    engine = RRHFModel(lm, config, max_length=4096, compute_dtype=compute_dtype(device), **options)
+    engine = RRHFModel(lm, config, max_length=4096, **options)
     planner = planner_for(engine, queries, max_tokens)
     count = WARMUP + num_steps
     world = World(engine.device)
     run = Run(
         config=config, world=world, output_dir=out, checkpoint=None, model=engine,
         save_dtype=torch.float32, tokenizer=None, train=planner, held_out=None, reward_fn=None,
-        num_steps=count, summary="", lock=ExitStack(),
+        num_steps=count, summary="", warning=None, lock=ExitStack(),
     )  # fmt: skip
     optimizer, _ = build_optimizer(engine, config, count)
     progress, signals = Progress(), Signals(world)

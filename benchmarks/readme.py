@@ -8,9 +8,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.markdown import command as _command
+from benchmarks.markdown import machine as _machine
+from benchmarks.markdown import named as _named
+from benchmarks.markdown import plain as _plain
+from benchmarks.markdown import spread as _range
+from benchmarks.markdown import table as _table
+from benchmarks.peers_readme import measured_peers, peers_section
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- made by python benchmarks/readme.py: do not edit -->\n"
 END = "<!-- end of what is made -->\n"
@@ -36,51 +46,118 @@ def speed_section(results: Path = RESULTS) -> str:
     pandalm, vicuna = (
         read(f"step-{MODEL}-{rows}") for rows in ("pandalm_human", "vicuna_bench_gpt4")
     )
+    name = f"step-{MODEL}-pandalm_human-bfloat16"
+    in_bfloat16 = [read(name)] if (results / f"{name}-cpu.json").exists() else []
     parts = [
         _gpu_steps(on_gpu("step")),
         _gpu_head(on_gpu("kernels")),
         _step(pandalm),
+        *map(_step_again, in_bfloat16),
+        *(peers_section(read(name)) for name in measured_peers(results, MODEL)),
         _workloads([pandalm, vicuna, read("step-paper")]),
         _memory(read("memory-paper")),
         _active(read("active-paper")),
+        _pairs(read("pairs-paper")),
         _scaling(read("scaling-paper")),
         _kernel(read("kernel-paper")),
+        _rows(read("rows-paper")),
     ]
     return "\n".join(parts)
 
 
 def _sound(result: dict) -> dict:
-    if "problem" in result:
+    if "problem" in result and not result["problem"].startswith("not installed"):
         raise ValueError(f"figures with a problem are not published: {result['problem']}")
     return result
 
 
 def _step(figures: dict) -> str:
     (case,) = figures["cases"]
-    ways = case["contenders"]
-    rows = [
-        [
-            name,
-            f"{way['tokens']:,}",
-            f"{way['queries_per_second']:.2f}",
-            f"{way['times_released']['median']:.2f}",
-        ]
-        for name, way in ways.items()
-    ]
-    worst = max(way["gradient_error"] for way in ways.values())
-    table = _table(["", "tokens encoded", "queries/s", "times the released method"], rows)
+    worst = max(way["gradient_error"] for way in case["contenders"].values())
+    weights = f" Its weights: {figures['weights']}." if "weights" in figures else ""
     return f"""\
 Loss and gradient of {case["queries"]} queries, spread by size over the human-judged rows of PandaLM
-(`{case["workload"]}`), {case["model"]}, {_plain(case["dtype"])}, medians of
-{figures["options"]["rounds"]} interleaved rounds ({_machine(figures)}). The released method pads k
+(`{case["workload"]}`), {case["model"]}, {_plain(case["dtype"])}, {_rounds(figures)}
+({_machine(figures)}). The released method pads k
 rows per query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. The
 rows after rrhf_fast change one thing each. On the two shortest queries every gradient is within
 {worst:.0e} of float64. The model is HuggingFaceTB/{case["model"]}; the rows are the test set of
-WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the format above.
+WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the format above.{weights}
+
+{_contenders(case)}
+
+{_limit(case)}{_command(figures)}
+"""
+
+
+def _step_again(figures: dict) -> str:
+    """The same rows in another dtype."""
+    (case,) = figures["cases"]
+    worst = max(way["gradient_error"] for way in case["contenders"].values())
+    return f"""\
+The same in {_plain(case["dtype"])}, {_rounds(figures)} ({_machine(figures)}); gradients within
+{worst:.2f} of float64:
+
+{_contenders(case)}
+
+{_limit(case)}{_command(figures)}
+"""
+
+
+def _contenders(case: dict) -> str:
+    """A row per contender, with those columns that the figures hold."""
+    columns = {
+        "tokens encoded": lambda way: f"{way['tokens']:,}",
+        "queries/s": lambda way: f"{way['queries_per_second']:.2f}",
+        "times the released method": lambda way: _range(way["times_released"]),
+    }
+    if "limit" in case:
+        columns["of the limit"] = lambda way: f"{way['of_limit']:.2f}"
+        columns["whole steps with AdamW"] = lambda way: _range(way["steps_times_released"])
+    ways = case["contenders"].items()
+    rows = [[name, *(show(way) for show in columns.values())] for name, way in ways]
+    return _table(["", *columns], rows)
+
+
+def _rounds(figures: dict) -> str:
+    """How the rounds of a case of steps were made."""
+    (case,) = figures["cases"]
+    if "rounds" not in case:
+        return f"medians of {figures['options']['rounds']} interleaved rounds"
+    count = case["rounds"]["counted"]
+    return f"medians and ranges of {count} interleaved rounds after one to warm up"
+
+
+def _limit(case: dict) -> str:
+    """What is the least that a step takes, and where the rest goes."""
+    if "limit" not in case:
+        return ""
+    limit, took = case["limit"], case["breakdown"]
+    seconds, tokens, edges = limit["seconds"], limit["tokens"], limit["edges"]
+    engine = case["contenders"]["rrhf_fast"]
+    rows = [
+        [
+            name,
+            f"{spent:.2f}",
+            f"{spent / took['seconds']:.0%}",
+            f"{took['at_peak'][name]:.2f}" if name in took["at_peak"] else "",
+        ]
+        for name, spent in sorted(took["groups"].items(), key=lambda item: -item[1])
+    ]
+    table = _table(["where a whole step goes", "s", "share", "s at the peak"], rows)
+    return f"""\
+The limit is the time of the matrix products that must be computed, at the best speed that any
+product that occurs, or a large square one, reaches there,
+{limit["peak_tflops"] * 1e3:,.0f} GFLOP/s: the forward of all
+{tokens["forward"]:,} tokens and {edges["forward"]:,} predictions, and the backward of the
+{tokens["backward"]:,} and {edges["backward"]:,} that lead to a gradient, in all
+{limit["total_seconds"]:.2f} s (decoder {seconds["decoder"]:.2f}, head {seconds["head"]:.2f},
+attention {seconds["attention"]:.2f}). With each product at the best speed of its own shape it is
+{limit["own_speed_seconds"]:.2f} s. rrhf_fast takes {median(engine["seconds"]):.2f} s, and
+{median(engine["update_seconds"]):.2f} more for AdamW. Under the profiler:
 
 {table}
 
-{_command(figures)}
 """
 
 
@@ -182,6 +259,45 @@ The speed-up depends on the lengths, since it comes from padding and repeated pr
 """
 
 
+def _rows(figures: dict) -> str:
+    rows = []
+    for case in map(_sound, figures["cases"]):
+        cold, cached, alone = case["cold"], case["cached"], case["tokenizer_alone_seconds"]
+        rows.append(
+            [
+                f"{case['rows']:,}",
+                f"{cold['first_step_seconds']:.1f}",
+                f"{cached['first_step_seconds']:.1f}",
+                f"{cold['tokenise_seconds']:.1f}",
+                f"{cold['tokenise_seconds'] / alone:.2f}",
+                *(
+                    f"{number / 2**30:.2f}"
+                    for number in (
+                        cold["peak_bytes"],
+                        cold["worker_peak_bytes"],
+                        cached["peak_bytes"],
+                        case["cache_bytes"],
+                    )
+                ),
+            ]
+        )
+    header = ["rows", "s to the first step", "again", "s to tokenise", "times the tokenizer alone"]
+    header += ["GiB", "GiB of a worker", "GiB again", "GiB on the disk"]
+    return f"""\
+From the command to the first optimizer step, rows of a prompt of about 60 tokens with 6 responses
+of 66, the demo's model, {figures["processes"]} processes that tokenise; again with the rows in the
+cache. Memory is the peak per process, shared pages included ({_machine(figures)}). The tokenizer
+alone reads the same texts in as many processes (those of 20,000 rows, scaled up where there are
+more).
+
+{_table(header, rows)}
+
+![time and memory by the number of rows](../benchmarks/results/rows-paper-cpu.png)
+
+{_command(figures)}
+"""
+
+
 def _memory(figures: dict) -> str:
     (case,) = figures["cases"]
     rows = [
@@ -207,26 +323,37 @@ time; rrhf_fast takes as many as `--max_tokens_per_pack` allows, here both:
 
 
 def _active(figures: dict) -> str:
-    modes = dict.fromkeys(case["activation_checkpointing"] for case in figures["cases"])
-    shares = list(dict.fromkeys(case["active_fraction"] for case in figures["cases"]))
-    rows = []
-    for mode in modes:
-        cells = {
-            case["active_fraction"]: case
-            for case in figures["cases"]
-            if case["activation_checkpointing"] == mode
-        }
-        cells = [
-            f"{_range(cells[share]['speedup'])}, auto takes {cells[share]['auto']}"
-            for share in shares
+    ways = [way for way in figures["cases"][0]["speedups"] if way != "whole"]
+    rows = [
+        [
+            f"{case['active_fraction']:.0%}",
+            case["activation_checkpointing"],
+            *(_range(case["speedups"][way]) for way in ways),
+            case["auto"],
         ]
-        rows.append([mode, *cells])
+        for case in figures["cases"]
+    ]
+    header = ["tokens with a gradient", "`--activation_checkpointing`", *ways, "auto takes"]
     return f"""\
-`--active_set auto` scores a step's responses first and runs the backward on the part of the tokens
-that has a gradient, where that is less work. Times as fast as the whole backward, by that part
+`--active_set auto` spends no backward on tokens without a gradient: within linear layers, or by a
+second pass on the others alone. Both ways, times as fast as the whole backward
 ({figures["model"]} shape, {figures["workload"]}; {_machine(figures)}):
 
-{_table(["`--activation_checkpointing`", *(f"{share:.0%}" for share in shares)], rows)}
+{_table(header, rows)}
+
+{_command(figures)}
+"""
+
+
+def _pairs(figures: dict) -> str:
+    (case,) = figures["cases"]
+    rows = [[name, _range(times)] for name, times in case["times_hinge"].items()]
+    return f"""\
+Other losses of a pair, and log-probs of a reference model that packs carry, cost what the paper's
+hinge does. Time of a step's loss and gradient without the active set, relative to the hinge
+({figures["model"]} shape, {figures["workload"]}, {case["queries"]} queries; {_machine(figures)}):
+
+{_table(["loss of a pair", "time"], rows)}
 
 {_command(figures)}
 """
@@ -262,9 +389,9 @@ gradients, of one query's loss and gradient ({figures["model"]} shape, hidden si
 
 def _kernel(figures: dict) -> str:
     edges, hidden, vocab = figures["cases"][0]["shape"]
-    names = list(figures["cases"][0]["contenders"])
+    names = [n for n, way in figures["cases"][0]["contenders"].items() if "ms" in way]
     rows = [
-        [f"{case['fraction']:.0%}", *(f"{c['ms']:,.0f}" for c in case["contenders"].values())]
+        [f"{case['fraction']:.0%}", *(f"{case['contenders'][n]['ms']:,.0f}" for n in names)]
         for case in figures["cases"]
     ]
     return f"""\
@@ -277,41 +404,6 @@ once; two steps make them again in the backward, and so keep nothing between the
 
 {_command(figures)}
 """
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in [header, *rows]]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def _range(ratio: dict) -> str:
-    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio)
-
-
-def _named(workload: str) -> str:
-    names = {"pandalm_human": "PandaLM rows", "vicuna_bench_gpt4": "Vicuna rows"}
-    return names.get(workload, f"drawn: {workload}")
-
-
-def _machine(figures: dict) -> str:
-    env = figures["environment"]
-    device = env["processor"] if env["device"] == "cpu" else env["device"]
-    threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
-    return f"{device}{threads}, torch {env['torch']}, {env['date']}"
-
-
-def _command(figures: dict) -> str:
-    options = dict(figures["options"])
-    if "data" in options:
-        options.pop("preset")  # unused for real rows
-    words = [f"--{name} {value}" for name, value in options.items()]
-    return "\n".join(
-        ["```bash", " ".join(["python benchmarks/run.py", figures["case"], *words]), "```"]
-    )
-
-
-def _plain(dtype: str) -> str:
-    return dtype.removeprefix("torch.")
 
 
 def headline(results: Path = RESULTS) -> str:

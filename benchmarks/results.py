@@ -39,7 +39,7 @@ def recorded(result: dict) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """An error's type and the beginning of its message, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
 def judge(result: dict, errors: Iterable[float], tolerance: float) -> None:

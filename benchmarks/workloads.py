@@ -3,9 +3,11 @@ with random weights, since time does not depend on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from rrhf_fast.data.load import load_rows
@@ -90,6 +92,35 @@ def real(data: str, tokenizer_of: str, count: int) -> list[TokenisedQuery]:
     # The middle of each of `count` equal parts.
     places = (np.arange(count) + 0.5) * len(queries) / count
     return [queries[int(place)] for place in places]
+
+
+def weights_note(model: str) -> str:
+    """What the files of a model tell about its weights: their dtype, and whether they come from 4
+    bits each, as dequantised files of Q4_0, Q4_1 and their kind do. Figures of such a model are not
+    those of the published one."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return "unknown"
+    with safe_open(files[0], "pt") as file:
+        names = [n for n in file.keys() if n.endswith("_proj.weight")]  # noqa: SIM118
+        rows = [file.get_slice(name)[:64] for name in names[:8]]
+    if not rows:
+        return "unknown"
+    dtype = str(rows[0].dtype).removeprefix("torch.")
+    if all(map(_are_of_4_bits, rows)):
+        return f"dequantised from 4 bits (at most 16 values in every {BLOCK} weights), in {dtype}"
+    return dtype
+
+
+BLOCK = 32  # weights that share a scale in formats of 4 bits
+
+
+def _are_of_4_bits(rows: torch.Tensor) -> bool:
+    """Whether no block of a row has more than 16 values."""
+    if rows.shape[1] % BLOCK:
+        return False
+    blocks = rows.float().reshape(-1, BLOCK).sort(1).values
+    return int((blocks.diff(dim=1) != 0).sum(1).max()) < 16
 
 
 # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied

@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 # Before transformers or datasets is imported; tests need no hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["RRHF_FAST_CACHE"] = tempfile.mkdtemp(prefix="rrhf-fast-tests-")
 
 import torch
 
@@ -24,6 +27,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import settings
+
+from rrhf_fast.model import active_rows
+
+# Models of tests are small; skip rows as larger ones do.
+active_rows.GATHER = 0
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -34,6 +42,19 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # item.keywords would match folder names too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["RRHF_FAST_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_as_before():
+    """A handler that a test leaves behind would decide how a later one ends."""
+    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM]
+    before = {name: signal.getsignal(name) for name in names}
+    yield
+    assert {name: signal.getsignal(name) for name in names} == before
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """An HTTP server on loopback with OpenAI's two completion calls and the faults of real servers.
 
-`python openai_server.py LOG PORT` prints its port (0: any) and answers until it is killed. The
-model's name in a request selects the behaviour. LOG receives every answered request, LOG.refused
-the answers to requests refused for their form.
+`python openai_server.py LOG PORT [MODEL]` prints its port (0: any) and answers until it is killed.
+The model's name in a request selects the behaviour. LOG receives every answered request,
+LOG.refused the answers to requests refused for their form, LOG.adapters those that were loaded.
 """
 
 import hashlib
@@ -75,11 +75,20 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_GET(self):
+        """Ready, and with one model."""
+        names = sys.argv[3:]
+        self.reply(200, {"data": [{"id": name} for name in names]})
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         request = json.loads(body)
+        if self.path == "/v1/load_lora_adapter":
+            return self.load_adapters(request)
         chat = self.path.endswith("/chat/completions")
         text = request["messages"][-1]["content"] if chat else request["prompt"]
+        if isinstance(text, list):  # tokens
+            text = " ".join(map(str, text))
         digest = hashlib.sha256(body).hexdigest()
         fault, _, argument = request["model"].partition(":")
         with LOCK:
@@ -93,9 +102,54 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(*refusal)
         if fault == "dies":
             self.die_after(int(argument))
-        answer = self.answer(fault, argument, request, text, digest)
+        choices = [
+            self.choice(fault, argument, request, text, f"{digest}{index or ''}")
+            for index in range(self.count(fault, argument, request))
+        ]
         with LOCK, open(sys.argv[1], "a") as log:
             log.write(json.dumps(request | {"text": text}) + "\n")
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        if "hard" in text and fault in ODD:
+            if not isinstance(ODD[fault], tuple):
+                return self.reply(200, ODD[fault])
+            choices = [ODD[fault]] * len(choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": 3 * (fault[:2] == "th")}
+        if "hard" in text and fault in ("partly", "mostly"):  # only each second or fourth has text
+            each = 2 if fault == "partly" else 4
+            choices = [ODD["refusal"] if i % each else choice for i, choice in enumerate(choices)]
+        values = [
+            {"message": message} if chat else {"text": message and message.get("content")}
+            for message, _ in choices
+        ]
+        if fault == "parrot" and request.get("return_token_ids"):
+            prompt = request["prompt"]
+            values = [{"text": "", "token_ids": prompt[: i + 2]} for i in range(len(choices))]
+        completion = {
+            "id": "1",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [
+                {"index": index, "finish_reason": reason} | value
+                for index, (value, (_, reason)) in enumerate(zip(values, choices, strict=True))
+            ],
+            "usage": usage,
+        }
+        self.reply(200, completion)
+
+    def count(self, fault: str, argument: str, request: dict) -> int:
+        """The number of choices that this model gives."""
+        asked = request.get("n", 1)
+        if fault == "few":
+            return min(asked, int(argument))
+        return 1 if fault == "ignores-n" else asked
+
+    def choice(
+        self, fault: str, argument: str, request: dict, text: str, digest: str
+    ) -> tuple[dict, str]:
+        """A message and its finish_reason."""
+        digest = digest if len(digest) == 64 else hashlib.sha256(digest.encode()).hexdigest()
+        answer = self.answer(fault, argument, request, text, digest)
         limit = request.get("max_completion_tokens") or request.get("max_tokens") or 10**6
         reason = "length" if len(answer) > 4 * limit else "stop"  # a token is 4 letters
         message = {"role": "assistant", "content": answer[: 4 * limit]}
@@ -103,22 +157,16 @@ class Handler(BaseHTTPRequestHandler):
             half = len(answer) // 2
             texts = [{"type": "text", "text": part} for part in (answer[:half], answer[half:])]
             message["content"] = [*PARTS, *texts]
-        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-        if "hard" in text and fault in ODD:
-            if not isinstance(ODD[fault], tuple):
-                return self.reply(200, ODD[fault])
-            message, reason = ODD[fault]
-            usage["completion_tokens_details"] = {"reasoning_tokens": 3 * (fault[:2] == "th")}
-        value = {"message": message} if chat else {"text": message and message.get("content")}
-        completion = {
-            "id": "1",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": 1,
-            "model": request["model"],
-            "choices": [{"index": 0, "finish_reason": reason} | value],
-            "usage": usage,
-        }
-        self.reply(200, completion)
+        return message, reason
+
+    def load_adapters(self, request: dict):
+        if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") != "True":
+            return self.reply(404, {"detail": "Not Found"})
+        if "broken" in request["lora_path"]:
+            return self.reply(400, {"error": {"message": "LoRA rank 64 is greater than 16"}})
+        with LOCK, open(sys.argv[1] + ".adapters", "a") as log:
+            log.write(json.dumps(request) + "\n")
+        self.reply(200, b"loaded")
 
     def refusal(self, fault: str, request: dict, text: str) -> tuple[int, dict] | None:
         """Status and body for a request that this model refuses."""
@@ -128,6 +176,13 @@ class Handler(BaseHTTPRequestHandler):
             return 401, {"error": {"message": "no such key"}}
         if fault == "refuses" and "forbidden" in text:
             return 400, {"error": {"message": "the prompt was filtered"}}
+        if fault == "refuses-n" and request.get("n", 1) > 1:
+            return 400, {"error": {"message": "only one completion choice is allowed"}}
+        if fault == "base" and "messages" in request:
+            return 400, {"error": {"message": "the tokenizer does not define a chat template"}}
+        if fault == "no-tokens" and isinstance(request.get("prompt"), list):
+            problem = {"type": "extra_forbidden", "loc": ["body", "return_token_ids"]}
+            return 422, {"detail": [problem]}
         if fault == "newer" and ("max_tokens" in request or request.get("temperature", 1) != 1):
             return 400, unsupported(request)
         if fault == "no-seed" and "seed" in request:
@@ -148,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             grade = int(digest, 16) % 5 + 1
             criteria = ("relevance", "correctness", "coherence", "safety")
             answer = "Well. " + json.dumps(dict.fromkeys(criteria, grade))
-            if "never" in text or ("once" in text and request["seed"] == 0):
+            if "never" in text or ("once" in text and request["temperature"] == 0):
                 answer = '{"relevance": 3, "correctness": "high"'
         if fault == "says":
             answer = argument

@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[1]
+
+# Where the kernels live: in an unpacked sdist, which holds no links, in the package.
+KERNELS = "kernels" if (REPO / "kernels").is_dir() else "rrhf_fast/kernels"
+in_a_checkout = pytest.mark.skipif(
+    KERNELS != "kernels", reason="an unpacked sdist holds no link to kernels/"
+)
+
+# Folders that the sdist holds beside the package.
+BESIDE = ("tests", "benchmarks", "docs", "examples", "experiments", "recipes")
 
 # Reads module names and data files from argv[1], prints where this process finds them.
 PROBE = """
@@ -46,10 +57,11 @@ def tree(tmp_path: Path) -> Path:
     for path in REPO.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
-    for folder in ("rrhf_fast", "kernels", "tests", "benchmarks"):
+    for folder in ("rrhf_fast", KERNELS, *BESIDE):
         if (REPO / folder).exists():
             ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(REPO / folder, tree / folder, symlinks=True, ignore=ignore)
+            options = {"symlinks": True, "ignore": ignore, "dirs_exist_ok": True}
+            shutil.copytree(REPO / folder, tree / folder, **options)
     return tree
 
 
@@ -99,11 +111,12 @@ def check(env: Path, tree: Path, *, cwd: Path, found_in: Path, **variables: str)
     package = tree / "rrhf_fast"
     # rglob does not follow the link, so the kernels are listed from where they live.
     sources = [path.relative_to(tree) for path in package.rglob("*.py")]
-    kernels = [Path("rrhf_fast") / path.relative_to(tree) for path in tree.glob("kernels/**/*.py")]
-    assert kernels, "kernels/ holds no modules"
+    home = tree / KERNELS
+    kernels = [Path("rrhf_fast/kernels") / path.relative_to(home) for path in home.rglob("*.py")]
+    assert kernels, f"{KERNELS} holds no modules"
     modules = {
         ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sources + kernels
+        for path in {*sources, *kernels}
     }
     demo = [path for path in (package / "demo").rglob("*") if path.is_file()]
     data = [str(path.relative_to(package)) for path in demo if path.suffix not in (".py", ".pyc")]
@@ -140,14 +153,63 @@ def test_install(env: Path, tree: Path, elsewhere: Path) -> None:
     check(env, tree, cwd=tree, found_in=tree)
 
 
-def test_install_from_sdist(env: Path, tree: Path, elsewhere: Path) -> None:
-    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
-    run(env / "bin" / "python", "-c", build, cwd=tree)
-    (sdist,) = (tree / "dist").glob("*.tar.gz")
-    install(env, sdist, cwd=elsewhere)
+def build(env: Path, tree: Path, kind: str) -> Path:
+    """Build a "sdist" or a "wheel" of the tree, and return its file."""
+    code = f"from setuptools.build_meta import build_{kind} as build; build('dist')"
+    run(env / "bin" / "python", "-c", code, cwd=tree)
+    (built,) = (tree / "dist").iterdir()
+    return built
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_what_is_published_installs_and_runs(
+    env: Path, tree: Path, elsewhere: Path, kind: str
+) -> None:
+    install(env, build(env, tree, kind), cwd=elsewhere)
     check(env, tree, cwd=elsewhere, found_in=site_packages(env))
+    script = env / "bin" / "rrhf-fast"
+    page = run(script, "--help", cwd=elsewhere)
+    assert page == run(env / "bin" / "python", "-m", "rrhf_fast", "--help", cwd=elsewhere)
+    assert {"train", "sample", "score", "evaluate", "iterate", "export", "env"} <= set(page.split())
+    facts = run(script, "env", cwd=elsewhere)
+    assert str(site_packages(env)).removeprefix(str(Path.home())) in facts.splitlines()[0]
+    steps = ("--max_steps", "2", "--train_batch_size", "4", "--output_dir", "out")
+    cheap = ("--eval_max_new_tokens", "2", "--data_cache_dir", "cache")
+    run(script, "train", *steps, *cheap, cwd=elsewhere, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    assert (elsewhere / "out" / "model.safetensors").exists()
 
 
+def test_the_sdist_holds_what_a_build_and_the_tests_need(env: Path, tree: Path) -> None:
+    stray = ["runs/1/model.safetensors", ".venv/x.py", "rows.jsonl", "tests/x/__pycache__/a.pyc"]
+    stray += ["rrhf_fast/data/.rows.jsonl.saving", "rrhf_fast/train/rows.jsonl", "build/lib/a.py"]
+    for name in stray:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    with tarfile.open(build(env, tree, "sdist")) as archive:
+        members = [member for member in archive if not member.isdir()]
+    assert all(member.isfile() for member in members)  # no links, that an unpacker may refuse
+    names = {member.name.partition("/")[2] for member in members}
+    assert not names & set(stray)
+    needed = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt", "Makefile"]
+    folders = ("rrhf_fast", *BESIDE)
+    sources = [path for folder in folders for path in (tree / folder).rglob("*.py")]
+    sources += (tree / "rrhf_fast" / "kernels").glob("*.py")  # rglob does not follow the link
+    needed += [str(path.relative_to(tree)) for path in sources]
+    assert not set(needed) - names
+    tops = {*folders, *needed, "rrhf_fast.egg-info", "PKG-INFO", "setup.cfg", "MANIFEST.in"}
+    tops |= {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "constraints-oldest.txt"}
+    assert {name.partition("/")[0] for name in names} <= tops
+
+
+def test_the_wheel_holds_the_package_alone(env: Path, tree: Path) -> None:
+    with zipfile.ZipFile(build(env, tree, "wheel")) as archive:
+        names = archive.namelist()
+        (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "rrhf-fast = rrhf_fast.__main__:script" in archive.read(entries).decode()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"rrhf_fast"}
+
+
+@in_a_checkout
 def test_build_refuses_a_lost_link(env: Path, tree: Path) -> None:
     """A Windows checkout without symbolic links has a text file that holds the link's target."""
     link = tree / "rrhf_fast" / "kernels"
@@ -158,7 +220,7 @@ def test_build_refuses_a_lost_link(env: Path, tree: Path) -> None:
 
 
 def test_transformers_ignores_our_kernels(tree: Path, elsewhere: Path) -> None:
-    assert not (tree / "kernels" / "__init__.py").exists()
+    assert not (tree / KERNELS / "__init__.py").exists()
     script = (
         "from transformers import PreTrainedModel;"
         "from transformers.utils import is_kernels_available;"

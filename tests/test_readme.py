@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rrhf_fast import demo
+from rrhf_fast.__main__ import COMMANDS
 from rrhf_fast.data.forest import build_forest
 from rrhf_fast.data.layouts import LAYOUTS
 from rrhf_fast.data.rows import parse_row
@@ -26,6 +27,8 @@ from rrhf_fast.stages.command import parse_config
 from rrhf_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = {"nnodes", "nproc_per_node", "node_rank", "master_addr", "master_port"}
+TORCHRUN |= {"rdzv_backend", "rdzv_endpoint"}
 README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
 PAGES = README + "".join(
     page.read_text(encoding="utf-8")
@@ -64,22 +67,30 @@ CONFIGS = {
 }
 
 
-def test_commands_and_options_exist():
+def test_commands_and_options_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)  # for recipes
     commands = "\n".join(
         text.replace(" ...", "") for language, text in BLOCKS if language == "bash"
     )
     lines = commands.replace("\\\n", "").splitlines()
     # The command of a batch script ends with the quote of an earlier line.
-    lines = (shlex.split(line.strip("'") if line.count("'") % 2 else line) for line in lines)
+    lines = (
+        shlex.split(line.strip("'") if line.count("'") % 2 else line, comments=True)
+        for line in lines
+    )
     found = [
         (word.removeprefix("rrhf_fast."), line[i + 2 :])
         for line in lines
         for i, word in enumerate(line[1:])
-        if line[i] == "-m" and word.startswith("rrhf_fast.")
+        if (line[i] == "-m" and word.startswith("rrhf_fast."))
+        or (line[i] == "rrhf-fast" and not word.startswith("--"))
     ]
+    assert all(name in CONFIGS or name in COMMANDS for name, _ in found)
+    found = [(name, arguments) for name, arguments in found if name in CONFIGS]
     assert {name for name, _ in found} == set(CONFIGS)
     for name, arguments in found:
-        arguments = [word for word in arguments if word not in ("--config", "run.yaml")]
+        if "run.yaml" in arguments:  # the reader's own
+            arguments = [word for word in arguments if word not in ("--config", "run.yaml")]
         config = parse_config(CONFIGS[name], arguments)
         assert name == "export" or config.validate() is None
     makefile = (ROOT / "Makefile").read_text()
@@ -88,7 +99,7 @@ def test_commands_and_options_exist():
     about_ours = re.sub(r"python benchmarks/run.py(.*\\\n)*.*", "", PAGES)
     named = set(re.findall(r"--(\w+_\w+)", about_ours))
     known = {name for config in CONFIGS.values() for name in config.__dataclass_fields__}
-    assert named and named <= known | {"print_config", "nproc_per_node"}
+    assert named and named <= known | TORCHRUN | {"print_config"}
 
 
 def test_the_forest_shown_is_the_forest_built():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import data, memory, points, scaling
+from benchmarks import data, memory, pairs, points, sample, scaling
 from benchmarks.workloads import Lengths
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
@@ -70,6 +70,14 @@ def test_slopes(monkeypatch, tmp_path):
     assert ranked["active_fraction"] < unranked["active_fraction"] <= 1
 
 
+def test_losses_of_a_pair(tmp_path):
+    figures = pairs.run(preset="smoke", device="cpu", rounds=1)
+    (case,) = shown(pairs, figures, tmp_path)["cases"]
+    assert set(case["times_hinge"]) == set(pairs.LOSSES)
+    assert max(case["gradient_differences"].values()) < 1e-4
+    assert case["times_hinge"]["hinge"]["median"] == 1
+
+
 def test_a_baseline_is_left_out_where_it_would_be_too_slow():
     sweep = scaling.Sweep("prompt", (64, 100_000), Lengths(0, 64, 6))
     options = {"shape": "tiny", "device": "cpu", "rounds": 1}
@@ -87,3 +95,14 @@ def test_the_work_of_the_host(tmp_path):
         assert case["share_of_step"] > 0 and all(case["seconds"].values())
     with pytest.raises(ValueError, match="data, model: expected both"):
         data.run(preset="smoke", device="cpu", rounds=1, data="rows.jsonl")
+
+
+def test_sampling_is_measured_with_what_is_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "find_spec", lambda _: None)
+    figures = sample.run(preset="smoke", device="cpu", rounds=2)
+    (case,) = shown(sample, figures, tmp_path)["cases"]
+    for name in (sample.PLAIN, sample.ENGINE):
+        way = case["ways"][name]
+        assert len(way["seconds"]) == 2 and way["responses_per_second"] > 0
+    assert case["ways"][sample.PLAIN]["of_transformers"]["median"] == 1
+    assert "vLLM is not installed" in case["ways"][sample.VLLM]["problem"]

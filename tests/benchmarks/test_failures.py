@@ -40,7 +40,7 @@ def test_rounds_continue_without_a_failing_way():
 
     def late():
         calls.append(1)
-        if len(calls) == 2 + torch.cuda.is_available():
+        if len(calls) == 3:  # after the warm-up and one round
             broken()
 
     ways = {"good": lambda: None, "bad": broken, "late": late}
@@ -82,11 +82,15 @@ def test_heads_that_are_only_checked():
     options = {"shapes": [(512, 32, 500)], "fractions": (1.0,), "softcaps": [None, 5.0]}
     figures = kernel.run(preset="smoke", device="cpu", rounds=0, **options)
     for case in figures["cases"]:
-        assert all(max(w["gradient_errors"]) < 1e-5 for w in case["contenders"].values())
+        ways = case["contenders"].values()
+        missing = [w["problem"] for w in ways if "gradient_errors" not in w]
+        assert all(problem.startswith("not installed") for problem in missing)
+        assert all(max(w["gradient_errors"]) < 1e-5 for w in ways if "gradient_errors" in w)
+        assert len(ways) - len(missing) >= 3
     # A softcap changes the expected gradients.
     case = dict(shape=(512, 32, 500), fraction=1.0, contenders={}, softcap=5.0)
     ignores = {"plain": lambda h, w, q: q.loss(kernel._plain(h, w, q.targets, None))}
-    kernel._measure(case, ignores, "cpu", 0, lambda: None)
+    kernel._measure(case, ignores, "cpu", torch.float32, 0, lambda: None)
     assert problems(case)
 
 
@@ -180,8 +184,9 @@ def test_steps(steps, tmp_path):
         way = ways[name]
         assert "problem" not in way and way["gradient_error"] < 1e-5
         assert way["tokens_per_second"] == pytest.approx(way["tokens"] / way["seconds"][0])
-        # May exceed 1: on a busy machine, the measured peak is too low.
-        assert way["mfu"] is None or way["mfu"] > 0
+        # Nothing is faster than its products at the best speed of all.
+        assert 0 < way["of_limit"] < 1 and (way["mfu"] is None or 0 < way["mfu"] < 1)
+        assert way["step_seconds"][0] > way["seconds"][0]
 
 
 def test_a_failing_baseline_costs_only_its_ratios(monkeypatch, tmp_path):
@@ -231,8 +236,8 @@ def test_near_ties_form_no_pair():
 def test_a_flipped_tie_is_not_an_error(monkeypatch, near, tolerance):
     """These queries have two responses whose order bfloat16 reverses."""
     monkeypatch.setitem(exact.NEAR_TIES, torch.bfloat16, near)
-    monkeypatch.setattr(step, "compute_dtype", lambda device: torch.bfloat16)
     options = {"workloads": ["long prompts"], "only": [step.ENGINE], "num_queries": 2}
+    options |= {"compute_dtype": "bfloat16"}
     figures = step.run(preset="smoke", device="cpu", rounds=0, **options)
     (case,) = figures["cases"]
     error = case["contenders"][step.ENGINE]["gradient_error"]
@@ -344,13 +349,7 @@ def test_figures_are_written_before_they_are_shown(monkeypatch, tmp_path, name):
 
 
 def test_all_continues_after_a_failed_case(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "CASES", {"kernel": "", "memory": "", "loss": ""})
-    monkeypatch.setattr(kernel, "run", broken)
-
-    def mistaken(**options):
-        raise ValueError("no")
-
-    monkeypatch.setattr(memory, "run", mistaken)
+    monkeypatch.setattr(run, "CASES", {"unknown": "", "loss": ""})
     assert run.main(["all", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert {file.name for file in tmp_path.iterdir()} >= {"loss-smoke-cpu.json"}
 

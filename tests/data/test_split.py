@@ -2,20 +2,21 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rrhf_fast.data.rows import Row
 from rrhf_fast.data.split import count_shared, hold_out, prompt_key
-from rrhf_fast.data.tokenise import TokenisedQuery
 
 
-def query(prompt, where="f:1", **fields):
-    row = Row(prompt, ["a", "b"], [1.0, 0.0], None, where, **fields)
-    ids = np.array([1], np.int32)
-    return TokenisedQuery(ids, [ids, ids], np.zeros(2, np.float32), row)
+def row(prompt, where="f:1", **fields):
+    return Row(prompt, ["a", "b"], [1.0, 0.0], None, where, **fields)
+
+
+def split(rows, fraction, seed):
+    sides = hold_out([prompt_key(row) for row in rows], fraction, seed)
+    return [[rows[i] for i in side] for side in sides]
 
 
 def user(text):
@@ -29,32 +30,30 @@ def user(text):
     st.randoms(use_true_random=False),
 )
 def test_prompts_stay_together(sizes, fraction, seed, random):
-    queries = [query(f"p{i}") for i, size in enumerate(sizes) for _ in range(size)]
-    random.shuffle(queries)
-    assume(0 < round(fraction * len(queries)) < len(queries))
-    train, held_out = hold_out(queries, fraction, seed)
+    rows = [row(f"p{i}") for i, size in enumerate(sizes) for _ in range(size)]
+    random.shuffle(rows)
+    assume(0 < round(fraction * len(rows)) < len(rows))
+    train, held_out = split(rows, fraction, seed)
     assert train and held_out
-    assert count_shared([q.row for q in held_out], [q.row for q in train]) == 0
-    assert sorted(map(id, train + held_out)) == sorted(map(id, queries))
+    assert count_shared(held_out, train) == 0
+    assert sorted(map(id, train + held_out)) == sorted(map(id, rows))
     for side in (train, held_out):  # in the order of the rows
-        assert [id(q) for q in side] == [id(q) for q in queries if any(q is s for s in side)]
-    again = hold_out(queries, fraction, seed)
+        assert [id(r) for r in side] == [id(r) for r in rows if any(r is s for s in side)]
+    again = split(rows, fraction, seed)
     assert [list(map(id, side)) for side in again] == [list(map(id, s)) for s in (train, held_out)]
-    assert abs(len(held_out) - round(fraction * len(queries))) <= max(sizes)
+    assert abs(len(held_out) - round(fraction * len(rows))) <= max(sizes)
 
 
 def test_the_rounded_share_is_held_out_if_each_prompt_has_one_row():
     for seed in range(3):
-        train, held_out = hold_out([query(f"p{i}") for i in range(10)], 0.25, seed)
+        train, held_out = split([row(f"p{i}") for i in range(10)], 0.25, seed)
         assert (len(train), len(held_out)) == (8, 2)
 
 
 def test_the_seed_chooses_the_prompts():
-    queries = [query(f"p{i // 2}", str(i)) for i in range(40)]
+    rows = [row(f"p{i // 2}", str(i)) for i in range(40)]
     chosen = Counter(
-        prompt
-        for seed in range(50)
-        for prompt in {q.row.prompt for q in hold_out(queries, 0.5, seed)[1]}
+        prompt for seed in range(50) for prompt in {r.prompt for r in split(rows, 0.5, seed)[1]}
     )
     assert len(chosen) == 20 and all(5 < count < 45 for count in chosen.values())
 
@@ -62,17 +61,17 @@ def test_the_seed_chooses_the_prompts():
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_a_share_that_rounds_to_none_or_all_is_refused(fraction):
     with pytest.raises(ValueError, match=f"eval_fraction: {fraction} of 9 rows leaves none"):
-        hold_out([query(f"p{i}") for i in range(9)], fraction, 0)
+        split([row(f"p{i}") for i in range(9)], fraction, 0)
 
 
 def test_one_prompt_cannot_be_split():
     with pytest.raises(ValueError, match="eval_fraction: 0.5 of 4 rows leaves none to train on"):
-        hold_out([query("p")] * 4, 0.5, 0)
+        split([row("p")] * 4, 0.5, 0)
 
 
 def test_prompts_are_equal_whatever_surrounds_them():
     def key(prompt, **fields):
-        return prompt_key(query(prompt, **fields).row)
+        return prompt_key(row(prompt, **fields))
 
     assert key("p") == key(user("p"))
     assert key([{"role": "user", "content": "p"}]) == key([{"content": "p", "role": "user"}])

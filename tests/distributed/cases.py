@@ -18,7 +18,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast import RRHFTrainer, TrainConfig, demo, train
 from rrhf_fast.model import layers
 
 # Adam amplifies rounding where a gradient is nearly 0, hence the large epsilon. 24 rows in steps of
@@ -26,6 +26,7 @@ from rrhf_fast.model import layers
 COMMON = {
     "learning_rate": 1e-3, "adam_epsilon": 1e-3, "train_batch_size": 5, "num_train_epochs": 1,
 }  # fmt: skip
+REFERENCE = {"reference": "initial", "pair_loss": "logistic", "beta": 2.0}
 CASES = {
     "tied": {"save_steps": 3},
     "untied": {"model": "untied"},
@@ -38,6 +39,10 @@ CASES = {
     "offload": {"cpu_offload": True},
     "lora": {"use_peft": True, "learning_rate": 1e-2},
     "fewer queries than ranks": {"train_batch_size": 2, "max_steps": 3},
+    "reference": REFERENCE | {"save_steps": 3},
+    "reference and adapters": REFERENCE | {"use_peft": True, "learning_rate": 1e-2},
+    "reference and offload": REFERENCE | {"cpu_offload": True},
+    "reference, evaluated first": REFERENCE | {"evaluated_first": True},
     "samples": {"max_steps": 1, "eval_reward_fn": "rrhf_fast.demo.reward:score"},
 }
 # Layers compiled by one backend each; they run only if named.
@@ -56,6 +61,8 @@ SAME_AS = {
     "accumulation": "tied", "gathered once": "tied", "checkpointing": "tied", "offload": "tied",
     "active set": "tied",
     "replicated": "tied", "resumed": "tied", "replicated and checkpointed": "tied",
+    "reference resumed": "reference", "reference replicated": "reference",
+    "reference and offload": "reference", "reference, evaluated first": "reference",
 }  # fmt: skip
 
 
@@ -92,12 +99,16 @@ def run(folder: Path, name: str, options: dict):
     data = {"train_data": str(folder / demo.TRAIN_FILE.name)}
     data["eval_data"] = str(folder / demo.EVAL_FILE.name)
     output_dir = folder / os.environ.get("WORLD_SIZE", "0") / name
-    return train(
-        TrainConfig(
-            model_name_or_path=str(model), output_dir=str(output_dir), save_dtype="float32",
-            **(COMMON | data | options),
-        )
+    evaluated_first = options.pop("evaluated_first", False)
+    config = TrainConfig(
+        model_name_or_path=str(model), output_dir=str(output_dir), save_dtype="float32",
+        **(COMMON | data | options),
     )  # fmt: skip
+    if not evaluated_first:
+        return train(config)
+    with RRHFTrainer(args=config) as trainer:
+        trainer.evaluate()
+        return trainer.train()
 
 
 def of_ranks(num_ranks: int, folder: Path) -> dict[str, dict]:
@@ -109,9 +120,12 @@ def of_ranks(num_ranks: int, folder: Path) -> dict[str, dict]:
         return CASES
     names = ["tied", "untied", "offload", "lora"]
     cases = {"resumed": {"resume_from_checkpoint": str(folder / "2" / "tied" / "checkpoint-3")}}
+    saved = str(folder / "2" / "reference" / "checkpoint-3")
+    cases["reference resumed"] = CASES["reference"] | {"resume_from_checkpoint": saved}
     if num_ranks == 4:
         names = ["tied", "untied", "accumulation", "lora", "fewer queries than ranks", "samples"]
         cases["replicated"] = {"data_parallel_replicate": 2, "max_tokens_per_pack": 250}
+        cases["reference replicated"] = cases["replicated"] | REFERENCE
         cases["replicated and checkpointed"] = cases["replicated"] | {
             "activation_checkpointing": "full"
         }

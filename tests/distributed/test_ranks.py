@@ -64,7 +64,10 @@ def assert_same_run(expected, actual, *, first_step=0):
     assert [record["step"] for record in after] == [record["step"] for record in before]
     for one, other in zip(before, after, strict=True):
         assert one.keys() - free == other.keys() - free
-        for key in one.keys() - free:
+        # Relative to the initial model no pair is ahead before the first step, but for rounding.
+        is_tied = actual.name.startswith("reference") and one["step"] < 2
+        tied = {"rewards/accuracies", "eval/rewards/accuracies"} if is_tied else set()
+        for key in one.keys() - free - tied:
             # The dealing of rows decides how much of a padded batch is padding; forests for
             # compiled layers are padded too.
             if key != "num_tokens" or actual.name not in ("padding", *cases.COMPILED):
@@ -79,11 +82,14 @@ def assert_same_run(expected, actual, *, first_step=0):
 def test_ranks_change_nothing(tmp_path):
     # One test, so that pytest-xdist does not launch everything in every worker.
     for num_ranks in (0, 2, 1, 4):  # 1 and 4 resume what 2 saved
-        code, _, errors = launch(num_ranks, SCRIPT, tmp_path)
+        code, out, errors = launch(num_ranks, SCRIPT, tmp_path)
         assert code == 0, errors
+        # A resumed run has them from the checkpoint, whatever the number of ranks that saved it.
+        kept = f"log-probs of 186 responses from {tmp_path}/2/reference/checkpoint-3"
+        assert (kept in out) == (num_ranks in (1, 4))
         for name in cases.of_ranks(num_ranks, tmp_path):
             expected = tmp_path / "0" / cases.SAME_AS.get(name, name)
-            first_step = 4 if name == "resumed" else 0
+            first_step = 4 if name.endswith("resumed") else 0
             assert_same_run(expected, tmp_path / str(num_ranks) / name, first_step=first_step)
     for num_ranks in (2, 4):
         page = (tmp_path / str(num_ranks) / "accumulation/profile/breakdown.md").read_text()

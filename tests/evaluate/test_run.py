@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,9 @@ from rrhf_fast.evaluate import evaluate
 from rrhf_fast.evaluate.__main__ import main
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.report import write_report
-from rrhf_fast.evaluate.run import read_side
+from rrhf_fast.evaluate.run import FILES as FILES_OF_A_RUN
+from rrhf_fast.evaluate.run import _of_logps, read_side
+from rrhf_fast.stages.ranks import Ranks
 from rrhf_fast.stages.run_folder import claim
 from tests.jsonl import read, write
 
@@ -51,6 +55,41 @@ def config(tmp_path):
         max_new_tokens=24,
         num_bootstrap=200,
     )
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_log_probs_are_computed_with_the_same_rows_on_any_number_of_ranks(size, config):
+    """Each rank is a thread; the result of a batch says what was in it."""
+    config, rows = replace(config, batch_size=3), [np.float64(number) for number in range(8)]
+    barrier, said = threading.Barrier(size), [None] * size
+
+    class Threads(Ranks):
+        def gather(self, value):
+            said[self.rank] = value
+            barrier.wait(30)
+            return list(said)
+
+    def model(batch):
+        return [[np.append(batch, row), "unread"] for row in batch]
+
+    def measure(logps, row, i):
+        assert logps[-1] == row and i == 0
+        return logps.tolist()
+
+    with ThreadPoolExecutor(size) as pool:
+        ranks = [Threads(rank=rank, size=size) for rank in range(size)]
+        tasks = [pool.submit(_of_logps, model, rows, measure, config, rank) for rank in ranks]
+        results = [task.result() for task in tasks]
+    batches = [[0, 1, 2], [3, 4, 5], [6, 7]]
+    expected = [[[*batch, row], "unread"] for batch in batches for row in batch]
+    assert results == [expected] * size
+
+
+def test_overwrite_removes_the_journals_of_all_ranks(tmp_path):
+    for name in ("samples.jsonl.journal", "samples.jsonl.journal.12", "options.json"):
+        (tmp_path / name).write_text("{}")
+    claim(str(tmp_path), {"seed": 1}, replaces=FILES_OF_A_RUN)
+    assert [path.name for path in tmp_path.iterdir()] == ["options.json"]
 
 
 def test_every_measure_agrees_with_its_files(config, worse):

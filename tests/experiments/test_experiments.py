@@ -1,6 +1,5 @@
-"""Experiments: statistics by simulation, the graph of stages, and killed runs."""
+"""Experiments: selected rows, pages, and killed runs."""
 
-import importlib.util
 import json
 import os
 import random
@@ -9,129 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from experiments import report
-from experiments.__main__ import EXPERIMENTS, main
-from experiments.recipe import CONFIGS, load_experiment
-from experiments.runner import all_stages
+from experiments.__main__ import main
+from experiments.recipe import Arm, Experiment, Stage
 from experiments.stages import KINDS, build_config
-from experiments.statistics import Table, estimate, holm, swap_test
-from rrhf_fast.train.config import TrainConfig
+from rrhf_fast import demo
+from rrhf_fast.evaluate.measures import Estimate
 from tests import jsonl
+from tests.experiments.small import SMALL, write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
-
-
-def table(values):
-    return Table(values, np.ones_like(values))
-
-
-def draw(rng, shape=(5, 60), seeds=0.0, prompts=0.0, noise=1.0):
-    """Cells with effects of seeds and prompts of these standard deviations; the mean is 0."""
-    return (
-        seeds * rng.standard_normal((shape[0], 1))
-        + prompts * rng.standard_normal((1, shape[1]))
-        + noise * rng.standard_normal(shape)
-    )
-
-
-@pytest.mark.parametrize(
-    "effects",
-    [{}, {"seeds": 1.0, "noise": 0.5}, {"prompts": 1.0}, {"seeds": 0.2, "prompts": 0.5}],
-    ids=str,
-)
-def test_intervals_have_their_nominal_coverage(effects):
-    rng, trials = np.random.default_rng(0), 400
-    intervals = [estimate(table(draw(rng, **effects)), draws=300) for _ in range(trials)]
-    assert np.mean([e.low <= 0 <= e.high for e in intervals]) >= 0.93
-    # Not wider than needed: some must miss.
-    assert not all(e.low <= 0 <= e.high for e in intervals)
-
-
-def test_a_paired_difference_is_narrower_than_its_sides():
-    rng = np.random.default_rng(0)
-    shared = draw(rng, seeds=1.0, prompts=1.0, noise=0.0)
-    a, b = (table(shared + draw(rng, noise=0.1) + gain) for gain in (0.2, 0.0))
-    gain, alone = estimate(a, b), estimate(a)
-    assert gain.low > 0.1 and gain.high < 0.3
-    assert alone.high - alone.low > 5 * (gain.high - gain.low)
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_equal_arms_do_not_differ(seed):
-    values = draw(np.random.default_rng(seed), shape=(3, 8))
-    gain = estimate(table(values), table(values.copy()), draws=50)
-    assert gain.low == gain.value == gain.high == 0
-    assert swap_test(table(values), table(values), draws=100) == 1
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_order_does_not_matter(seed):
-    rng = np.random.default_rng(seed)
-    above, below = rng.random((2, 4, 12)) + 0.1
-    rows, columns = rng.permutation(4), rng.permutation(12)
-    a = Table(above, below)
-    b = Table(above[rows][:, columns], below[rows][:, columns])
-    one, other = estimate(a), estimate(b)
-    assert one.value == pytest.approx(other.value) == pytest.approx(above.sum() / below.sum())
-    # The draws differ.
-    assert one.high - one.low == pytest.approx(other.high - other.low, rel=0.25)
-
-
-def test_p_is_uniform_under_the_null_and_small_for_a_difference():
-    rng = np.random.default_rng(0)
-    p_values = []
-    for _ in range(300):
-        shared = draw(rng, prompts=1.0, noise=0.0)
-        a, b = (table(shared + draw(rng)) for _ in range(2))
-        p_values.append(swap_test(a, b, draws=300))
-    for level in (0.05, 0.2, 0.5):
-        assert np.mean(np.array(p_values) <= level) == pytest.approx(level, abs=0.07)
-    shifted = table(shared + draw(rng) + 1.0)
-    assert swap_test(shifted, b) < 0.001
-
-
-def test_an_arm_without_data_does_not_differ():
-    empty, other = Table(*np.zeros((2, 3, 8))), table(np.ones((3, 8)))
-    assert swap_test(empty, other) == 1
-
-
-def test_a_ratio_of_sums_counts_cells_by_their_denominators():
-    above, below = np.array([[1.0, 3.0], [0.0, 2.0]]), np.array([[1.0, 6.0], [0.0, 3.0]])
-    assert estimate(Table(above, below)).value == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "expected"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (100, 1.984)],
-)
-def test_few_seeds_widen_the_interval_by_students_quantile(freedom, expected):
-    values = np.random.default_rng(0).standard_normal((freedom + 1, 1))
-    interval = estimate(table(values), draws=40_000)
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    assert interval.high - interval.value == pytest.approx(expected * error, rel=0.01)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_never_lowers_and_keeps_the_order(p_values):
-    adjusted = holm(p_values)
-    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
-    assert min(adjusted) == pytest.approx(min(1.0, len(p_values) * min(p_values)))
-    pairs = sorted(zip(p_values, adjusted, strict=True))
-    assert [a for _, a in pairs] == sorted(a for _, a in pairs)
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def select(folder, rows, **options):
@@ -177,168 +69,6 @@ def test_select_keeps_the_rows_and_responses_asked_for(tmp_path):
     assert noisy != select(tmp_path, rows, noise=1.0, seed=4)
 
 
-SMALL = {
-    "title": "t",
-    "question": "q",
-    "seeds": [0, 1],
-    "baseline": "initial",
-    "measures": ["reward", "ranking_accuracy"],
-    "stages": {
-        "rows": {"select": {"data": "{demo.train}", "rows": 8, "seed": "{seed}"}},
-        "train": {
-            "train": {"model_name_or_path": "{demo.model}", "train_data": "{rows}", "max_steps": 2}
-        },
-        "held_out": {"select": {"data": "{demo.eval}", "rows": 6}},
-        "evaluate": {
-            "evaluate": {
-                "model_name_or_path": "{train}",
-                "data": "{held_out}",
-                "reward_fn": "rrhf_fast.demo.reward:score",
-                "num_samples": 2,
-                "max_new_tokens": 8,
-            }
-        },
-        "rank": {"rank": {"model_name_or_path": "{train}", "data": "{held_out}"}},
-    },
-    "results": ["evaluate", "rank"],
-    "arms": {
-        "initial": {
-            "evaluate.model_name_or_path": "{demo.model}",
-            "rank.model_name_or_path": "{demo.model}",
-        },
-        "RRHF": {},
-        "more samples": {"evaluate.num_samples": 3},
-        "real": {"evaluate.model_name_or_path": "{models}/none"},
-    },
-}
-
-
-def write(path, **changes):
-    path.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False))
-    return path
-
-
-def test_equal_stages_are_one_stage(tmp_path):
-    roots = {"models": None, "data": None}
-    one = load_experiment(write(tmp_path / "one.yaml"), tmp_path, roots)
-    arms = {arm.name: arm for arm in one.arms}
-    assert arms["real"].skipped == "--models is not given" and not arms["real"].results
-    rrhf, more = arms["RRHF"].results[0], arms["more samples"].results[0]
-    assert rrhf[1] == more[1] and rrhf[0] != more[0]
-    assert rrhf[0].inputs[0] == more[0].inputs[0]
-    results = [s for arm in one.arms for stages in arm.results.values() for s in stages]
-    kinds = [stage.kind for stage in all_stages(results)]
-    # Two seeds' rows, the held-out rows, two trainings; the initial model is evaluated once.
-    assert [kinds.count(k) for k in ("select", "train", "evaluate", "rank")] == [3, 2, 5, 3]
-    # A default that is spelled out changes nothing.
-    explicit = SMALL["arms"] | {
-        "RRHF": {"train.rank_weight": 1.0},
-        "SFT": {"train.rank_weight": 0.0},
-    }
-    changes = {"title": "u", "seeds": [1], "arms": explicit}
-    other = load_experiment(write(tmp_path / "other.yaml", **changes), tmp_path, roots)
-    assert other.arms[1].results[1] == arms["RRHF"].results[1] != other.arms[-1].results[1]
-
-
-def test_defaults_are_part_of_a_stages_key(tmp_path, monkeypatch):
-    """A changed default changes the key of a stage that does not set the option."""
-
-    @dataclass
-    class Changed(TrainConfig):
-        rank_weight: float = 2.0
-
-    def key():
-        roots = {"models": None, "data": None}
-        return load_experiment(path, tmp_path, roots).arms[1].results[0][0].key
-
-    path = write(tmp_path / "one.yaml")
-    before = key()
-    monkeypatch.setitem(KINDS, "train", replace(KINDS["train"], config=Changed))
-    assert key() != before
-
-
-def test_the_content_of_files_is_part_of_a_stages_key(tmp_path):
-    stages_of_files = []
-    for text in ("a", "b"):
-        folder = tmp_path / text
-        folder.mkdir()
-        (folder / "rows.jsonl").write_text(text)
-        for file in ("{data}/rows.jsonl", str(folder / "rows.jsonl")):
-            stages = {**SMALL["stages"], "rows": {"select": {"data": file}}}
-            path = write(tmp_path / "own.yaml", stages=stages)
-            arms = load_experiment(path, tmp_path, {"models": None, "data": folder}).arms
-            stages_of_files.append(arms[1].results[0][0])
-    first, same, other, same_as_other = stages_of_files
-    assert first == same != other == same_as_other
-
-
-@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
-def test_every_recipe_is_valid(name, tmp_path):
-    for folder in ("stories260k", "smollm2"):
-        (tmp_path / folder).mkdir()
-    for file in ("pandalm_human.jsonl", "vicuna_bench_gpt4.jsonl"):
-        (tmp_path / file).touch()
-    roots = {"models": tmp_path, "data": tmp_path}
-    experiment = load_experiment(CONFIGS / f"{name}.yaml", tmp_path, roots)
-    assert len(experiment.text["seeds"]) >= (5 if name in EXPERIMENTS else 2)
-    assert all(arm.results or importlib.util.find_spec("trl") is None for arm in experiment.arms)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"tilte": "x"}, "tilte: no such field"),
-        ({"question": ""}, "question: missing"),
-        ({"baseline": "none"}, "baseline: none is not an arm"),
-        ({"results": ["evalute"]}, "evalute: expected a stage"),
-        ({"arms": {"initial": {"trane.max_steps": 1}}}, "there is no stage trane"),
-        ({"arms": {"a": {"train.learning_rat": 1.0}}}, "learning_rat"),
-        ({"arms": {"a": {"train.learning_rate": "high"}}}, "learning_rate: expected float"),
-        ({"arms": {"a": {"train.train_data": "{train}"}}}, "train: depends on itself"),
-        ({"arms": {"a": {"train.train_data": "{rws}"}}}, "{rws} is not a stage, file or seed"),
-        ({"series": {"a": None}, "points": {1: None}}, "expected arms, or series and points"),
-        ({"arms": ["initial"]}, "arms: expected a mapping"),
-        ({"arms": {"a": 5}}, "arms: a: expected a mapping, found 5"),
-        ({"arms": {"a": {"train.max_steps.x": 1}}}, "train.max_steps.x: there are no options"),
-        (
-            {"stages": SMALL["stages"] | {"held_out": {"select": None}}},
-            "expected options, found None",
-        ),
-        ({"results": [{"evaluate": 1}]}, "results: expected names"),
-        ({"measures": ["rewrad"]}, "measures: rewrad: no such measure"),
-        ({"seeds": [0, 0]}, "seeds: expected different whole numbers"),
-        ({"reading": 5}, "reading: expected text, found 5"),
-        ({"check": [{"better": "RRHF"}]}, "check: expected better, than and measure"),
-        ({"check": [{"better": "x", "than": "RRHF", "measure": "reward"}]}, "check: expected two"),
-        ({"arms": None, "series": {"a": {"points": [7]}}, "points": {1: None}}, "a: points:"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(changes, expected, tmp_path, capsys):
-    path = write(tmp_path / "bad.yaml", **changes)
-    assert main([str(path), "--work", str(tmp_path / "work")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "bad.yaml" in line and expected in line
-    assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize("option", ["work", "results"])
-def test_a_file_where_a_folder_belongs_is_one_line(option, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    folders = {"work": tmp_path / "work", "results": tmp_path / "results"}
-    folders[option] = tmp_path / "file"
-    arguments = [x for name, folder in folders.items() for x in (f"--{name}", str(folder))]
-    assert main([str(write(tmp_path / "one.yaml")), *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"error: {option}: {tmp_path / 'file'} cannot be a folder" in line
-
-
-def test_invalid_yaml_is_one_line_too(tmp_path, capsys):
-    path = tmp_path / "bad.yaml"
-    path.write_text("title: [")
-    assert main([str(path)]) == main([str(tmp_path / "none.yaml")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2
-
-
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_with_the_same_figures(tmp_path, capsys):
     path = write(tmp_path / "small.yaml")
@@ -377,6 +107,188 @@ def test_a_killed_run_resumes_and_ends_with_the_same_figures(tmp_path, capsys):
     assert main([*arguments("whole"), "--report_only"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "expected initial above initial in reward" in line
+
+
+@pytest.mark.slow
+def test_a_run_at_several_temperatures_reports_each_and_what_it_cost(tmp_path):
+    arms = {name: SMALL["arms"][name] for name in ("initial", "RRHF")}
+    arms |= {"best": {"evaluate": {"best_of": {"evaluation": "{again}"}}, "rank": None}}
+    evaluate = SMALL["stages"]["evaluate"]["evaluate"] | {"seed": "{seed}"}
+    changes = {
+        "temperatures": [1, 0.5, 0],
+        "cost": {"over": "initial", "measure": "reward@0.5"},
+        "arms": arms,
+        "stages": SMALL["stages"]
+        | {name: {"evaluate": evaluate} for name in ("evaluate", "again")},
+    }
+    path = write(tmp_path / "small.yaml", **changes)
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "r")]
+    assert main([str(path), *folders]) == 0
+    figures = json.loads((tmp_path / "r" / "small.json").read_text())
+    initial, rrhf, best = figures["arms"]
+    every = ["reward", "reward@0.5", "reward@0", "reward@best", "ranking_accuracy"]
+    assert list(initial["measures"]) == list(rrhf["measures"]) == every
+    assert list(best["measures"]) == ["reward", "reward@0.5", "reward@best"]
+    # The same greedy answers whatever the seed, and other samples.
+    greedy, sampled = (initial["by_prompt"][m]["numerators"] for m in ("reward@0", "reward"))
+    assert greedy[0] == greedy[1] and sampled[0] != sampled[1]
+    options = [json.loads(p.read_text()) for p in (tmp_path / "work").glob("*/stage.json")]
+    of_greedy = [o for o in options if o["options"].get("temperature") == 0]
+    assert len(of_greedy) == 4
+    page = (tmp_path / "r" / "small.md").read_text()
+    assert "mean reward of a sample, greedy" in page and "no gain shown" in page
+    # Training counts; evaluation does not.
+    assert list(rrhf["seconds"]) == ["train"] and rrhf["seconds"]["train"] > 0
+    assert initial["seconds"] == {}
+
+
+def test_the_cost_of_a_reward_is_all_seconds_over_the_gain():
+    def arm(name, reward, seconds, series=None):
+        lists = {"prompts": [0, 0], "numerators": [[reward] * 3, [reward] * 3]}
+        by_prompt = {"reward": lists | {"denominators": None}}
+        return {"name": name, "series": series, "by_prompt": by_prompt, "seconds": seconds}
+
+    arms = [
+        arm("free", 1.0, {}),
+        arm("a, 4", 2.0, {"sample": 2.0, "train": 1.0}, "a"),
+        arm("a, 8", 3.0, {"sample": 2.0, "train": 3.0}, "a"),
+        arm("b", 0.5, {"train": 3.0}),
+    ]
+    cost = {"over": "free", "measure": "reward"}
+    figures = {"cost": cost, "prompts": [["0", "1", "2"]], "measures": ["reward"], "arms": arms}
+    _, _, a, b = report._cost_table(figures, arms).splitlines()
+    cells = [cell.strip() for cell in a.strip("|").split("|")]
+    assert cells == ["a, 8", "2.0", "3.0", "5.0", "2.000 [2.000, 2.000]", "2.5"]
+    assert "no gain shown" in b
+    # Who was not measured has no row; if it is the one compared with, there is no table.
+    arms[3]["by_prompt"] = {}
+    assert len(report._cost_table(figures, arms).splitlines()) == 3
+
+
+def figures_of(rewards, measures=("reward",)):
+    """Figures whose arms have these rewards [seeds, prompts]."""
+    arms = []
+    for name, rows in rewards.items():
+        lists = {"prompts": [0] * len(rows), "numerators": rows, "denominators": None}
+        arms.append({"name": name, "by_prompt": dict.fromkeys(measures, lists)})
+    prompts = [[str(i) for i in range(len(rows[0]))]]
+    return {"name": "f", "prompts": prompts, "arms": arms}
+
+
+def gains(gaps):
+    """Figures of arms a and b, with these differences by seed."""
+    rng = np.random.default_rng(0)
+    gained = [rng.normal(gap, 0.01, 40).tolist() for gap in gaps]
+    return figures_of({"a": gained, "b": [[0.0] * 40 for _ in gaps]})
+
+
+CHECK = {"better": "a", "than": "b", "measure": "reward"}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "holds"),
+    [
+        ([1.0, 1.1], True),
+        ([1.0, -0.1], False),  # one seed alone
+        ([1.0, 1.1, 0.9], True),
+        ([1.0, 0.05, 0.1, 0.02, 0.03], False),
+    ],
+)
+def test_a_check_needs_its_seeds_beside_its_interval(gaps, holds, monkeypatch):
+    assert (report.failed_checks(gains(gaps), [CHECK]) == []) == holds
+    monkeypatch.setattr(report, "estimate", lambda *tables: Estimate(1.0, 0.5, 1.5))
+    assert (report.failed_checks(gains(gaps), [CHECK]) == []) == holds
+
+
+@pytest.mark.parametrize("gaps", [[1.0, 1.1], [1.0, 1.1, 0.9]])
+def test_a_check_needs_its_interval_beside_its_seeds(gaps, monkeypatch):
+    monkeypatch.setattr(report, "estimate", lambda *tables: Estimate(1.0, -0.1, 2.1))
+    (line,) = report.failed_checks(gains(gaps), [CHECK])
+    assert "f: expected a above b in reward, found 1.000 [-0.100, 2.100] (by seed 0.999" in line
+
+
+def test_a_check_of_an_arm_without_figures_fails():
+    figures = figures_of({"a": [[1.0, 2.0]], "b": [[0.0, 1.0]]})
+    for missing in ({"better": "c", "than": "b"}, {"better": "a", "than": "b"}):
+        (line,) = report.failed_checks(figures, [missing | {"measure": "reward@0.5"}])
+        assert "expected" in line and "found no figures of both" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "have", "chooses"),
+    [
+        ("evaluate", ["reward", "reward@0.5", "reward@0"], True),
+        ("evaluate", ["reward", "reward@0"], False),
+        ("evaluate", ["reward"], False),
+        ("best_of", ["reward", "reward@0.5"], True),
+        ("best_of", ["reward"], False),
+    ],
+)
+def test_who_lacks_a_temperature_has_no_best_one(kind, have, chooses):
+    arm = Arm("a", results={0: [(Stage("key", kind, {}, ()), 1.0)]})
+    experiment = Experiment("e", {"temperatures": [1, 0.5, 0]}, [0], [arm])
+    figures = figures_of({"a": [[1.0, 2.0, 3.0, 4.0]]}, have)
+    (record,) = figures["arms"]
+    report._add_best(record, report._temperatures(arm, experiment), figures["prompts"])
+    assert ("reward@best" in record["by_prompt"]) == chooses
+
+
+def test_a_page_says_what_its_figures_lack():
+    text = SMALL | {"measures": ["reward", "reward@best"]}
+    names = list(SMALL["arms"])
+    figures = {"arms": [{"name": name} for name in names], "seeds": [0, 1]}
+    assert report._not_run(figures | {"measures": text["measures"]}, text) == []
+    older = {"arms": [{"name": name} for name in names[1:]], "seeds": [0], "measures": ["reward"]}
+    (line,) = report._not_run(older, text)
+    for words in ("at T = 1 only", "have 1 of 2 seeds", "lack the arms initial"):
+        assert words in line
+
+
+@pytest.mark.slow
+def test_a_round_is_sampled_again_from_its_model(tmp_path):
+    rows = jsonl.read(demo.TRAIN_FILE)[:8]
+    jsonl.write(tmp_path / "rows.jsonl", rows)
+    jsonl.write(tmp_path / "eval.jsonl", jsonl.read(demo.EVAL_FILE)[:6])
+    stages = {
+        "rounds": {
+            "iterate": {
+                "model_name_or_path": "{demo.model}",
+                "data": str(tmp_path / "rows.jsonl"),
+                "eval_data": str(tmp_path / "eval.jsonl"),
+                "reward_fn": "rrhf_fast.demo.reward:score",
+                "policies": [{"method": "provided"}],
+                "max_new_tokens": 16,
+                "rounds": 1,
+                "train": {"learning_rate": 1.0e-3, "max_steps": 2},
+            }
+        },
+        "round": {"round": {"iterate": "{rounds}", "per_round": 2, "steps": 2}},
+        "evaluate": {
+            "evaluate": {
+                "model_name_or_path": "{rounds}/round-1/model",
+                "reference_model_name_or_path": "{demo.model}",
+                "data": str(tmp_path / "eval.jsonl"),
+                "reward_fn": "rrhf_fast.demo.reward:score",
+                "max_new_tokens": 16,
+            }
+        },
+    }
+    arms = {
+        "round 0": {"round.steps": 0, "evaluate.model_name_or_path": "{demo.model}"},
+        "round 1": {},
+    }
+    measures = {"measures": ["reward"], "temperatures": [1, 0], "seeds": [0], "arms": arms}
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "r")]
+    for result in ("round", "evaluate"):
+        changes = measures | {"baseline": "round 0", "results": [result], "stages": stages}
+        assert main([str(write(tmp_path / f"{result}.yaml", **changes)), *folders]) == 0
+    read, again = (
+        json.loads((tmp_path / "r" / f"{name}.json").read_text())["arms"]
+        for name in ("round", "evaluate")
+    )
+    for one, other in zip(read, again, strict=True):
+        assert one["by_prompt"]["reward@0"] == other["by_prompt"]["reward@0"]
+    assert read[0]["by_prompt"]["reward@0"] != read[1]["by_prompt"]["reward@0"]
 
 
 def test_committed_pages_agree_with_their_figures_and_recipes(tmp_path):

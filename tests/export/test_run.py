@@ -217,3 +217,66 @@ def test_adapters_of_another_model_are_refused(tmp_path, capsys):
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
     assert main(["--checkpoint", str(tmp_path / "out"), *options]) == 2
     assert "adapter_model.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+def merge_from(folder, monkeypatch, checkpoint, *options):
+    """Merge adapters while in another folder."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    return main(["--checkpoint", str(checkpoint), "--merge=true", "--output_dir=merged", *options])
+
+
+@pytest.mark.parametrize("name", ["out", "out/checkpoint-2"])
+def test_a_base_that_was_named_by_a_relative_path(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "models" / "base", tied=False)
+    trained(tmp_path, "models/base", use_peft=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # From elsewhere it is found above the adapters, also by a relative path to them.
+    elsewhere = tmp_path / "elsewhere"
+    assert merge_from(elsewhere, monkeypatch, f"../{name}") == 0
+    note = f"note: the base model models/base is taken to be {tmp_path.resolve()}/models/base"
+    assert note in capsys.readouterr().out
+    expected = logits(elsewhere / "merged")
+    # What is here comes first, if it is a model.
+    (elsewhere / "models" / "base").mkdir(parents=True)
+    for place, here in (("empty", False), ("model", True)):
+        if here:
+            make_model(elsewhere / "models" / "base", tied=False)
+        (elsewhere / "merged").rename(elsewhere / f"before {place}")
+        assert merge_from(elsewhere, monkeypatch, f"../{name}") == 0
+        assert (note in capsys.readouterr().out) == (not here)
+        assert torch.equal(logits(elsewhere / "merged"), expected)
+
+    # Moved away, it can be named.
+    (tmp_path / "models" / "base").rename(tmp_path / "moved")
+    (elsewhere / "models" / "base").rename(elsewhere / "also moved")
+    last = tmp_path / "last"
+    assert merge_from(last, monkeypatch, f"../{name}") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    problem = "base_model_name_or_path: models/base: no such folder"
+    assert f"rrhf_fast.export: error: checkpoint: ../{name}: {problem}" in line
+    assert not (last / "merged").exists()
+    base = "--base_model_name_or_path=../moved"
+    assert merge_from(last, monkeypatch, f"../{name}", base) == 0
+    assert torch.equal(logits(last / "merged"), expected)
+    if name != "out":  # and recorded in adapters exported alone
+        assert main([f"--checkpoint=../{name}", "--output_dir=adapters", base]) == 0
+        settings = json.loads((last / "adapters" / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == "../moved"
+    wrong = "--base_model_name_or_path=../nowhere"
+    (last / "merged").rename(last / "before")
+    assert merge_from(last, monkeypatch, f"../{name}", wrong) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "rrhf_fast.export: error: base_model_name_or_path: ../nowhere: no such folder" in line
+
+
+def test_a_base_for_what_has_none_is_refused(tmp_path, capsys):
+    source = make_model(tmp_path / "source", tied=True)
+    trained(tmp_path, source)
+    options = ["--checkpoint", str(tmp_path / "out/checkpoint-2"), "--output_dir", "model"]
+    assert main([*options, "--base_model_name_or_path", source]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("rrhf_fast.export: error: base_model_name_or_path: ")
+    assert line.endswith("checkpoint-2 holds no LoRA adapters")

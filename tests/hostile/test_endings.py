@@ -25,7 +25,7 @@ from rrhf_fast.sample.__main__ import main as sample
 from rrhf_fast.score import ScoreConfig
 from rrhf_fast.score import score as score_rows
 from rrhf_fast.score.__main__ import main as score
-from rrhf_fast.stages import command
+from rrhf_fast.stages import ending as endings
 from rrhf_fast.stages.command import fail, run_command
 from rrhf_fast.stages.identity import identity
 from rrhf_fast.stages.launcher import launched
@@ -291,7 +291,7 @@ VARIABLES = [
 def test_variables_of_a_launcher_that_make_no_sense(variables, problem, monkeypatch, capsys):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(endings.time, "sleep", lambda seconds: None)
     assert train_command(["--dry_run", "true"]) == 2
     assert error_of(capsys, "train").startswith(problem)
 

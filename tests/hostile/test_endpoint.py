@@ -26,7 +26,7 @@ from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.score.__main__ import main as score
 from rrhf_fast.score.judge import parse_judgement
 from rrhf_fast.stages import secrets
-from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answer
+from rrhf_fast.stages.answer import Answer, NoCompletion, Refused, read_answers
 from rrhf_fast.stages.endpoint import Endpoint, EndpointConfig, EndpointDown, split_login
 from rrhf_fast.stages.identity import identity
 from rrhf_fast.stages.run_folder import claim
@@ -37,6 +37,7 @@ from tests.hostile.raw_server import (
     KEY,
     MOVED,
     OF_SIZE,
+    OF_TIME,
     Server,
     answers,
     completion,
@@ -78,7 +79,7 @@ def ends(call, *arguments):
     return results[0]
 
 
-def ask(url, timeout=0.4, max_retries=0):
+def ask(url, timeout=20.0, max_retries=0):
     """How an endpoint answers: ("answer", text), ("refused", reason) or ("down", reason); and the
     traceback, if any."""
     config = EndpointConfig(timeout=timeout, max_retries=max_retries)
@@ -101,8 +102,8 @@ def hides_the_key(*texts):
 def test_every_answer_ends_in_a_text_or_a_reason(name, server, caplog):
     behaviour, kind, reason = HOSTILE[name]
     server.behaviour = behaviour
-    # What is long takes a while on a busy machine.
-    result, message, error = ends(ask, server.url, 20.0 if name in OF_SIZE else 0.4)
+    # Only what never ends may meet its timeout, on however busy a machine.
+    result, message, error = ends(ask, server.url, 0.4 if name in OF_TIME else 20.0)
     assert (result, bool(re.search(reason, message))) == (kind, True), message
     assert len(message) < 500 and len(message.splitlines()) == 1
     assert hides_the_key(message, error, caplog.text)
@@ -117,7 +118,7 @@ def test_no_answer_takes_much_memory(name, server):
     server.behaviour = HOSTILE[name][0]
     tracemalloc.start()
     try:
-        ends(ask, server.url, 20.0)
+        ends(ask, server.url)
         assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
     finally:
         tracemalloc.stop()
@@ -307,7 +308,7 @@ def test_a_password_in_the_address_is_not_recorded(tmp_path):
     for config in (judged, sampled):
         folder = claim(str(tmp_path / type(config).__name__), identity(config))
         text = (folder / "options.json").read_text()
-        assert '"http://localhost:8000/v1"' in text and "word" not in text and "user:" not in text
+        assert '"http://localhost/v1"' in text and "word" not in text and "user:" not in text
 
 
 def test_another_host_gets_no_key(server):
@@ -377,7 +378,7 @@ def test_the_pauses_of_many_retries_do_not_overflow(server, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     server.behaviour = says("\ud800")
     answer = Answer("", None, {})
-    results = iter([NoCompletion("odd")] * 1500 + [answer])
+    results = iter([NoCompletion("odd")] * 1500 + [[answer]])
     monkeypatch.setattr(Endpoint, "_result", lambda *_: next(results))
     http = SimpleNamespace(content=b"", extensions={})
     response = SimpleNamespace(retries_taken=0, http_response=http)
@@ -401,7 +402,7 @@ def test_a_handshake_has_a_deadline(server):
 
         threading.Thread(target=drip, daemon=True).start()
         port = listener.getsockname()[1]
-        result, message, _ = ends(ask, f"https://127.0.0.1:{port}/v1")
+        result, message, _ = ends(ask, f"https://127.0.0.1:{port}/v1", 0.4)
         assert result == "down" and "no whole answer in 0.4 s" in message
         listener.close()
 
@@ -420,7 +421,7 @@ def test_addresses_that_do_not_answer_share_the_deadline(monkeypatch):
         "getaddrinfo",
         lambda host, *rest, **options: found if "many" in host else look_up(host, *rest, **options),
     )
-    result, message, _ = ends(ask, f"http://many.example:{address[1]}/v1")
+    result, message, _ = ends(ask, f"http://many.example:{address[1]}/v1", 0.4)
     assert result == "down" and "no whole answer in 0.4 s" in message
     for each in (full, *waiting):
         each.close()
@@ -430,7 +431,7 @@ def test_a_proxy_is_no_way_around(server, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
     server.behaviour = HOSTILE["drip of headers"][0]
-    result, message, _ = ends(ask, "http://far.example/v1")
+    result, message, _ = ends(ask, "http://far.example/v1", 0.4)
     assert result == "down" and "no whole answer in 0.4 s" in message
     assert server.requests[0].startswith("POST http://far.example/v1/")
 
@@ -481,10 +482,10 @@ def test_a_key_is_found_however_it_is_escaped(key, data):
 @given(st.binary() | st.binary().map(lambda some: completion().replace(b"fine", some)))
 def test_any_bytes_are_an_answer_or_no_answer(body):
     try:
-        answer = read_answer(body, True, 1)
+        answers = read_answers(body, True, 1)
     except ValueError:
         return
-    result = {"text": answer.text, "usage": answer.usage}
+    result = [vars(answer) for answer in answers if isinstance(answer, Answer)]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 

@@ -74,6 +74,7 @@ def arguments(command, folder, rows, out):
     policies = "[{method: sample, num_responses: 2, max_new_tokens: 4},"
     policies += " {method: diverse_beam, num_responses: 2, max_new_tokens: 4}]"
     few = ("--max_steps", "1", "--train_batch_size", "2")
+    few += ("--learning_rate", "1e-6")  # these are chat models: no warning of a high rate
     return {
         "dry run": ("train", *model, "--train_data", rows, "--dry_run", "true"),
         "train": ("train", *model, "--train_data", rows, "--output_dir", out, *few),

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_fast import SampleConfig, ScoreConfig, demo, sample, score
 from rrhf_fast.data.checks import MAX_DEPTH, BadRow
-from rrhf_fast.data.files import read_file
 from rrhf_fast.data.load import load_drafts, load_rows
-from rrhf_fast.data.sources import InMemory
+from rrhf_fast.data.sources import InMemory, read_records
 from rrhf_fast.evaluate.run import read_side
 from rrhf_fast.iterate.__main__ import main as iterate_main
 from rrhf_fast.sample.__main__ import main as sample_main
@@ -105,7 +104,7 @@ def test_byte_positions_are_right_for_each_of_many_records(start, tmp_path):
     path = tmp_path / "rows.json"
     records = [b'{"prompt": "\xc3\xa9\xff"}', b'{"prompt": "\xe2\x82\xac"}', b'"\xff\xff"'] * 3
     path.write_bytes(start + b" [" + b" ,\n ".join(records) + b"]")
-    bad = [str(record) for _, record in read_file(path) if isinstance(record, BadRow)]
+    bad = [str(record) for _, record in read_records(str(path)) if isinstance(record, BadRow)]
     places = [int(re.search(r"byte (\d+) of", text)[1]) for text in bad]
     content = path.read_bytes()
     assert places == [m.start() for m in re.finditer(b"\xff+", content)] and len(places) == 6

@@ -12,7 +12,7 @@ from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.iterate import run as rounds
 from rrhf_fast.iterate.__main__ import _run, main
 from rrhf_fast.iterate.config import IterateConfig, with_demo
-from rrhf_fast.iterate.report import is_hacking
+from rrhf_fast.iterate.report import is_collapsing, is_hacking, write_rounds
 from rrhf_fast.sample.config import Policy
 from rrhf_fast.train import trainer as engine
 from tests.jsonl import read, write
@@ -111,6 +111,10 @@ def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
     assert all(
         row.keys() <= {"prompt", "responses", "sources", "finish_reasons", "scores"} for row in rows
     )
+    pushing = {"push_to_hub": True, "hub_model_id": "x", "hub_private_repo": True}
+    for name, value in pushing.items():
+        with pytest.raises(ValueError, match=f"train.{name}: is not used here .*--include.*merged"):
+            iterate(replace(config, train=replace(config.train, **{name: value})))
     config.train.columns = "{prompt: q}"
     with pytest.raises(ValueError, match="train.columns: is not used here .say --columns"):
         iterate(config)
@@ -250,6 +254,39 @@ def test_reward_hacking_is_detected(config):
     assert is_hacking([record(0, 10), record(1, 20)])
     assert not is_hacking([record(0, 10), record(1, 10.1)])
     assert not is_hacking([record(1, 10), record(0, 20)])
+
+
+def test_a_collapse_is_reported_without_a_rise_in_perplexity(config):
+    """As in the demo's second round: the reward rises, and each prompt gets one answer."""
+    config = replace(config, rounds=1, train=replace(config.train, max_steps=1))
+    first, last = iterate(config)
+    answers = {"distinct": Estimate(1.0, 1.0, 1.0)}
+    few = {"distinct": Estimate(0.57, 0.45, 0.7), "perplexity": Estimate(1.0, 1.0, 1.0)}
+    assert is_collapsing([first | answers, last | few])
+    assert not is_collapsing([first | answers, last | answers])
+    assert not is_collapsing([first | {"distinct": Estimate(0.8, 0.6, 0.9)}, last | few])
+    out = Path(config.output_dir)
+    text = write_rounds(out, [first | answers, last | few])
+    assert "answers collapse" in text and "reward hacking" not in text
+    assert "answers collapse" in (out / "report.html").read_text()
+    assert "answers collapse" not in write_rounds(out, [first | answers, last | answers])
+
+
+@pytest.mark.slow
+def test_rounds_of_adapters_go_on_from_the_merged_model(config):
+    pytest.importorskip("peft", reason="LoRA adapters are peft's")
+    train = replace(config.train, use_peft=True, max_steps=1)
+    config = replace(config, train=train, rounds=2)
+    records = iterate(config)
+    out = Path(config.output_dir)
+    assert len(records) == 3
+    for number in (1, 2):
+        assert (out / f"round-{number}/model/adapter_config.json").exists()
+        assert (out / f"round-{number}/merged/model.safetensors").exists()
+    # As after a kill between merging and the note of it.
+    (out / "round-2" / "trained.json").unlink()
+    shutil.rmtree(out / "round-2" / "evaluation")
+    assert [record["reward"] for record in iterate(config)] == [r["reward"] for r in records]
 
 
 def test_the_demo_keeps_options_that_were_set():

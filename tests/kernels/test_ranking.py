@@ -17,6 +17,8 @@ OPTIONS = [
     {"length_penalty": 0.5, "margin": 0.3},
     {"sft_reduction": "mean", "rank_weight": 10.0},
     {"sft_weight": 0.0, "margin": 2.0},
+    {"pair_loss": "logistic", "beta": 0.5, "margin": 0.4, "rank_reduction": "mean"},
+    {"pair_loss": "squared", "beta": 2.0, "margin": 1.0},
 ]
 
 
@@ -67,6 +69,10 @@ def assert_equal(edges, layout, options, tolerance=1e-5):
 def test_equals_the_reference(options, groups, seed):
     logps, rewards = ragged(groups, seed)
     edges, layout = packed(logps, rewards)
+    g = torch.Generator().manual_seed(seed)
+    before = [[-torch.rand(len(x), generator=g) for x in group] for group in logps]
+    sums = torch.stack([x.sum() for group in before for x in group])
+    assert_equal(edges, layout, options | {"reference_logps": sums.to(DEVICE)})
     assert_equal(edges, layout, options)
     parts = [
         reference.rrhf_loss([logp.double() for logp in group], r, **options)
@@ -77,10 +83,12 @@ def test_equals_the_reference(options, groups, seed):
     torch.testing.assert_close(ours.loss.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_more_responses_than_a_block_and_longer_ones_than_a_block():
-    logps, rewards = ragged([70, 2], levels=1000)
+@pytest.mark.parametrize("kind", ["hinge", "logistic", "squared"])
+def test_more_responses_than_a_block_and_longer_ones_than_a_block(kind):
+    logps, rewards = ragged([40, 2], levels=1000)
     logps[0][5] = -torch.rand(1000)
-    assert_equal(*packed(logps, rewards), {"margin": 0.1}, tolerance=1e-4)
+    options = {"margin": 0.1, "pair_loss": kind}
+    assert_equal(*packed(logps, rewards), options, tolerance=1e-4)
 
 
 @pytest.mark.slow
@@ -129,12 +137,13 @@ def test_gradients_of_the_parts():
 def test_opcheck():
     edges, layout = packed(*ragged([4, 3]))
     scales = torch.rand(7, device=DEVICE)
-    arguments = (edges, *layout.values(), scales, torch.ones_like(scales), 0.1)
-    torch.library.opcheck(ops.rrhf_op, arguments)
-    _, _, _, counts, best, *_ = ops.rrhf_op(*(edges.detach(), *arguments[1:]))
+    arguments = (edges, *layout.values(), scales, torch.ones_like(scales), torch.rand_like(scales))
+    for kind in ("hinge", "logistic"):
+        torch.library.opcheck(ops.rrhf_op, (*arguments, kind, 0.5, 0.1))
+    _, _, _, slopes, best, *_ = ops.rrhf_op(edges.detach(), *arguments[1:], kind, 0.5, 0.1)
     upstream = torch.rand(2, 2, device=DEVICE).unbind(0)
     _, paths, offsets, groups = layout.values()
-    backward = (*upstream, paths, offsets, groups, scales, torch.ones_like(scales), counts, best)
+    backward = (*upstream, paths, offsets, groups, *arguments[5:], slopes, best)
     torch.library.opcheck(ops.rrhf_backward_op, (*backward, len(edges)))
 
 

@@ -55,7 +55,7 @@ for module in (linear_logprob, ranking, scale):
                     arguments[name] = 16
                 elif name in ("num_edges", "num_active", "num_blocks"):
                     arguments[name] = count
-                elif name in sizes or name in ("logit_scale", "softcap", "margin"):
+                elif name in sizes or name in ("logit_scale", "softcap", "beta", "margin"):
                     arguments[name] = sizes.get(name, 1.0)
                 else:
                     slices = getattr(module, "SLICES", ())
@@ -102,7 +102,7 @@ def test_no_spills_shared_memory_fits_and_the_right_matrix_instructions():
     # Four variants of each row of the table; those of the backward also for the forward that keeps
     # exponentials; and the kernels without a product, on each architecture.
     rows = [2 if kernel == "dlogits" else 1 for kernel, _, _ in TILES]
-    assert len(report["kernels"]) == 4 * sum(rows) + (4 + 2 + 2 + 2) * len(report["limits"])
+    assert len(report["kernels"]) == 4 * sum(rows) + (4 + 4 + 2 + 2) * len(report["limits"])
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for usage in report["kernels"]:
         assert usage["doubles"] == 0, usage

@@ -27,6 +27,10 @@ LOSSES = [
     {},
     {"length_penalty": 0.5, "margin": 0.3, "rank_weight": 10.0},
     {"sft_weight": 0.0, "sft_reduction": "mean"},
+    {"pair_loss": "logistic", "beta": 0.5, "margin": 0.4},
+    {"pair_loss": "logistic", "rank_reduction": "mean", "reference_logps": True},
+    {"pair_loss": "squared", "length_penalty": 0.0, "beta": 0.1, "reference_logps": True},
+    {"reference_logps": True, "margin": 0.1},
 ]
 
 
@@ -110,9 +114,14 @@ def test_heads_and_workspaces(backend, workspace_mb, head):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses(backend, loss):
+@pytest.mark.parametrize("workspace_mb", WORKSPACES)
+def test_losses(backend, workspace_mb, loss):
     for dtype in dtypes(backend):
-        assert_exact(case(dtype=dtype), backend, loss=loss)
+        inputs = case(dtype=dtype)
+        if "reference_logps" in loss:
+            num_responses = len(inputs[1][2])
+            loss = loss | {"reference_logps": -9 * torch.rand(num_responses, device=DEVICE)}
+        assert_exact(inputs, backend, loss=loss, workspace_mb=workspace_mb)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,10 +299,10 @@ def test_opcheck_and_compile(backend):
     (hidden, weight, bias), (rows, targets, rewards), layout = case(dtype=torch.float32)
     tensors = [t.detach() for t in (hidden, weight, bias)]
     scales = torch.rand(14, device=DEVICE)
-    options = (None, 1.0, 0.0, 1.0, 1.0, backend, 1.0, True, False, True)
+    options = (None, 1.0, "hinge", 1.0, 0.0, "sum", 1.0, 1.0, backend, 1.0, True, False, True)
     bounds = read_bounds(Layout(**layout), len(rows))
     for flat in (None, [number for triple in bounds for number in triple]):
-        arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, scales, scales)
+        arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, *[scales] * 3)
         torch.library.opcheck(linear_rrhf_op, (*arguments, *options))
 
     def loss(hidden, weight, bias):

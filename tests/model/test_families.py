@@ -392,6 +392,21 @@ def test_attention_computes_in_the_compute_dtype(compute_dtype, monkeypatch):
     assert seen == {compute_dtype}
 
 
+def test_attention_of_16_bits_runs_in_float32_on_a_cpu(monkeypatch):
+    lm = tiny_model("llama", SIZES)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, compute_dtype=torch.bfloat16)
+    seen, right = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*tensors, **options):
+        out = right(*tensors, **options)
+        seen.extend(x.dtype for x in (*tensors[:3], out))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    wrapped(build_forest(queries()))
+    assert set(seen) == {torch.float32}
+
+
 def test_a_plan_made_while_packing_is_not_made_again(monkeypatch):
     lm = tiny_model("llama", SIZES)
     wrapped = RRHFModel(lm, LossConfig(), max_length=64)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PhiConfig
 
 from rrhf_fast.data.load import RowReport, load_drafts
 from rrhf_fast.data.tokenise import tokenise_rows
-from rrhf_fast.sample import sample
+from rrhf_fast.sample import local, sample
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import LocalModel
 from tests.data.test_chat import CHANNELS, SPECIAL, chatml, make_tokenizer, user
@@ -38,14 +38,14 @@ def folder(request, tmp_path):
 
 
 def test_training_sees_the_tokens_that_were_drawn(folder, monkeypatch):
-    drawn, response = {}, LocalModel._response
+    drawn, response = {}, local.as_response
 
-    def record(self, ids):
-        result = response(self, ids)
+    def record(ids, *options):
+        result = response(ids, *options)
         drawn[result["text"]] = ids
         return result
 
-    monkeypatch.setattr(LocalModel, "_response", record)
+    monkeypatch.setattr(local, "as_response", record)
     rows = [
         {
             "prompt": user(f"Say {i}"),

@@ -264,13 +264,13 @@ def remote(config, openai_server):
     return config
 
 
-def test_an_endpoint_is_asked_for_each_response_once(remote, openai_server):
+def test_an_endpoint_is_asked_for_each_prompt_once(remote, openai_server):
     counts = sample(remote)
-    assert counts["requests"] == counts["responses"] == len(openai_server.answered) == 20
-    assert (counts["prompt_tokens"], counts["completion_tokens"]) == (140, 60)
+    assert counts["requests"] == len(openai_server.answered) == 10 and counts["responses"] == 20
+    assert (counts["prompt_tokens"], counts["completion_tokens"]) == (70, 30)
     rows = read(remote.output)
     assert all(row["sources"] == ["openai:echo"] * 2 for row in rows)
-    assert len({text for row in rows for text in row["responses"]}) == 20  # seeds differ
+    assert len({text for row in rows for text in row["responses"]}) == 20
     assert [row["prompt"] for row in rows] == PROMPTS
 
 
@@ -294,13 +294,14 @@ def test_completions_get_the_prompt_unchanged(remote, openai_server):
 def test_every_fault_is_retried_and_nothing_is_answered_twice(remote, openai_server):
     remote.policies[0].model, remote.timeout = "flaky", 5.0  # the server sleeps longer
     counts = sample(remote)
-    assert counts["responses"] == len(openai_server.answered) == 20
-    assert len({(asked["text"], asked["seed"]) for asked in openai_server.answered}) == 20
+    assert counts["responses"] == 20
+    asked = sorted(request["text"] for request in openai_server.answered)
+    assert asked == sorted(PROMPTS)
     assert counts["failures"] == 0
 
 
 def test_a_dying_server_loses_no_answer(remote, openai_server):
-    remote.policies[0].model = "dies:7"  # after each start
+    remote.policies[0].model = "dies:3"  # after each start
     remote.max_retries = 0
     kept, deaths = set(), 0
     while True:
@@ -312,17 +313,17 @@ def test_a_dying_server_loses_no_answer(remote, openai_server):
             assert "127.0.0.1" in str(error)
         deaths += 1
         journal = read(remote.output + ".journal")[1:]
-        texts = {record["result"]["text"] for record in journal}
+        texts = {record["result"][0]["text"] for record in journal}
         assert kept < texts  # nothing is lost, and every start makes progress
         # Only answers under way when the server died are asked for again.
-        assert len(texts - kept) <= len(openai_server.answered) - asked <= 7
+        assert len(texts - kept) <= len(openai_server.answered) - asked <= 3
         kept = texts
         openai_server.stop()
         openai_server.start()
     assert deaths >= 2
     texts = [text for row in read(remote.output) for text in row["responses"]]
     assert len(texts) == len(set(texts)) == 20 and kept < set(texts)
-    assert len(openai_server.answered) - asked == 20 - len(kept)
+    assert len(openai_server.answered) - asked == 10 - len(kept)
 
 
 def test_refusals_are_recorded_and_other_rows_proceed(tmp_path, remote):
@@ -364,8 +365,8 @@ def test_if_all_requests_are_refused_none_is_kept(tmp_path, remote, openai_serve
         with pytest.raises(ValueError, match=r"policies\[1\]: every request was refused"):
             sample(remote)
     records = read(remote.output + ".journal")
-    assert records[-1] == {"forgotten": ["1/0/0", "1/0/1"]}
-    assert [r["key"] for r in records if "key" in r].count("1/0/0") == 2
+    assert records[-1] == {"forgotten": ["1/0"]}
+    assert [r["key"] for r in records if "key" in r].count("1/0") == 2
     assert [r["key"] for r in records if "key" in r].count("0/batch 0") == 1
 
 

@@ -114,7 +114,7 @@ def test_a_truncated_judgement_is_reported_as_cut_off(judged):
 
 def test_requests_to_the_judge_follow_the_options(judged, openai_server):
     body = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
-    scored(replace(judged, judge_extra_body=body, judge_temperature=0.5, send_seed=False))
+    scored(replace(judged, judge_extra_body=body, judge_temperature=0.5))
     for asked in openai_server.answered:
         assert asked["temperature"] == 0.5 and "seed" not in asked
         assert {name: asked[name] for name in body} == body
@@ -145,7 +145,7 @@ def test_options_that_change_answers_are_part_of_the_identity(judged):
         "judge_temperature": None,
         "judge_extra_body": {"a": 1},
         "token_limit_parameter": "max_tokens",
-        "send_seed": False,
+        "send_seed": True,
     }
     others = [identity(replace(judged, **{name: value})) for name, value in changes.items()]
     assert all(other != identity(judged) for other in others)

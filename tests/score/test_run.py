@@ -257,6 +257,59 @@ def test_the_reward_model_scores_a_batch_like_single_rows(tmp_path, kind, pad):
         assert all(row["input_ids"][-1] == tokenizer.eos_token_id for row in rows)
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_many_responses_are_encoded_as_each_alone(tmp_path, kind):
+    """Also pairs that are cut: at the prompt, and at both where the response is long."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    if kind == "bert":
+        tokenizer.sep_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    tiny(kind, len(tokenizer), 2).save_pretrained(tmp_path)
+    rewards = RewardModel(ScorerConfig(reward_model_name_or_path=str(tmp_path)))
+    texts = ["Why is it?", "What do I need to fix the chair? " * 20, ""]
+    prompts = [*texts, [{"role": "user", "content": "Hi"}]]
+    pairs = [(prompt, response) for prompt in prompts for response in texts]
+    rows = rewards.encode(*zip(*pairs, strict=True))
+    for (prompt, response), row in zip(pairs, rows, strict=True):
+        assert rewards.encode([prompt], [response]) == [row]
+        assert len(row["input_ids"]) <= 64
+        if kind == "bert" and isinstance(prompt, str):
+            count = len(tokenizer(response, add_special_tokens=False)["input_ids"])
+            how = "only_first" if count < 64 - 2 else "longest_first"
+            cut = {"truncation": how, "max_length": 64}
+            assert row["input_ids"] == tokenizer(prompt, response, **cut)["input_ids"]
+
+
+def test_a_resumed_run_encodes_only_what_is_left(tmp_path, config, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.save_pretrained(tmp_path / "rm")
+    tiny("llama", len(tokenizer), 2).save_pretrained(tmp_path / "rm")
+    config.reward_model_name_or_path = str(tmp_path / "rm")
+    whole = replace(config, output=str(tmp_path / "whole.jsonl"))
+    score(whole)
+    encode, ask, encoded = RewardModel.encode, RewardModel.score, []
+
+    def stopped(model, rows):
+        if len(rows) > 1 and len(encoded) > 6 + 4:  # 6 to count tokens
+            raise KeyboardInterrupt
+        return ask(model, rows)
+
+    def counted(model, prompts, responses):
+        encoded.extend(responses)
+        return encode(model, prompts, responses)
+
+    monkeypatch.setattr(RewardModel, "encode", counted)
+    monkeypatch.setattr(RewardModel, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        score(config)
+    monkeypatch.setattr(RewardModel, "score", ask)
+    encoded.clear()
+    score(config)
+    assert len(encoded) == 2
+    assert read(config.output) == read(whole.output)
+
+
 def test_the_reward_model_reads_messages_through_its_template(tmp_path, config):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

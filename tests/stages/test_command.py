@@ -70,12 +70,12 @@ def test_help_stands_alone(command, monkeypatch, capsys):
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-@pytest.mark.parametrize("command", [sample, score, evaluate, iterate])
-def test_a_command_of_one_process_refuses_a_launcher(command, monkeypatch, capsys):
+def test_a_command_of_one_process_refuses_a_launcher(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command([]) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert export([]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "WORLD_SIZE is 2" in error
+    assert error.count("\n") == 1 and "one process, but WORLD_SIZE is 2" in error
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):

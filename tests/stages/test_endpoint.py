@@ -13,9 +13,10 @@ from rrhf_fast.data.rows import Draft
 from rrhf_fast.sample import sample
 from rrhf_fast.sample.__main__ import main
 from rrhf_fast.sample.config import Policy, SampleConfig
-from rrhf_fast.sample.run import _ask_endpoint
-from rrhf_fast.stages.answer import NoCompletion, Refused, read_answer
+from rrhf_fast.sample.remote import ask_endpoint
+from rrhf_fast.stages.answer import NoCompletion, Refused, read_answers
 from rrhf_fast.stages.journal import Journal
+from rrhf_fast.stages.serve import Servers
 from tests.jsonl import read, write
 from tests.openai_server import ODD
 
@@ -145,7 +146,7 @@ def test_failures_survive_a_kill(remote, openai_server):
     assert main(as_arguments(config)) == 1
     journal = Path(config.output + ".journal")
     done = {"error": ENDED, "usage": {"requests": 1, "prompt_tokens": 7, "completion_tokens": 3}}
-    record = json.dumps({"key": "0/1/0", "result": done})
+    record = json.dumps({"key": "0/1", "result": [done]})
     journal.write_text(journal.read_text() + record + "\n" + record[:20])  # torn
     openai_server.start()
     config = asking(config, base_url=openai_server.url)
@@ -191,7 +192,6 @@ def test_the_name_of_the_limit_can_be_set(remote, openai_server):
 
 
 def test_null_parameters_are_not_sent(remote, openai_server):
-    remote.send_seed = False
     sample(asking(remote, model="no-seed", temperature=None, top_p=None))
     names = {"temperature", "top_p", "seed", "stop", "tools"}
     assert len(openai_server.answered) == 4
@@ -211,6 +211,7 @@ def test_endpoints_accept_temperature_zero(remote, openai_server):
     ],
 )
 def test_an_unsupported_parameter_names_its_option(options, problem, remote):
+    remote.send_seed = True
     option, _, cure = problem.partition(".*")
     with pytest.raises(ValueError) as error:
         sample(asking(remote, **options))
@@ -244,7 +245,8 @@ def test_null_is_only_for_endpoints(name, value):
 
 def ask(tmp_path, config, *drafts):
     with Journal(tmp_path / "out.jsonl", "test") as journal:
-        _ask_endpoint(journal, 0, config.policies[0], drafts, config)
+        servers = Servers(config, "no.log")
+        ask_endpoint(journal, 0, config.policies[0], drafts, config, servers)
 
 
 def draft(prompt, **fields):
@@ -303,18 +305,19 @@ CHOICES = st.fixed_dictionaries({}, optional={name: VALUES for name in NAMES})
 def test_any_json_is_an_answer_or_a_failure(choice, body, chat):
     body = json.dumps(body | {"choices": [choice]}).encode()
     try:
-        answer = read_answer(body, chat, 1)
-    except (Refused, NoCompletion) as error:
+        answers = read_answers(body, chat, 1)
+    except NoCompletion as error:
         str(error).encode()
     else:
-        answer.text.encode()
+        (answer,) = answers
+        str(answer if isinstance(answer, Refused) else answer.text).encode()
         assert all(type(count) is int for count in answer.usage.values())
 
 
 @pytest.mark.parametrize("usage", [None, 3, {"prompt_tokens": "7"}, {"prompt_tokens": True}, []])
 def test_malformed_usage_counts_as_zero(usage):
     body = {"choices": [{"message": {"content": "a"}, "finish_reason": 3}], "usage": usage}
-    answer = read_answer(json.dumps(body).encode(), True, 2)
+    (answer,) = read_answers(json.dumps(body).encode(), True, 2)
     assert answer.usage == {"requests": 2, "prompt_tokens": 0, "completion_tokens": 0}
     assert answer.finish_reason is None
 

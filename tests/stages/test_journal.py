@@ -53,6 +53,61 @@ def test_a_cut_anywhere_ends_with_the_same_file(results, cuts):
         assert sorted(path.name for path in Path(folder).iterdir()) == ["cut.jsonl", "whole.jsonl"]
 
 
+@given(
+    st.dictionaries(st.text(), JSON, max_size=8),
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    st.integers(0, 3),
+)
+def test_what_killed_ranks_left_is_continued(results, ranks, cuts, moved):
+    """The lines of each rank are cut anywhere, and some of a shard were moved before it went."""
+    with TemporaryDirectory() as folder:
+        output, whole = Path(folder, "rows.jsonl"), Path(folder, "whole.jsonl")
+        lines = {rank: [b'{"fingerprint": "f"}\n'] for rank in range(4)}
+        for (key, result), rank in zip(results.items(), ranks, strict=False):
+            lines[rank].append(json.dumps({"key": key, "result": result}).encode() + b"\n")
+        lines[0] += lines[3][1 : 1 + moved]
+        kept = {}
+        for rank, cut in enumerate(cuts):
+            written = b"".join(lines[rank])
+            written = written[: round(cut * len(written))] if rank else written
+            Path(f"{output}.journal" + f".{rank}" * (rank > 0)).write_bytes(written)
+            for line in written.splitlines(keepends=True)[1:]:
+                if line.endswith(b"\n"):
+                    record = json.loads(line)
+                    kept[record["key"]] = record["result"]
+        for _ in range(2):  # the second time from one file
+            with Journal(output, "f") as journal:
+                assert journal.done == kept
+            assert [path.name for path in Path(folder).iterdir()] == ["rows.jsonl.journal"]
+        work(whole, results)
+        assert len(work(output, results)) == len(results) - len(kept)
+        assert output.read_bytes() == whole.read_bytes()
+        assert not list(Path(folder).glob("*.journal*"))
+
+
+def test_a_journal_of_another_rank_that_cannot_be_continued_is_named(tmp_path):
+    output, shard = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.journal.1"
+    for content, problem in (
+        (FIRST + LINE + b"{}\n" + LINE, "journal.1 is damaged at line 3 "),
+        (FIRST + LINE.replace(b"1", b"2"), "journal.1 is damaged at line 2 .a second result for a"),
+        (FIRST.replace(b"f", b"g", 1) + LINE, "journal.1 is damaged at line 1 "),
+        (b'{"fingerprint": "g"}\n' + LINE.replace(b"a", b"b"), "journal.1 .*other options"),
+    ):
+        (tmp_path / "rows.jsonl.journal").write_bytes(FIRST + LINE)
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            Journal(output, "f")
+        assert shard.read_bytes() == content
+        assert (tmp_path / "rows.jsonl.journal").read_bytes() == FIRST + LINE
+    with shard.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # a rank of a run whose first rank died lives on
+        with pytest.raises(ValueError, match="another process is writing"):
+            Journal(output, "f", overwrite=True)
+    with Journal(output, "f", overwrite=True) as journal:
+        assert journal.done == {} and not shard.exists()
+
+
 def test_a_crash_before_the_journal_is_deleted_is_harmless(tmp_path):
     output = tmp_path / "rows.jsonl"
     with Journal(output, "f") as journal:
@@ -129,6 +184,9 @@ def test_threads_write_complete_lines(tmp_path):
 def test_different_values_have_different_fingerprints():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert len({fingerprint(1), fingerprint(2), fingerprint("1"), fingerprint(1, 2)}) == 4
+    rows = [[], [1], [1, 2], ["1\n2"], [[1, 2]]]
+    assert len({fingerprint(1, rows=iter(some)) for some in rows}) == len(rows)
+    assert fingerprint(1, rows=[{"a": 1, "b": 2}]) == fingerprint(1, rows=[{"b": 2, "a": 1}])
 
 
 def _hold_lock(path, ready, leave):

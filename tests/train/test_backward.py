@@ -136,11 +136,17 @@ def test_a_step_without_any_gradient_has_a_gradient_of_zero(lm):
 
 def test_the_cheaper_way_is_taken():
     auto = TrainConfig()
-    assert is_worthwhile(auto, 0.56) and not is_worthwhile(auto, 0.57)
     full = TrainConfig(activation_checkpointing="full")
-    assert is_worthwhile(full, 0.64) and not is_worthwhile(full, 0.66)
-    assert not is_worthwhile(TrainConfig(packing="none"), 0.1)
-    assert is_worthwhile(TrainConfig(active_set="on"), 1.0)
-    assert not is_worthwhile(TrainConfig(active_set="off"), 0.0)
+    assert is_worthwhile(auto, 0.56, 0.0) and not is_worthwhile(auto, 0.57, 0.0)
+    assert is_worthwhile(full, 0.64, 0.0) and not is_worthwhile(full, 0.66, 0.0)
+    # Layers that skip rows leave a second pass only the rows that are computed again.
+    assert not is_worthwhile(auto, 0.01, 1.0)
+    assert is_worthwhile(full, 0.36, 1.0) and not is_worthwhile(full, 0.37, 1.0)
+    # One half of it: between the two.
+    assert is_worthwhile(auto, 0.30, 0.5) and not is_worthwhile(auto, 0.42, 0.5)
+    for skipping in (0.0, 1.0):
+        assert not is_worthwhile(TrainConfig(packing="none"), 0.1, skipping)
+        assert is_worthwhile(TrainConfig(active_set="on"), 1.0, skipping)
+        assert not is_worthwhile(TrainConfig(active_set="off"), 0.0, skipping)
     with pytest.raises(ValueError, match="active_set: works on forests only"):
         TrainConfig(active_set="on", packing="none").validate()

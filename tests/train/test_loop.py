@@ -280,10 +280,9 @@ def test_what_was_left_out_or_not_used_is_in_the_summary(tmp_path, data, capsys)
 
 
 def test_text_beside_messages_is_warned_of():
-    messages = [{"role": "user", "content": "Why?"}]
-    assert warn_of_text(["Why?"] * 2, False) is warn_of_text([messages] * 2, True) is None
-    assert "warning: 2 of 3 are text" in warn_of_text(["Why?", messages, "How?"], True)
-    assert "warning: all are text" in warn_of_text(["Why?"] * 2, True)
+    assert warn_of_text(2, 2, False) is warn_of_text(0, 2, True) is None
+    assert "warning: 2 of 3 are text" in warn_of_text(2, 3, True)
+    assert "warning: all are text" in warn_of_text(2, 2, True)
 
 
 def test_no_prompt_is_trained_on_and_held_out(tmp_path, data, capsys):

@@ -213,7 +213,9 @@ def test_every_part_at_its_toy_size(command, tmp_path, capsys, monkeypatch):
     figures = {name: record["figures"] for name, record in results["parts"].items()}
     assert figures["machine"]["tflops"] > 0 and figures["machine"]["copy_gb_per_second"] > 0
     for name in set(figures) - {"attention 128/64 k=6", "attention 1024/128 k=8"}:
-        assert problems(figures[name]) == [], name
+        # A peer may be absent: none is among what the tests need.
+        told = [line for line in problems(figures[name]) if ": not installed" not in line]
+        assert told == [], name
     if command == "correctness":
         assert len(figures["head"]["cases"]) == 4  # with and without a softcap, all and half
         assert all(figures[f"tests {name}"]["failed"] == {} for name in ("kernels", "ranks"))

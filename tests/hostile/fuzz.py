@@ -151,7 +151,7 @@ def call(case: Case, words: list[str]) -> Outcome:
         io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace")
     )
     code = problem = None
-    signal.signal(signal.SIGALRM, _stop)
+    before = signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     main, parse = commands()[case.command], import_module("rrhf_fast.stages.command").parse_config
     is_plain = case.absurd is None and case.seed % 16 and case.command not in ("iterate", "export")
@@ -167,6 +167,7 @@ def call(case: Case, words: list[str]) -> Outcome:
         problem = traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     texts = []
     for stream in (out, err):
         stream.flush()

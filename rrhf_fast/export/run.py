@@ -153,7 +153,8 @@ def _options_of(folder: Path) -> SimpleNamespace:
     if lacking:
         problem = f"{STATE_FILE}: config lacks {', '.join(lacking)}"
         raise ValueError(f"checkpoint: {folder}: {problem}")
-    return SimpleNamespace(**options)
+    # Those that its version did not have had their defaults.
+    return SimpleNamespace(**{"use_rslora": False, "use_dora": False} | options)
 
 
 def _merge(

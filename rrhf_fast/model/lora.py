@@ -10,17 +10,22 @@ from transformers import PreTrainedModel
 from rrhf_fast.model.sharded import rows_of_rank
 
 
+MAGNITUDE = ".lora_magnitude_vector."  # DoRA's lengths of rows
+
+
 class LoraOptions(Protocol):
-    """Rank, scale (alpha / rank) and layers of the adapters, as the trainer's options name them."""
+    """Rank, scale, layers and kind of the adapters, as the trainer's options name them."""
 
     lora_r: int
     lora_alpha: int
     lora_target_modules: str | list[str]
+    use_rslora: bool
+    use_dora: bool
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to adapters."""
-    return ".lora_A." in name or ".lora_B." in name
+    return any(part in name for part in (".lora_A.", ".lora_B.", MAGNITUDE))
 
 
 def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
@@ -39,6 +44,8 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
     try:
@@ -56,19 +63,28 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
 
 @torch.no_grad()
 def init_lora(lm: PreTrainedModel, seed: int) -> None:
-    """Initialise as peft does, A uniform within 1 / sqrt(fan in) and B zero, but independently of
-    how the model is sharded."""
+    """Initialise as peft does, A uniform within 1 / sqrt(fan in), B zero and magnitudes the lengths
+    of the weights' rows, but independently of how the model is sharded."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in lm.named_parameters():
+    parameters = dict(lm.named_parameters())
+    for name, parameter in parameters.items():
         if ".lora_A." in name:
             value = torch.rand(parameter.shape, generator=generator)
             _assign(parameter, (2 * value - 1) / parameter.shape[1] ** 0.5)
         elif ".lora_B." in name:
             parameter.zero_()
+        elif MAGNITUDE in name:  # both are sharded by rows
+            weight = parameters[f"{name.partition(MAGNITUDE)[0]}.base_layer.weight"]
+            _local(parameter).copy_(_local(weight).float().norm(dim=1))
 
 
 def _assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a full value into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
-        value, parameter = value[rows_of_rank(parameter)], parameter.to_local()
-    parameter.copy_(value)
+        value = value[rows_of_rank(parameter)]
+    _local(parameter).copy_(value)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -39,6 +39,8 @@ class _Config:
     lora_r: Annotated[int, Ge(1), Le(2**53)] = 1
     lora_alpha: Annotated[int, Ge(1), Le(2**53)] = 1
     lora_target_modules: str | list[str] = ""
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 @dataclass

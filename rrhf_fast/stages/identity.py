@@ -16,10 +16,9 @@ from rrhf_fast.stages.ranks import Ranks
 _IRRELEVANT = ("output", "output_dir", "overwrite", "timeout", "max_retries", "max_concurrency")
 _IRRELEVANT += ("serve_command", "serve_timeout")
 _IRRELEVANT += ("push_to_hub", "hub_dataset_id", "hub_private_repo")
-# Options of the trainer that only callbacks read, those that decide how rows are tokenised, but not
-# what the tokens are, and those of the finished model.
-_NOT_TRAINED_BY = ("metric_for_best_model", "greater_is_better")
-_NOT_TRAINED_BY += ("data_cache_dir", "dataset_num_proc")
+# Options of the trainer that decide how rows are tokenised, but not what the tokens are, and those
+# of the finished model.
+_NOT_TRAINED_BY = ("data_cache_dir", "dataset_num_proc")
 _NOT_TRAINED_BY += ("push_to_hub", "hub_model_id", "hub_private_repo")
 # Options that name files or folders, whose content may change under the same name.
 _ROWS = ("data", "eval_data", "ranking_data")

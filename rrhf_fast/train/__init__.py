@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rrhf_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from rrhf_fast.train.trainer import TrainResult
+    from rrhf_fast.train.result import TrainResult
 
 __all__ = ["TrainConfig", "train"]
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from rrhf_fast.train.best import watched_metric
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.prepare import Run
 
@@ -39,12 +40,11 @@ class _Arguments(SimpleNamespace):
         self.output_dir = self.logging_dir = str(run.output_dir)
         self.eval_strategy = "no" if run.held_out is None else "steps"
         self.logging_strategy, self.save_strategy = "steps", "steps" if config.save_steps else "no"
-        self.logging_first_step = self.load_best_model_at_end = False
+        self.logging_first_step = False
         self.eval_delay, self.gradient_accumulation_steps = 0, 1
         self.per_device_train_batch_size = config.train_batch_size
         self.world_size, self.process_index = run.world.size, run.world.rank
-        if self.greater_is_better is None:
-            self.greater_is_better = not config.metric_for_best_model.endswith("loss")
+        _, self.greater_is_better = watched_metric(config)
 
     def to_dict(self) -> dict:
         """The options by name."""

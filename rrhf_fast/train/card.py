@@ -1,33 +1,15 @@
 """The card of a trained model, README.md in its folder."""
 
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
 
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.stages.cards import ModelCard, counted, described, shown_options
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.prepare import Run, datasets_of
-
-if TYPE_CHECKING:
-    from rrhf_fast.train.trainer import TrainResult
-
-# What held-out metrics are called where people read them.
-TITLES = {
-    "rewards/accuracies": "held-out ranking accuracy",
-    "reward": "held-out reward at temperature 1",
-    "response_length": "tokens of a fresh sample",
-    "loss": "held-out loss",
-}
+from rrhf_fast.train.result import TrainResult, compared
 
 
-def compared(result: "TrainResult") -> list[tuple[str, float, float]]:
-    """Title, and value before and after training, of the held-out metrics that people read."""
-    before, after = result.before, result.after
-    names = [name for name in TITLES if name in before and name in after]
-    return [(TITLES[name], before[name], after[name]) for name in names]
-
-
-def model_card(run: Run, result: "TrainResult") -> ModelCard:
+def model_card(run: Run, result: TrainResult) -> ModelCard:
     """The card of the model that a run saved."""
     config = run.config
     names = {f.name for f in fields(LossConfig)}
@@ -48,9 +30,17 @@ def model_card(run: Run, result: "TrainResult") -> ModelCard:
         data=_data(run, sources),
         datasets=[name for name in datasets_of(sources) if ("dataset", name) in run.nameable],
         figures=compared(result),
-        state=f"Training {'stopped early' if result.interrupted else 'took'} "
-        f"{'after ' if result.interrupted else ''}{counted(result.steps, 'step')}.",
+        state=_state(run, result),
     )
+
+
+def _state(run: Run, result: TrainResult) -> str:
+    took = "stopped early after" if result.interrupted else "took"
+    state = f"Training {took} {counted(result.steps, 'step')}."
+    if result.best_step is None:
+        return state
+    metric = run.config.metric_for_best_model.removeprefix("eval_")
+    return f"{state} The model is that of step {result.best_step}, the best by held-out {metric}."
 
 
 def _data(run: Run, sources: list[str]) -> list[str]:

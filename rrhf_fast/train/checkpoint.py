@@ -46,6 +46,7 @@ from rrhf_fast.stages.run_folder import (
 )
 from rrhf_fast.train.checkpoint_writer import Writer
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.distributed import reshard
 from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.reference import attach_reference, write_reference
@@ -102,6 +103,8 @@ class Checkpoints:
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer, schedule: LRScheduler):
         self._run, self._optimizer, self._schedule = run, optimizer, schedule
+        self._superseded: int | None = None  # the best before the one that is being written
+        self.best: int | None = None  # the step whose model load_best_model_at_end wants
         self._pending: tuple[Path, Future] | None = None
         alone = run.world.mesh is None
         # The thread has its own group, so that its messages do not mix with those of the step.
@@ -111,11 +114,13 @@ class Checkpoints:
         on_gpu = run.world.device.type == "cuda" and not run.config.cpu_offload
         self._stager = Stager(cache_staged_state_dict=on_gpu)
 
-    def save(self, progress: Progress) -> None:
-        """Copy the state and start writing; the checkpoint is complete after `finish`. All ranks
-        must call."""
+    def save(self, progress: Progress, *, is_best: bool = False) -> None:
+        """Copy the state and start writing; the checkpoint is complete after `finish`. That of the
+        best evaluation so far takes the place of the one before. All ranks must call."""
         self.finish()  # before its staging memory is reused
-        folder = self._run.output_dir / f"checkpoint-{progress.step}"
+        if is_best:
+            self._superseded, self.best = self.best, progress.step
+        folder = self.folder(progress.step)
         with self._run.world.together(), _clear_errors(folder):
             self._run.world.once(lambda: self._begin(folder, progress))
             state = self._tensors() | {self._rng_key: _random_states()}
@@ -124,21 +129,37 @@ class Checkpoints:
         self._pending = folder, future
 
     def finish(self, *, wait: bool = True) -> None:
-        """Raise `SaveFailed` if the pending write failed, then remove checkpoints beyond
-        save_total_limit. Without `wait`, only if the write is done. All ranks must call."""
-        world, limit = self._run.world, self._run.config.save_total_limit
+        """Raise `SaveFailed` if the pending write failed, then remove checkpoints that nobody
+        wants any more. Without `wait`, only if the write is done. All ranks must call."""
+        world = self._run.world
         # Several ranks would not see it done at the same step.
         if self._pending is None or not (wait or (world.size == 1 and self._pending[1].done())):
             return
         (folder, future), self._pending = self._pending, None
         with world.together(), _clear_errors(folder):
             future.result()
-            if world.is_first and limit is not None:
-                # Even if an attempt that this run does not resume left some of later steps.
-                earlier = complete_checkpoints(self._run.output_dir)
-                earlier.remove(folder)
-                for old in earlier[: max(0, len(earlier) + 1 - limit)]:
-                    _remove(old)
+            if world.is_first:
+                self._remove_unwanted(folder)
+
+    def _remove_unwanted(self, newest: Path) -> None:
+        """Remove the earlier best, if it was written only for that, and what is beyond
+        save_total_limit, but neither the best nor the newest."""
+        config, best = self._run.config, self.folder(self.best)
+        # Even if an attempt that this run does not resume left some of later steps.
+        earlier = [old for old in complete_checkpoints(self._run.output_dir) if old != newest]
+        if self._superseded is not None and self.folder(self._superseded) in earlier:
+            if not config.save_steps or self._superseded % config.save_steps:
+                _remove(self.folder(self._superseded))
+                earlier.remove(self.folder(self._superseded))
+            self._superseded = None
+        if config.save_total_limit is not None:
+            earlier = [old for old in earlier if old != best]
+            for old in earlier[: max(0, len(earlier) + 1 - config.save_total_limit)]:
+                _remove(old)
+
+    def folder(self, step: int | None) -> Path:
+        """Where the checkpoint of this step is, or would be."""
+        return self._run.output_dir / f"checkpoint-{step}"
 
     def clear(self, *, keep_complete: bool) -> None:
         """Remove incomplete checkpoints of earlier runs from output_dir, or all checkpoints. All
@@ -183,6 +204,14 @@ class Checkpoints:
         # In another output_dir the files start anew.
         is_own = folder.parent.resolve() == self._run.output_dir.resolve()
         return progress, saved["files"] if is_own else {}
+
+    def load_model(self, step: int) -> None:
+        """Replace the weights by those of this run's checkpoint of `step`, which is complete. All
+        ranks must call."""
+        reshard(self._run.model)
+        self._load(self.folder(step), ("model",), "load_best_model_at_end")
+        # DCP writes into the tensors; copies of weights go by versions.
+        torch.autograd.graph.increment_version(list(self._run.model.parameters()))
 
     def load_optimizer(self, folder: Path) -> None:
         """Start with another run's moments, but this run's rates and decays."""

@@ -155,6 +155,11 @@ class AdapterConfig:
     """Rank of the adapters, which sets their size."""
     lora_alpha: Annotated[int, Ge(1)] = 32
     """Adapters are scaled by lora_alpha / lora_r."""
+    use_rslora: bool = False
+    """Scale adapters by lora_alpha / sqrt(lora_r) instead (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each row of a weight apart from its direction (DoRA, arXiv 2402.09353),
+    which is slower."""
     lora_target_modules: str | list[str] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (all but the head)."""
 
@@ -219,10 +224,16 @@ class WatchingConfig:
     eval_samples: Annotated[int, Ge(1), Le(10**4)] = 1
     """Fresh samples per held-out prompt, at temperature 1."""
     metric_for_best_model: str = "loss"
-    """Held-out metric that callbacks such as transformers' EarlyStoppingCallback watch: loss,
-    rewards/accuracies, rewards/margins or reward."""
+    """Held-out metric that says which evaluation was best, also to callbacks: loss, rank_loss,
+    sft_loss, rewards/accuracies, rewards/margins, and with eval_reward_fn reward."""
     greater_is_better: bool | None = None
     """Whether a higher metric_for_best_model is better. Default: yes, unless it is a loss."""
+    load_best_model_at_end: bool = False
+    """Save the model of the best evaluation after the first step instead of the last step's. Each
+    that is the best so far gets a checkpoint, in place of the one before."""
+    early_stopping_patience: Annotated[int, Ge(1)] | None = None
+    """End training after this many evaluations in a row that are no better than the best before
+    them. Default: never."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Trackers to log to besides metrics.jsonl (pip install rrhf-fast[tracking])."""
     profile_steps: Annotated[int, Ge(1)] | None = None
@@ -296,6 +307,7 @@ class TrainConfig(
         held_out = self.eval_data is not None or self.eval_fraction > 0
         if self.eval_reward_fn is not None and self.train_data is not None and not held_out:
             raise ValueError("eval_reward_fn: needs held-out rows (eval_data or eval_fraction)")
+        self._check_best(has_held_out=held_out or self.train_data is None)
         if self.packing == "none" and self.attn_implementation != "auto":
             raise ValueError(
                 "packing, attn_implementation: padded rows use the model's own attention"
@@ -314,6 +326,31 @@ class TrainConfig(
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"
             )
+
+    def _check_best(self, *, has_held_out: bool) -> None:
+        """Raise ValueError if evaluations cannot say which model is best."""
+        chosen = {
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "early_stopping_patience": self.early_stopping_patience,
+        }
+        option = next((name for name, value in chosen.items() if value), None)
+        if option is None:
+            return
+        if not has_held_out:
+            raise ValueError(f"{option}: needs held-out rows (eval_data or eval_fraction)")
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in BEST_BY:
+            problem = f"expected {', '.join(BEST_BY)}, found {printed(metric)}"
+            raise ValueError(f"metric_for_best_model: {problem}")
+        if metric == "reward" and self.eval_reward_fn is None and self.train_data is not None:
+            raise ValueError("metric_for_best_model: reward needs eval_reward_fn")
+        if self.load_best_model_at_end and self.optim == "adamw_8bit":
+            problem = "the moments of adamw_8bit cannot be saved, so no checkpoint of the best can"
+            raise ValueError(f"load_best_model_at_end, optim: {problem}")
+
+
+# What `metric_for_best_model` may be where this package itself follows it.
+BEST_BY = ("loss", "rank_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "reward")
 
 
 def _check_layers(names: str | list[str]) -> None:

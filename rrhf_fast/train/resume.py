@@ -42,17 +42,21 @@ def _complete(folder: Path) -> None:
             write_checksums(folder, {})
 
 
-def first_evaluation(records: list[dict]) -> dict[str, float]:
-    """The held-out metrics before the first step, from the records of the run's earlier part."""
-    first = next((record for record in records if record["step"] == 0), {})
+def evaluation_at(records: list[dict], step: int) -> dict[str, float]:
+    """The held-out metrics after this step, 0 for those before the first, from a run's records."""
+    evaluations = (r for r in records if r["step"] == step and any(map(_is_held_out, r)))
     return {
         name.removeprefix("eval/"): value
-        for name, value in first.items()
+        for name, value in next(evaluations, {}).items()
         if name != "step" and value is not None
     }
+
+
+def _is_held_out(name: str) -> bool:
+    return name.startswith("eval/")
 
 
 def was_left_out(records: list[dict], step: int) -> bool:
     """Whether a signal cut off the evaluation after this step, in the run's earlier part."""
     here = [record for record in records if record["step"] == step]
-    return bool(records) and not any(key.startswith("eval/") for r in here for key in r)
+    return bool(records) and not any(_is_held_out(key) for r in here for key in r)

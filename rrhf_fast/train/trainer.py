@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from rrhf_fast.stages.files import append, naming, to_json
 from rrhf_fast.stages.hub import pushed_files
 from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.reward_fn import RewardFn
+from rrhf_fast.train.best import best_step, has_stalled
 from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
-from rrhf_fast.train.card import compared, model_card
+from rrhf_fast.train.card import model_card
 from rrhf_fast.train.checkpoint import Checkpoints, Progress
 from rrhf_fast.train.cluster import cost_table
 from rrhf_fast.train.config import TrainConfig
@@ -37,7 +37,8 @@ from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
 from rrhf_fast.train.reference import attach_reference
-from rrhf_fast.train.resume import first_evaluation, start, was_left_out
+from rrhf_fast.train.result import TrainResult, last_lines
+from rrhf_fast.train.resume import evaluation_at, start, was_left_out
 from rrhf_fast.train.roofline import product_speed
 from rrhf_fast.train.save import save_model
 from rrhf_fast.train.show import shown_rows
@@ -48,20 +49,6 @@ GIVEN_UP = (
     "the decoder's layers have reached PyTorch's limit on graphs (torch._dynamo.config."
     "recompile_limit) and run uncompiled where they are new, which is slower and changes no result"
 )
-
-
-@dataclass
-class TrainResult:
-    """What a run left behind. `before` and `after` hold the held-out metrics (empty without
-    held-out rows)."""
-
-    output_dir: Path | None  # None after a dry run
-    metrics: list[dict]  # the records of metrics.jsonl
-    steps: int = 0
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
-    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -184,6 +171,7 @@ class RRHFTrainer:
         checkpoints = Checkpoints(run, optimizer, schedule)
         self._announce()
         progress = start(run, checkpoints, self.log)
+        checkpoints.best = best_step(self.log.records, config)
         self.step = progress.step
         result = TrainResult(run.output_dir, metrics=self.log.records, steps=progress.step)
         self.callbacks.given = {"optimizer": optimizer, "lr_scheduler": schedule}
@@ -223,11 +211,13 @@ class RRHFTrainer:
                 if wants_evaluation and not is_last and not is_stopped:
                     self._evaluate()
                     is_last = self.callbacks.take("training_stop")
+                    is_last |= has_stalled(self.log.records, config)
                     if is_last:
                         self._log(record)
                 wants_checkpoint = self.callbacks.take("save") and config.optim != "adamw_8bit"
-                if wants_checkpoint or is_stopped or self._is_due("save"):
-                    checkpoints.save(progress)
+                is_best = config.load_best_model_at_end and not is_last and self._is_best()
+                if wants_checkpoint or is_best or is_stopped or self._is_due("save"):
+                    checkpoints.save(progress, is_best=is_best)
                     self._event("on_save")
                 checkpoints.finish(wait=is_stopped)
                 result.preempted = is_stopped
@@ -236,8 +226,10 @@ class RRHFTrainer:
             if not (result.interrupted or result.preempted):
                 checkpoints.finish()
                 result.after = self._evaluate()
+                if config.load_best_model_at_end:
+                    self._load_best(result, checkpoints)
             self._event("on_train_end")
-        self.world.print(_closing(result))
+        self.world.print(last_lines(result))
         self._push(result)
         return result
 
@@ -419,7 +411,19 @@ class RRHFTrainer:
         is_due = self._is_due("eval") and self.step < self.run.num_steps
         if is_due and self.world.once(lambda: was_left_out(records, self.step)):
             self._evaluate()
-        return first_evaluation(records)
+        return evaluation_at(records, 0)
+
+    def _is_best(self) -> bool:
+        """Whether the evaluation after this step is the best so far."""
+        return best_step(self.log.records, self.run.config) == self.step
+
+    def _load_best(self, result: TrainResult, checkpoints: Checkpoints) -> None:
+        """Go back to the model of the best evaluation, if it is not that of this step."""
+        result.best_step = best_step(self.log.records, self.run.config)
+        if result.best_step != self.step:
+            checkpoints.load_model(result.best_step)
+            result.after = evaluation_at(self.log.records, result.best_step)
+            self._latest = result.best_step, result.after
 
     def _plot(self) -> None:
         plot = self.run.output_dir / "training.png"
@@ -481,14 +485,3 @@ class RRHFTrainer:
                 self.log.close()
                 if result.interrupted:
                     checkpoints.finish()
-
-
-def _closing(result: TrainResult) -> str:
-    lines = [
-        f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
-    ]
-    state = "stopped early" if result.interrupted else "done"
-    saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
-    if result.preempted:
-        state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
-    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])

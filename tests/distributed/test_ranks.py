@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rrhf_fast import TrainConfig
+from rrhf_fast import ExportConfig, TrainConfig, export
 from rrhf_fast.stages.run_folder import complete_checkpoints
 from rrhf_fast.train.distributed import join_world
 
@@ -91,6 +91,11 @@ def test_ranks_change_nothing(tmp_path):
             expected = tmp_path / "0" / cases.SAME_AS.get(name, name)
             first_step = 4 if name.endswith("resumed") else 0
             assert_same_run(expected, tmp_path / str(num_ranks) / name, first_step=first_step)
+    # The checkpoint of the first step is the best one's, and its model is what was saved.
+    folder = tmp_path / "2" / "the best of three"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    export(ExportConfig(str(folder / "checkpoint-1"), str(tmp_path / "exported"), dtype="float32"))
+    assert all(x.equal(weights(folder)[name]) for name, x in weights(tmp_path / "exported").items())
     for num_ranks in (2, 4):
         page = (tmp_path / str(num_ranks) / "accumulation/profile/breakdown.md").read_text()
         assert "| communication |" in page and "| attention |" in page

@@ -1,0 +1,40 @@
+"""Which evaluation was the best so far, and whether later ones stopped getting better.
+
+Both are read off the records of metrics.jsonl, so a resumed run decides as an undisturbed one does.
+The evaluation before the first step does not count: no training made that model.
+"""
+
+from rrhf_fast.train.config import TrainConfig
+
+
+def watched_metric(config: TrainConfig) -> tuple[str, bool]:
+    """The name of `metric_for_best_model`, as the records have it, and whether higher is better."""
+    name = config.metric_for_best_model.removeprefix("eval_")
+    higher = config.greater_is_better
+    return f"eval/{name}", not name.endswith("loss") if higher is None else higher
+
+
+def best_step(records: list[dict], config: TrainConfig) -> int | None:
+    """The step of the best evaluation, the first of equal ones; None before there is any."""
+    values = _values(records, config)
+    return max(values, key=values.get, default=None)
+
+
+def has_stalled(records: list[dict], config: TrainConfig) -> bool:
+    """Whether the last `early_stopping_patience` evaluations were all no better than an earlier
+    one."""
+    patience, evaluated = config.early_stopping_patience, list(_values(records, config))
+    if patience is None or len(evaluated) <= patience:
+        return False
+    return best_step(records, config) in evaluated[:-patience]
+
+
+def _values(records: list[dict], config: TrainConfig) -> dict[int, float]:
+    """How good each evaluation was, by its step; a metric that was not finite is the worst."""
+    name, higher = watched_metric(config)
+    sign = 1.0 if higher else -1.0
+    return {
+        record["step"]: float("-inf") if record[name] is None else sign * record[name]
+        for record in records
+        if name in record and record["step"] > 0
+    }

@@ -1,0 +1,48 @@
+"""What a run left behind, and its last lines."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# What held-out metrics are called where people read them.
+TITLES = {
+    "rewards/accuracies": "held-out ranking accuracy",
+    "reward": "held-out reward at temperature 1",
+    "response_length": "tokens of a fresh sample",
+    "loss": "held-out loss",
+}
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind. `before` and `after` hold the held-out metrics (empty without
+    held-out rows)."""
+
+    output_dir: Path | None  # None after a dry run
+    metrics: list[dict]  # the records of metrics.jsonl
+    steps: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None  # whose model is kept, with load_best_model_at_end
+    interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
+    preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
+
+
+def compared(result: TrainResult) -> list[tuple[str, float, float]]:
+    """Title, and value before and after training, of the held-out metrics that people read."""
+    before, after = result.before, result.after
+    names = [name for name in TITLES if name in before and name in after]
+    return [(TITLES[name], before[name], after[name]) for name in names]
+
+
+def last_lines(result: TrainResult) -> str:
+    """What training changed, and where the model is."""
+    lines = [
+        f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
+    ]
+    state = "stopped early" if result.interrupted else "done"
+    saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
+    if result.best_step is not None:
+        saved = f"the model of step {result.best_step}, the best, and metrics are in"
+    if result.preempted:
+        state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
+    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])

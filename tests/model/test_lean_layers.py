@@ -90,7 +90,10 @@ def test_the_gradient_is_the_same(name):
     assert lean_modules(lm) == MODELS[name][2:]
     ours, _ = run(lm)
     for parameter, value in expected.items():
-        assert (ours[parameter] - value).norm() < 1e-6 * value.norm(), parameter
+        # A shift of all keys hardly changes attention: its gradient is what rounding leaves of a
+        # sum of terms as large as the queries'.
+        terms = expected[parameter.replace("k_proj.bias", "q_proj.bias")]
+        assert (ours[parameter] - value).norm() < 1e-6 * terms.norm(), parameter
     use_own_layers(lm)
     assert lean_modules(lm) == (0, 0)
 

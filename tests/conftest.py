@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
+from rrhf_fast import demo
 from rrhf_fast.model import active_rows
 
 # Models of tests are small; skip rows as larger ones do.
@@ -138,3 +139,19 @@ def killed_at_random():
                 return killed
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A folder with the embedded model and a chat template."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(demo.MODEL_DIR, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)

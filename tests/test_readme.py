@@ -32,7 +32,7 @@ TORCHRUN |= {"rdzv_backend", "rdzv_endpoint"}
 README, DATA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
 PAGES = README + "".join(
     page.read_text(encoding="utf-8")
-    for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+    for page in [*sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
 )
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, flags=re.DOTALL)
 

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from recipes import math_reward
 from rrhf_fast import demo
@@ -130,20 +129,6 @@ def test_memory_is_what_the_dry_run_says(name, tmp_path, capsys):
     (total,) = [line.split()[-1] for line in table[:13] if line.split()[0] == "8"]
     (claimed,) = re.findall(r"8 GPUs of 80 GiB: ([\d.]+) GiB per GPU", comments(path))
     assert float(claimed) == pytest.approx(float(total), abs=0.05)
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """The embedded model with a chat template."""
-    folder = tmp_path_factory.mktemp("model") / "chat"
-    shutil.copytree(demo.MODEL_DIR, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_the_papers_stages_run_one_after_another(tmp_path):

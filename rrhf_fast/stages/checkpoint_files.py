@@ -49,6 +49,14 @@ class _Schedule:
 
 
 @dataclass
+class _Window:
+    sums: list[float]
+    grad_norms: Annotated[float, Ge(0)]
+    seconds: Annotated[float, Ge(0)]
+    num_steps: Count
+
+
+@dataclass
 class _State:
     step: Count
     num_tokens: Count
@@ -59,6 +67,7 @@ class _State:
     files: dict[str, Count]
     schedule: _Schedule
     config: _Config
+    window: _Window | None = None  # unknown to earlier versions
 
 
 def read_state(folder: Path) -> dict:
@@ -70,6 +79,8 @@ def read_state(folder: Path) -> dict:
             "schedule": _as(_Schedule, state.get("schedule"), "schedule"),
             "config": _as(_Config, state.get("config"), "config"),
         }
+        if "window" in state:
+            parts["window"] = _as(_Window, state["window"], "window")
         check(_as(_State, state | parts, "it"))
     except ValueError as error:
         raise ValueError(f"{STATE_FILE}: {one_line(error)}") from error

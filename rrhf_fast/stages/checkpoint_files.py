@@ -41,6 +41,7 @@ class _Config:
     lora_target_modules: str | list[str] = ""
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = False
 
 
 @dataclass

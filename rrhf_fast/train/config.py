@@ -160,6 +160,9 @@ class AdapterConfig:
     use_dora: bool = False
     """Train the length of each row of a weight apart from its direction (DoRA, arXiv 2402.09353),
     which is slower."""
+    load_in_4bit: bool = False
+    """Keep the weights under adapters in 4 bits (QLoRA, arXiv 2305.14314; pip install
+    rrhf-fast[lowbit]). On one GPU or CPU; layers are not compiled."""
     lora_target_modules: str | list[str] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (all but the head)."""
 
@@ -329,6 +332,12 @@ class TrainConfig(
             raise ValueError(f"margin, reference: {problem}")
         if self.use_peft:
             _check_layers(self.lora_target_modules)
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("load_in_4bit: needs use_peft (4 bits can be kept, not trained)")
+        if self.load_in_4bit and self.compile:
+            raise ValueError("load_in_4bit, compile: layers in 4 bits are not compiled")
+        if self.load_in_4bit and self.use_dora:
+            raise ValueError("load_in_4bit, use_dora: choose one")
         if self.compat == "official" and self.sft_reduction != "sum":
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"

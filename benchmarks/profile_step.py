@@ -12,12 +12,12 @@ from benchmarks.machine import compute_dtype as dtype_of
 from benchmarks.workloads import PACK_TOKENS, PAPER, build_model, draw, fill, planner_for, real
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
-from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.profile import WARMUP, StepProfiler
+from rrhf_fast.train.progress import Progress
 from rrhf_fast.train.roofline import Breakdown
 from rrhf_fast.train.signals import Signals
 from rrhf_fast.train.step import take_step

@@ -13,9 +13,9 @@ from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.train import step
-from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.optimizer import build_optimizer
+from rrhf_fast.train.progress import Progress
 from rrhf_fast.train.signals import Signals
 
 

@@ -56,6 +56,8 @@ def _export(config: ExportConfig) -> Path:
         adapters = "holds adapters in their final form (set --merge true to merge them)"
         problem = "holds no LoRA adapters" if config.merge else adapters
         raise ValueError(f"merge: {folder} {problem}")
+    if config.load_in_4bit and not config.merge:
+        raise ValueError("load_in_4bit: needs merge")
     if config.base_model_name_or_path is not None and not has_adapters:
         raise ValueError(f"base_model_name_or_path: {folder} holds no LoRA adapters")
     base = str(folder)
@@ -78,6 +80,8 @@ def _export(config: ExportConfig) -> Path:
     elif config.merge:
         with tempfile.TemporaryDirectory() as adapters:
             _unpack(folder, tokenizer, Path(adapters), config, base)
+            if config.load_in_4bit is None:
+                config = replace(config, load_in_4bit=_options_of(folder).load_in_4bit)
             lm, files = _merge(Path(adapters), tokenizer, config, base)
     else:
         lm, files = _unpack(folder, tokenizer, output_dir, config, base)
@@ -154,7 +158,9 @@ def _options_of(folder: Path) -> SimpleNamespace:
         problem = f"{STATE_FILE}: config lacks {', '.join(lacking)}"
         raise ValueError(f"checkpoint: {folder}: {problem}")
     # Those that its version did not have had their defaults.
-    return SimpleNamespace(**{"use_rslora": False, "use_dora": False} | options)
+    return SimpleNamespace(
+        **{"use_rslora": False, "use_dora": False, "load_in_4bit": False} | options
+    )
 
 
 def _merge(

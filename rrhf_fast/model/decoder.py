@@ -69,9 +69,14 @@ class Head:
 
 
 def load_model(
-    name_or_path: str, *, trust_remote_code: bool = False, option: str = "model_name_or_path"
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    option: str = "model_name_or_path",
+    **more,
 ) -> PreTrainedModel:
-    """Load a causal LM with float32 (master) weights, without dropout. Errors name `option`.
+    """Load a causal LM with float32 (master) weights, without dropout. Errors name `option`; `more`
+    is for transformers.
 
     Raises:
         ValueError: no causal language model of that name can be loaded from safetensors, or a
@@ -85,6 +90,7 @@ def load_model(
             name_or_path,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
+            **more,
         )
 
 

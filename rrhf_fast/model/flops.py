@@ -20,6 +20,7 @@ from rrhf_fast.data.active import WeightedForest, kept_rows
 from rrhf_fast.data.forest import PackedForest
 from rrhf_fast.model.backend import AttentionSpec
 from rrhf_fast.model.decoder import Head
+from rrhf_fast.model.four_bit import num_elements
 
 
 class Flops(NamedTuple):
@@ -95,8 +96,8 @@ def decoder_flops(lm: PreTrainedModel) -> tuple[float, float]:
             continue
         # Matrices of experts are stacked; a token goes through a few of them.
         used = per_token / len(parameter) if parameter.dim() == 3 and per_token else 1
-        forward += 2 * parameter.numel() * used
-        backward += 2 * parameter.numel() * used * (1 + parameter.requires_grad)
+        forward += 2 * num_elements(parameter) * used
+        backward += 2 * num_elements(parameter) * used * (1 + parameter.requires_grad)
     return forward, backward
 
 

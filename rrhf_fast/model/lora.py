@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from rrhf_fast.model.sharded import rows_of_rank
 
-
 MAGNITUDE = ".lora_magnitude_vector."  # DoRA's lengths of rows
 
 

@@ -163,9 +163,10 @@ def _refuse_code(described: dict, trust_remote_code: bool) -> None:
 
 
 def load_pretrained(
-    auto_class: type, name_or_path: str, *, dtype: torch.dtype, trust_remote_code: bool
+    auto_class: type, name_or_path: str, *, dtype: torch.dtype, trust_remote_code: bool, **more
 ) -> PreTrainedModel:
-    """Load a model with all its weights from safetensors, to be called within `loading`.
+    """Load a model with all its weights from safetensors, to be called within `loading`; `more` is
+    for transformers.
 
     Raises:
         ValueError: weights are missing, have other shapes or types than the config describes, or
@@ -184,6 +185,7 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=bool(trust_remote_code),
             output_loading_info=True,
+            **more,
         )
     except RuntimeError as error:  # transformers says of other shapes only that there are some
         raise ValueError(_first_difference(empty, stored) or one_line(error)) from error

@@ -41,11 +41,20 @@ class _Config:
     lora_target_modules: str | list[str] = ""
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = False
 
 
 @dataclass
 class _Schedule:
     last_epoch: Count
+
+
+@dataclass
+class _Window:
+    sums: list[float]
+    grad_norms: Annotated[float, Ge(0)]
+    seconds: Annotated[float, Ge(0)]
+    num_steps: Count
 
 
 @dataclass
@@ -59,6 +68,7 @@ class _State:
     files: dict[str, Count]
     schedule: _Schedule
     config: _Config
+    window: _Window | None = None  # unknown to earlier versions
 
 
 def read_state(folder: Path) -> dict:
@@ -70,6 +80,8 @@ def read_state(folder: Path) -> dict:
             "schedule": _as(_Schedule, state.get("schedule"), "schedule"),
             "config": _as(_Config, state.get("config"), "config"),
         }
+        if "window" in state:
+            parts["window"] = _as(_Window, state["window"], "window")
         check(_as(_State, state | parts, "it"))
     except ValueError as error:
         raise ValueError(f"{STATE_FILE}: {one_line(error)}") from error

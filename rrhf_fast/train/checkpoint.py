@@ -14,12 +14,11 @@ The step determines the position in the data, since the order of an epoch follow
 
 import contextlib
 import json
-import math
 import os
 import random
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -47,8 +46,8 @@ from rrhf_fast.stages.run_folder import (
 from rrhf_fast.train.checkpoint_writer import Writer
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import reshard
-from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.progress import Progress, Window
 from rrhf_fast.train.reference import attach_reference, write_reference
 from rrhf_fast.train.save import trained_tensors
 
@@ -57,29 +56,10 @@ GROWING_FILES = ("metrics.jsonl", "samples.jsonl")
 # Options that do not change what a run computes.
 NOT_COMPUTED = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "run_name",
-    "save_total_limit", "logging_steps", "report_to", "save_dtype", "trust_remote_code",
-    "dry_run", "dry_run_machine", "show_tokens", "data_cache_dir", "dataset_num_proc",
-    "push_to_hub", "hub_model_id", "hub_private_repo",
+    "save_total_limit", "logging_steps", "report_to", "log_completions", "save_dtype",
+    "trust_remote_code", "dry_run", "dry_run_machine", "show_tokens", "data_cache_dir",
+    "dataset_num_proc", "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    num_tokens: int = 0
-    skipped: int = 0  # consecutive skipped steps up to this one
-    active_fraction: float = 1.0  # of tokens: the first step's, then a running mean
-
-    def add(self, totals: Totals, problem: str | None) -> None:
-        """Count a step; `problem` is why its update was skipped."""
-        self.step += 1
-        self.num_tokens += totals.num_tokens
-        self.skipped = self.skipped + 1 if problem else 0
-        if not math.isnan(totals.active_fraction):  # NaN for padded packs
-            weight = 1.0 if self.step == 1 else 0.2
-            self.active_fraction += weight * (totals.active_fraction - self.active_fraction)
 
 
 class Stager(BlockingAsyncStager):
@@ -200,7 +180,9 @@ class Checkpoints:
         # Absent if the saving run had fewer ranks; pickled, and not read, in old checkpoints.
         if isinstance(random_states := state.get(self._rng_key), str):
             _set_random_states(random_states)
-        progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+        progress = Progress(**{f.name: saved[f.name] for f in fields(Progress) if f.name in saved})
+        if "window" in saved:
+            progress.window = Window(**saved["window"])
         # In another output_dir the files start anew.
         is_own = folder.parent.resolve() == self._run.output_dir.resolve()
         return progress, saved["files"] if is_own else {}

@@ -28,10 +28,10 @@ from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.memory import (
-    NUM_GPUS,
     activation_line,
     estimate,
     fitting_tokens,
+    gpu_counts,
     parameter_counts,
 )
 from rrhf_fast.train.roofline import product_speed
@@ -146,7 +146,7 @@ def cost_table(config: TrainConfig, sample: Sample | None = None) -> str:
     if config.use_peft:
         add_lora(lm, config)
     shapes = Shapes.of(lm, config)
-    costs = [cost(shapes, config, sample, machine, num_gpus) for num_gpus in NUM_GPUS]
+    costs = [cost(shapes, config, sample, machine, num_gpus) for num_gpus in gpu_counts(config)]
     batch, queries = sample.batch(config), sample.queries
     per_epoch = sample.num_queries and steps_per_epoch(sample.num_queries, batch)
     run = config.max_steps or (per_epoch and max(1, round(config.num_train_epochs * per_epoch)))

@@ -160,6 +160,9 @@ class AdapterConfig:
     use_dora: bool = False
     """Train the length of each row of a weight apart from its direction (DoRA, arXiv 2402.09353),
     which is slower."""
+    load_in_4bit: bool = False
+    """Keep the weights under adapters in 4 bits (QLoRA, arXiv 2305.14314; pip install
+    rrhf-fast[lowbit]). On one GPU or CPU; layers are not compiled."""
     lora_target_modules: str | list[str] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (all but the head)."""
 
@@ -212,7 +215,7 @@ class WatchingConfig:
     memory_gib, memory_gb_per_second, gpus_per_node, nvlink_gb_per_second, network_gb_per_second,
     hop_microseconds}, or some of them."""
     logging_steps: Annotated[int, Ge(1)] = 1
-    """Optimizer steps between two lines of metrics.jsonl."""
+    """Optimizer steps between two lines of metrics.jsonl, which give means over them."""
     eval_steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps between two evaluations on held-out rows, besides the first and last.
     Default: one epoch."""
@@ -223,6 +226,9 @@ class WatchingConfig:
     """Tokens of a fresh sample, at most."""
     eval_samples: Annotated[int, Ge(1), Le(10**4)] = 1
     """Fresh samples per held-out prompt, at temperature 1."""
+    log_completions: bool = False
+    """Show the fresh samples with the highest and lowest rewards at each evaluation, on the console
+    and in trackers. All are in output_dir/samples.jsonl."""
     metric_for_best_model: str = "loss"
     """Held-out metric that says which evaluation was best, also to callbacks: loss, rank_loss,
     sft_loss, rewards/accuracies, rewards/margins, and with eval_reward_fn reward."""
@@ -234,7 +240,9 @@ class WatchingConfig:
     early_stopping_patience: Annotated[int, Ge(1)] | None = None
     """End training after this many evaluations in a row that are no better than the best before
     them. Default: never."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
+        default_factory=list
+    )
     """Trackers to log to besides metrics.jsonl (pip install rrhf-fast[tracking])."""
     profile_steps: Annotated[int, Ge(1)] | None = None
     """Record this many steps, after the first three, as a trace and a page in output_dir/profile
@@ -307,6 +315,8 @@ class TrainConfig(
         held_out = self.eval_data is not None or self.eval_fraction > 0
         if self.eval_reward_fn is not None and self.train_data is not None and not held_out:
             raise ValueError("eval_reward_fn: needs held-out rows (eval_data or eval_fraction)")
+        if self.log_completions and self.eval_reward_fn is None and self.train_data is not None:
+            raise ValueError("log_completions: needs eval_reward_fn, for which samples are drawn")
         self._check_best(has_held_out=held_out or self.train_data is None)
         if self.packing == "none" and self.attn_implementation != "auto":
             raise ValueError(
@@ -322,6 +332,12 @@ class TrainConfig(
             raise ValueError(f"margin, reference: {problem}")
         if self.use_peft:
             _check_layers(self.lora_target_modules)
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("load_in_4bit: needs use_peft (4 bits can be kept, not trained)")
+        if self.load_in_4bit and self.compile:
+            raise ValueError("load_in_4bit, compile: layers in 4 bits are not compiled")
+        if self.load_in_4bit and self.use_dora:
+            raise ValueError("load_in_4bit, use_dora: choose one")
         if self.compat == "official" and self.sft_reduction != "sum":
             raise ValueError(
                 "compat, sft_reduction: the released code's SFT mean is part of --compat official"

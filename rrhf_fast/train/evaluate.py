@@ -50,6 +50,13 @@ class Totals:
     def __init__(self, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> "Totals":
+        """Those with these sums."""
+        totals = cls()
+        totals.sums += torch.tensor(sums, dtype=torch.float64)
+        return totals
+
     def read(self) -> Sums:
         """The sums as numbers."""
         return Sums(*self.sums.tolist())

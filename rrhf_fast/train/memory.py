@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.losses.linear_rrhf import MAX_WORKSPACE_MB
 from rrhf_fast.model.decoder import attention
+from rrhf_fast.model.four_bit import BITS, linear_weights
 from rrhf_fast.model.layers import CHECKPOINT_KEEPS, decoder_layers
 from rrhf_fast.model.lora import add_lora
 from rrhf_fast.model.sharded import empty_model
@@ -42,6 +43,11 @@ class Memory:
     head: float
 
 
+def gpu_counts(config: TrainConfig) -> tuple[int, ...]:
+    """The numbers of GPUs that a dry run tells of."""
+    return NUM_GPUS[:1] if config.load_in_4bit else NUM_GPUS
+
+
 def memory_table(config: TrainConfig) -> str:
     """The estimate for a config on 1 to 1,024 GPUs, in GiB. Raises the ValueErrors of loading."""
     options = {"trust_remote_code": config.trust_remote_code}
@@ -50,12 +56,13 @@ def memory_table(config: TrainConfig) -> str:
         add_lora(lm, config)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     activations = activation_line(lm, config, dtype)
-    sizes = [config.max_tokens_per_pack] * len(NUM_GPUS)
+    numbers_of_gpus = gpu_counts(config)
+    sizes = [config.max_tokens_per_pack] * len(numbers_of_gpus)
     packs = f"packs of {config.max_tokens_per_pack} tokens"
     if config.max_tokens_per_pack == "auto":
         sizes = [
             fitting_tokens(lm, config, dtype, num_gpus, activations, memory=DRY_RUN_MEMORY)
-            for num_gpus in NUM_GPUS
+            for num_gpus in numbers_of_gpus
         ]
         chosen = sizes[:1] if len(set(sizes)) == 1 else sizes
         packs = f"packs of {', '.join(map(str, chosen))} tokens (auto, on GPUs of 80 GiB)"
@@ -67,7 +74,7 @@ def memory_table(config: TrainConfig) -> str:
         f"activation_checkpointing {config.activation_checkpointing}",
         f"{'GPUs':>6}" + "".join(f"{name:>13}" for name in [*names, "total"]),
     ]
-    for num_gpus, size in zip(NUM_GPUS, sizes, strict=True):
+    for num_gpus, size in zip(numbers_of_gpus, sizes, strict=True):
         parts = astuple(estimate(lm, config, dtype, num_gpus, activations(size)))
         numbers = "".join(f"{part / 2**30:13.2f}" for part in [*parts, sum(parts)])
         lines.append(f"{num_gpus:>6,}{numbers}")
@@ -111,11 +118,15 @@ def estimate(
     count, trained = parameter_counts(lm)
     largest, rest = max(layers), count - sum(size for size, _ in layers)
     masters = 4 * count / num_gpus
+    in_four_bits = 0
+    if config.load_in_4bit:
+        in_four_bits = sum(weight.numel() for weight in linear_weights(lm))
     if num_gpus == 1:
         # Each float32 weight has a copy: permanent in the decoder's layers, temporary in the head.
         # Frozen weights are in the compute dtype.
         gathered = 0 if dtype == torch.float32 else dtype.itemsize * trained
-        masters = 4 * trained + dtype.itemsize * (count - trained)
+        masters = 4 * trained + dtype.itemsize * (count - trained - in_four_bits)
+        masters += BITS / 8 * in_four_bits
     elif config.reshard_after_forward:
         # The current layer, the next one, the rest outside layers; one layer's gradients.
         gathered = dtype.itemsize * (2 * largest[0] + rest) + (dtype.itemsize + 4) * largest[1]

@@ -1,16 +1,14 @@
-"""Log metrics to metrics.jsonl, and to TensorBoard, W&B or trackio if `report_to` names them."""
+"""Log metrics to metrics.jsonl, and to the trackers that `report_to` names."""
 
 import json
 import math
 import os
-import threading
-from dataclasses import asdict
-from importlib import import_module
 from io import FileIO
 from pathlib import Path
 
-from rrhf_fast.stages.files import append, disk_problem, naming
+from rrhf_fast.stages.files import append, naming
 from rrhf_fast.train.config import TrainConfig
+from rrhf_fast.train.trackers import open_tracker
 
 
 class MetricsLog:
@@ -21,7 +19,7 @@ class MetricsLog:
         ValueError if a tracker in `report_to` is not installed."""
         self.records: list[dict] = []
         names = config.report_to if writes else []
-        self._trackers = [_open_tracker(name, output_dir, config) for name in names]
+        self._trackers = [open_tracker(name, output_dir, config) for name in names]
         self._path, self._file, self._writes = output_dir / "metrics.jsonl", None, writes
 
     def resume(self, length: int) -> None:
@@ -53,15 +51,20 @@ class MetricsLog:
                 self._file.truncate(0)
             append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
-        for log, _ in self._trackers:
-            log(numbers, record["step"])
+        for tracker in self._trackers:
+            tracker.log(numbers, record["step"])
+
+    def show(self, samples: list[dict], step: int) -> None:
+        """Give the trackers a table of samples, dicts with the same keys."""
+        for tracker in self._trackers:
+            tracker.show(samples, step)
 
     def close(self) -> None:
         """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
-        for _, finish in self._trackers:
-            finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def cut(path: Path, length: int, *, writes: bool = True) -> list[bytes]:
@@ -94,42 +97,3 @@ def _record(line: bytes) -> dict | None:
     values = (value for value in record.values() if value is not None)
     is_whole = all(isinstance(value, int | float) and abs(value) < 2**1000 for value in values)
     return record if is_whole else None
-
-
-def _open_tracker(name: str, output_dir: Path, config: TrainConfig):
-    """A tracker's functions (log(numbers, step), finish())."""
-    module_name = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        problem = f"{name} is not installed ({error}); pip install rrhf-fast[tracking]"
-        raise ValueError(f"report_to: {problem}") from error
-    if name == "tensorboard":
-        return _tensorboard(module.SummaryWriter(str(output_dir)), output_dir)
-    # wandb and trackio share one interface.
-    run = module.init(
-        project="rrhf_fast", name=config.run_name or output_dir.name, config=asdict(config)
-    )
-    return (lambda numbers, step: run.log(numbers, step=step)), run.finish
-
-
-def _tensorboard(writer, folder: Path):
-    """Its thread writes. When a disk is full, the thread's traceback says less than the error that
-    the next call here raises."""
-    before = threading.excepthook
-    threading.excepthook = lambda ended: disk_problem(ended.exc_value) or before(ended)
-
-    def log(numbers: dict, step: int) -> None:
-        with naming(folder):
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-
-    def finish() -> None:
-        try:
-            with naming(folder):
-                writer.flush()  # raises the thread's error, which closing does not
-        finally:
-            writer.close()
-            threading.excepthook = before
-
-    return log, finish

@@ -15,6 +15,7 @@ from rrhf_fast.data.corpus import Corpus
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.four_bit import load_in_four_bits
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.pretrained import check_vocabulary, padding_id, read_config
 from rrhf_fast.model.rrhf import RRHFModel
@@ -203,7 +204,7 @@ def _build_model(
         max_tokens=config.max_tokens_per_pack,
         compute_dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
-        compile=config.compile,
+        compile=False if config.load_in_4bit else config.compile,
         activation_checkpointing=config.activation_checkpointing,
         skip_rows=config.active_set == "auto",
         device=world.device,
@@ -214,7 +215,7 @@ def _build_model(
     elif config.use_peft:
         # Frozen weights need no float32 copy. (FSDP wants one dtype per layer, though.)
         for parameter in lm.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(model.compute_dtype)
     if stored is not None:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
@@ -257,18 +258,29 @@ def _load(
 ) -> tuple[transformers.PreTrainedModel, dict[str, Stored] | None, torch.dtype]:
     """The model; where its weights are, if it is still empty; and the dtype to save it in."""
     name, trust = config.model_name_or_path, {"trust_remote_code": config.trust_remote_code}
-    lm = stored = None
     if isinstance(given, transformers.PreTrainedModel):
         return _given_model(given, config)
-    if world.mesh is not None:
+    stored = None
+    if config.load_in_4bit:
+        lm = _load_in_4bit(config, world)
+    elif world.mesh is not None:
         lm = empty_model(name, **trust)
         stored = locate_weights(lm, name)
-    if stored is None:
+    if stored is None and not config.load_in_4bit:
         lm = load_model(name, **trust)
     if config.save_dtype != "auto":
         return lm, stored, getattr(torch, config.save_dtype)
     source = read_config(name, **trust).dtype
     return lm, stored, torch.float32 if config.use_peft or source is None else source
+
+
+def _load_in_4bit(config: TrainConfig, world: World) -> transformers.PreTrainedModel:
+    """The model on its device, with the weights of linear layers in 4 bits."""
+    if world.size > 1:
+        raise ValueError(f"load_in_4bit: works in one process, found {world.size}")
+    dtype = getattr(torch, _resolve_dtype(config.dtype, world.device))
+    code = {"trust_remote_code": config.trust_remote_code}
+    return load_in_four_bits(config.model_name_or_path, dtype, world.device, **code)
 
 
 def _given_model(
@@ -277,6 +289,8 @@ def _given_model(
     """As `_load`, for a model in memory: in float32, without dropout."""
     if getattr(lm, "peft_config", None):
         raise ValueError("model: it has adapters already (merge them, or name the model)")
+    if config.load_in_4bit:
+        raise ValueError("load_in_4bit: needs the name of a model, found a loaded one")
     dtype = torch.float32 if config.use_peft else lm.dtype
     if config.save_dtype != "auto":
         dtype = getattr(torch, config.save_dtype)

@@ -1,7 +1,10 @@
 """What a run left behind, and its last lines."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 # What held-out metrics are called where people read them.
 TITLES = {
@@ -25,6 +28,7 @@ class TrainResult:
     best_step: int | None = None  # whose model is kept, with load_best_model_at_end
     interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
     preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
+    peak_memory_gib: float | None = None  # of the first GPU, or of the process on a CPU
 
 
 def compared(result: TrainResult) -> list[tuple[str, float, float]]:
@@ -34,11 +38,26 @@ def compared(result: TrainResult) -> list[tuple[str, float, float]]:
     return [(TITLES[name], before[name], after[name]) for name in names]
 
 
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most memory in use at any time so far: tensors on a GPU, or all of this process where
+    there is none; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        from resource import RUSAGE_SELF, getrusage  # not on Windows
+    except ImportError:
+        return None
+    # In bytes on macOS, in KiB elsewhere.
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def last_lines(result: TrainResult) -> str:
     """What training changed, and where the model is."""
     lines = [
         f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
     ]
+    if result.peak_memory_gib is not None:
+        lines.append(f"{'peak memory':<34} {result.peak_memory_gib:8.2f} GiB")
     state = "stopped early" if result.interrupted else "done"
     saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
     if result.best_step is not None:

@@ -4,9 +4,10 @@ import contextlib
 from pathlib import Path
 
 from rrhf_fast.stages.checkpoint_files import SUMS_FILE, read_state, write_checksums
-from rrhf_fast.train.checkpoint import Checkpoints, Progress, changed_options
+from rrhf_fast.train.checkpoint import Checkpoints, changed_options
 from rrhf_fast.train.metrics import MetricsLog, cut
 from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.progress import Progress
 from rrhf_fast.train.reference import attach_reference
 
 

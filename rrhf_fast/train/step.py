@@ -8,10 +8,10 @@ import torch
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import Batch
 from rrhf_fast.train.backward import backward_active, backward_whole, is_worthwhile
-from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.evaluate import Totals
 from rrhf_fast.train.optimizer import clipped_step, gradient_norm
 from rrhf_fast.train.prepare import Run
+from rrhf_fast.train.progress import Progress
 from rrhf_fast.train.signals import Signals
 
 

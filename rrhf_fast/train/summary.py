@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from rrhf_fast.data.checks import listed
+from rrhf_fast.model.four_bit import num_elements
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.stages.cards import short
 from rrhf_fast.train.config import TrainConfig
@@ -31,7 +32,7 @@ def describe(
     ties = int((index["distinct_rewards"] < index["num_responses"]).sum())
     duplicates = int((index["distinct_responses"] < index["num_responses"]).sum())
     packed, padded = int(index["forest_tokens"].sum(dtype=np.int64)), int(train.padded_tokens.sum())
-    num_parameters = short(sum(p.numel() for p in model.parameters()))
+    num_parameters = short(sum(map(num_elements, model.parameters())))
     kind = model.lm.config.model_type
     skipped = "".join(f", {count} skipped: {kind}" for kind, count in report.bad.most_common())
     dropped = report.bad_responses.most_common()
@@ -40,7 +41,8 @@ def describe(
     num_held_out = 0 if held_out is None else len(held_out)
     lines = {
         "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
-        "device": f"{model.device}, {config.dtype} arithmetic, packing {config.packing}, "
+        "device": f"{model.device}, {config.dtype} arithmetic, "
+        f"{'base weights in 4 bits, ' if config.load_in_4bit else ''}packing {config.packing}, "
         f"packs of {config.max_tokens_per_pack} tokens",
         **_attention_lines(model),
         "rows": f"{report.read} read, {len(train)} to train on, {num_held_out} held out" + skipped,

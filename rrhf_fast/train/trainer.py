@@ -23,11 +23,11 @@ from rrhf_fast.stages.reward_fn import RewardFn
 from rrhf_fast.train.best import best_step, has_stalled
 from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
 from rrhf_fast.train.card import model_card
-from rrhf_fast.train.checkpoint import Checkpoints, Progress
+from rrhf_fast.train.checkpoint import Checkpoints
 from rrhf_fast.train.cluster import cost_table
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import join_world, reshard
-from rrhf_fast.train.evaluate import Totals, evaluate_ranking, evaluate_samples
+from rrhf_fast.train.evaluate import evaluate_ranking, evaluate_samples
 from rrhf_fast.train.given import Given, Rows
 from rrhf_fast.train.log_lines import LogLines, in_short
 from rrhf_fast.train.memory import memory_table
@@ -36,10 +36,12 @@ from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.prepare import prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
+from rrhf_fast.train.progress import Progress, Window
 from rrhf_fast.train.reference import attach_reference
-from rrhf_fast.train.result import TrainResult, last_lines
+from rrhf_fast.train.result import TrainResult, last_lines, peak_memory_gib
 from rrhf_fast.train.resume import evaluation_at, start, was_left_out
 from rrhf_fast.train.roofline import product_speed
+from rrhf_fast.train.samples_table import best_and_worst, samples_table
 from rrhf_fast.train.save import save_model
 from rrhf_fast.train.show import shown_rows
 from rrhf_fast.train.signals import Signals, uninterrupted
@@ -187,11 +189,11 @@ class RRHFTrainer:
                 )
                 if self._profiler is not None:
                     self._profiler.add(totals)
-                progress.add(totals, problem)
+                progress.add(totals, grad_norm, time.perf_counter() - started, problem)
                 if progress.skipped == config.max_skipped_steps:
                     raise NotFinite(f"{problem}; {progress.skipped} steps in a row were skipped")
                 result.steps = self.step = progress.step
-                record = self._record(totals, grad_norm, schedule, progress, started)
+                record = self._record(schedule, progress)
                 schedule.step()
                 self._event("on_step_end")
 
@@ -202,6 +204,7 @@ class RRHFTrainer:
                     is_last |= self.callbacks.take("training_stop")
                 if self.callbacks.take("log") or is_last or problem or self._is_due("logging"):
                     self._log(record)
+                    progress.window = Window()
                 signals.release()
                 is_stopped = totals.flagged and self.step < run.num_steps
                 if is_stopped and config.optim == "adamw_8bit":  # cannot be resumed: keep the model
@@ -229,6 +232,7 @@ class RRHFTrainer:
                 if config.load_best_model_at_end:
                     self._load_best(result, checkpoints)
             self._event("on_train_end")
+        result.peak_memory_gib = peak_memory_gib(self.world.device)
         self.world.print(last_lines(result))
         self._push(result)
         return result
@@ -303,23 +307,16 @@ class RRHFTrainer:
                 self._event("on_step_begin")
                 yield batch
 
-    def _record(
-        self,
-        totals: Totals,
-        grad_norm: float,
-        schedule: LRScheduler,
-        progress: Progress,
-        started: float,
-    ) -> dict[str, float]:
-        """The metrics of the step that was just taken."""
-        seconds = time.perf_counter() - started
-        speed = totals.num_tokens / seconds
+    def _record(self, schedule: LRScheduler, progress: Progress) -> dict[str, float]:
+        """The metrics of the step that was just taken, and means over the steps since the last
+        record."""
+        window, totals = progress.window, progress.window.totals
         record = {"step": self.step, "epoch": self.step / self.run.steps_per_epoch}
         record |= totals.means() | {
-            "grad_norm": grad_norm,
+            "grad_norm": window.grad_norm,
             "learning_rate": float(schedule.get_last_lr()[0]),
             "num_tokens": progress.num_tokens,
-            "tokens_per_second": speed,
+            "tokens_per_second": totals.num_tokens / window.seconds,
         }
         if self.run.config.packing == "forest":
             record["active_fraction"] = totals.active_fraction
@@ -328,7 +325,7 @@ class RRHFTrainer:
         if self.world.device.type == "cuda":
             if self.run.config.packing == "forest":
                 peak = self._peak_flops * self.world.size
-                record["mfu"] = sum(totals.flops) / seconds / peak
+                record["mfu"] = sum(totals.flops) / window.seconds / peak
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.run.model.compiled:
             record["compiled_graphs"] = count_graphs()
@@ -395,6 +392,10 @@ class RRHFTrainer:
             file = self.run.output_dir / "samples.jsonl"
             with naming(file), FileIO(file, "a" if self.step else "w") as out:
                 append(out, lines.encode())
+        if samples and self.run.config.log_completions:
+            shown = best_and_worst(samples)
+            self.world.print(samples_table(shown, self.step))
+            self.log.show(shown, self.step)
         record = {f"eval/{name}": value for name, value in measures.items()}
         self.log.write({"step": self.step} | record)
         self._latest = self.step, measures

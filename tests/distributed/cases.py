@@ -41,7 +41,10 @@ CASES = {
     "dora": {"use_peft": True, "use_dora": True, "use_rslora": True, "learning_rate": 1e-2},
     # The held-out loss falls, so that its highest value is the first.
     "the best of three": {
-        "load_best_model_at_end": True, "greater_is_better": True, "eval_steps": 1, "max_steps": 3,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        "eval_steps": 1,
+        "max_steps": 3,
     },
     "fewer queries than ranks": {"train_batch_size": 2, "max_steps": 3},
     "reference": REFERENCE | {"save_steps": 3},

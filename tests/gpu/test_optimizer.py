@@ -14,9 +14,9 @@ from rrhf_fast.kernels import adamw_bf16 as kernel
 from rrhf_fast.train import adamw_bf16
 from rrhf_fast.train import step as one_step
 from rrhf_fast.train.adamw_bf16 import AdamWBF16
-from rrhf_fast.train.checkpoint import Progress
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.optimizer import build_optimizer
+from rrhf_fast.train.progress import Progress
 
 pytestmark = pytest.mark.gpu
 

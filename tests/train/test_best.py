@@ -92,9 +92,8 @@ def test_the_model_of_the_best_evaluation_is_saved(more, tmp_path):
 def test_a_last_step_that_is_best_needs_no_checkpoint(tmp_path, capsys):
     result = trainer(tmp_path, load_best_model_at_end=True, eval_steps=6).train()
     assert (result.best_step, kept(tmp_path)) == (6, [])
-    assert (
-        "done after 6 steps; the model of step 6, the best, and metrics" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "done after 6 steps; the model of step 6, the best, and metrics are in" in said
 
 
 def test_the_best_checkpoint_takes_the_place_of_the_one_before(tmp_path):

@@ -21,10 +21,11 @@ from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.model.save import SaveFailed
 from rrhf_fast.stages.run_folder import complete_checkpoints
 from rrhf_fast.train import adamw_bf16, trainer
-from rrhf_fast.train.checkpoint import Checkpoints, Progress, Stager
+from rrhf_fast.train.checkpoint import Checkpoints, Stager
 from rrhf_fast.train.distributed import World
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.prepare import prepare
+from rrhf_fast.train.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

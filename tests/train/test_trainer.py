@@ -407,3 +407,14 @@ def test_a_trainer_trains_once(tmp_path):
 def test_evaluate_wants_held_out_rows(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset: missing"):
         RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path), ROWS).evaluate()
+
+
+def test_the_peak_of_memory_is_told(tmp_path, capsys):
+    """At least what this process uses now; the system's own figure is the oracle."""
+    result = RRHFTrainer(str(demo.MODEL_DIR), options(tmp_path, max_steps=1), ROWS).train()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    (peak,) = [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line]
+    assert result.peak_memory_gib == pytest.approx(int(peak) / 2**20, rel=0.01)
+    assert f"peak memory {result.peak_memory_gib:31.2f} GiB\n" in capsys.readouterr().out

@@ -34,7 +34,9 @@ def rows_of(page):
 
 def anchors_of(page):
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
@@ -127,7 +129,9 @@ def test_the_first_model_on_a_cpu(chat_model, tmp_path):
         name = re.match(r'"""(\w+\.py)', code)[1]
         (tmp_path / name).write_text(code, encoding="utf-8")
     blocks = re.findall(
-        r"^On a CPU[^\n]*:\n\n```bash\n(.*?)```\n\n```text\n(.*?)```", page, re.MULTILINE | re.DOTALL
+        r"^On a CPU[^\n]*:\n\n```bash\n(.*?)```\n\n```text\n(.*?)```",
+        page,
+        re.MULTILINE | re.DOTALL,
     )
     assert len(blocks) == 5
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -12,13 +12,30 @@ from pathlib import Path
 
 import pytest
 
+from transformers import AutoConfig
+
 from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast.train.memory import memory_table
 from tests import jsonl
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # which the guide names
+# The shapes that the questions show the memory of.
+SHAPES = {
+    "qwen2": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    },
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+}  # fmt: skip
+CHECKPOINTED = {"activation_checkpointing": "full"}
 
 
 def text_of(path):
@@ -136,7 +153,7 @@ def test_the_first_model_on_a_cpu(chat_model, tmp_path):
     assert len(blocks) == 5
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 600}
-    printed = {}
+    printed = []
     for command, shown in [("python make_prompts.py", ""), *blocks]:
         command = command.replace(MODEL, chat_model).replace("python ", f"{sys.executable} ", 1)
         done = subprocess.run(["bash", "-c", command], **options)
@@ -144,15 +161,32 @@ def test_the_first_model_on_a_cpu(chat_model, tmp_path):
         labels = set(re.findall(r"^([a-z][\w, %]*?)(?:  |$)", shown, re.MULTILINE))
         missing = {label for label in labels if label not in done.stdout}
         assert not missing, (missing, done.stdout)
-        printed[command.split()[2]] = done.stdout
+        printed.append(done.stdout)
     prompts = jsonl.read(tmp_path / "prompts.jsonl")
     held_out = jsonl.read(tmp_path / "held_out.jsonl")
     assert not {json.dumps(row) for row in prompts} & {json.dumps(row) for row in held_out}
     rows = jsonl.read(tmp_path / "scored.jsonl")
-    assert len(rows) == len(prompts) == 36 and len(held_out) == 12
+    assert len(rows) == len(prompts) == 24 and len(held_out) == 12
     for row in rows:
         assert len(row["responses"]) == len(row["scores"]) and row["as_generated"]
     for name in ("model.safetensors", "metrics.jsonl", "training.png", "samples.jsonl"):
         assert (tmp_path / "trained" / name).exists()
     assert (tmp_path / "evaluation" / "report.html").exists()
-    assert "samples that win" in printed["rrhf_fast.evaluate"]
+    assert "samples that win" in printed[-1]
+
+
+@pytest.mark.parametrize(
+    ("title", "shape", "options"),
+    [
+        ("Qwen2.5-1.5B, all weights", "qwen2", {}),
+        ("Llama-3.1-8B, all weights", "llama", CHECKPOINTED),
+        ("Llama-3.1-8B, --activation", "llama", CHECKPOINTED | {"use_peft": True}),
+    ],
+)
+def test_the_memory_shown_is_what_the_dry_run_says(title, shape, options, tmp_path):
+    if "use_peft" in options:
+        pytest.importorskip("peft")
+    AutoConfig.for_model(shape, **SHAPES[shape], dtype="bfloat16").save_pretrained(tmp_path)
+    table = memory_table(TrainConfig(model_name_or_path=str(tmp_path), **options)).splitlines()
+    shown = text_of(ROOT / "docs" / "questions.md").partition(f"\n{title}")[2].splitlines()[1:4]
+    assert len(shown) == 3 and set(shown) <= set(table)

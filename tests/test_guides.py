@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-
 from transformers import AutoConfig
 
 from rrhf_fast import TrainConfig, demo, train

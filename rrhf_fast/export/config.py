@@ -22,7 +22,7 @@ class _Exported:
     """Add LoRA adapters to the weights of their model, instead of exporting them alone."""
     load_in_4bit: bool | None = None
     """Merge with what 4 bits keep of the model's weights, on which --load_in_4bit trained the
-    adapters. Default: as the checkpoint's run did; no for a folder of adapters."""
+    adapters. Default: as they were trained, which base_quantization.json beside them says."""
     base_model_name_or_path: str | None = None
     """Model that LoRA adapters were trained for. Default: the one they name; a relative path that
     leads nowhere from here is looked up from their folder and those above it."""

@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 from rrhf_fast.data.checks import listed, one_line, show
 from rrhf_fast.export.config import ExportConfig
 from rrhf_fast.model.decoder import load_model
-from rrhf_fast.model.four_bit import round_to_four_bits
+from rrhf_fast.model.four_bit import IN_4BIT, round_to_four_bits
 from rrhf_fast.model.pretrained import (
     ADAPTER_CONFIG,
     FLOATS,
@@ -68,7 +68,8 @@ def merge(adapters: Path, config: ExportConfig, base: str) -> tuple[PreTrainedMo
     _check_fit(_expected(empty, settings, base, where), stored, f"{where} do not fit {base}")
     lm = load_model(base, option=option, **code)
     _resize(lm, stored, where)
-    if config.load_in_4bit:
+    in_4bit = config.load_in_4bit
+    if (adapters / IN_4BIT).is_file() if in_4bit is None else in_4bit:
         round_to_four_bits(lm)
     try:
         with warnings.catch_warnings():

@@ -80,8 +80,6 @@ def _export(config: ExportConfig) -> Path:
     elif config.merge:
         with tempfile.TemporaryDirectory() as adapters:
             _unpack(folder, tokenizer, Path(adapters), config, base)
-            if config.load_in_4bit is None:
-                config = replace(config, load_in_4bit=_options_of(folder).load_in_4bit)
             lm, files = _merge(Path(adapters), tokenizer, config, base)
     else:
         lm, files = _unpack(folder, tokenizer, output_dir, config, base)
@@ -146,7 +144,8 @@ def _unpack(
     # Checkpoints store the decoder as `lm` of the module around it.
     state = {"model": {f"lm.{name}": tensor for name, tensor in weights.items()}}
     load_checkpoint(state, folder, "checkpoint", no_dist=True)
-    return lm, write_model(lm, tokenizer, output_dir, dtype=dtype, weights=weights)
+    options = {"dtype": dtype, "weights": weights, "in_4bit": run.load_in_4bit}
+    return lm, write_model(lm, tokenizer, output_dir, **options)
 
 
 def _options_of(folder: Path) -> SimpleNamespace:

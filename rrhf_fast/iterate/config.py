@@ -101,6 +101,10 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         if self.steps_per_round is not None and self.train.optim == "adamw_8bit":
             problem = "the moments of adamw_8bit cannot be carried on from round to round"
             raise ValueError(f"steps_per_round, train.optim: {problem}")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if self.steps_per_round is not None and getattr(self.train, name):
+                problem = "a round goes on from the last step of the one before"
+                raise ValueError(f"steps_per_round, train.{name}: {problem}")
         rounds = [self.train_config(i, "model", Path(f"round-{i}")) for i in (1, 2, self.rounds)]
         for train in (self.train, *rounds):
             check_within("train", TrainConfig.validate, train)

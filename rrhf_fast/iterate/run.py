@@ -132,8 +132,7 @@ def _merge(config: IterateConfig, folder: Path) -> None:
     shutil.rmtree(merged, ignore_errors=True)  # of an attempt that was cut off
     code = config.trust_remote_code
     adapters = str(folder / "model")
-    options = {"trust_remote_code": code, "load_in_4bit": config.train.load_in_4bit}
-    export(ExportConfig(adapters, str(merged), merge=True, **options))
+    export(ExportConfig(adapters, str(merged), merge=True, trust_remote_code=code))
     _free()
 
 

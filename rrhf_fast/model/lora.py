@@ -4,6 +4,7 @@
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -51,6 +52,8 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
         lm.add_adapter(settings)
     except ValueError as error:
         raise ValueError(f"lora_target_modules: {error}") from error
+    if config.use_dora:
+        _check_dora(lm)
     adapters = [name for name, p in lm.named_parameters() if p.requires_grad]
     head = type(lm.get_output_embeddings()).__module__.startswith("peft.")
     if head or not all(map(is_adapter, adapters)):
@@ -58,6 +61,15 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
             f"lora_target_modules: expected linear layers below the head, found {targets!r}"
         )
     lm.eval()
+
+
+def _check_dora(lm: PreTrainedModel) -> None:
+    """Raise ValueError for layers that store their weights by columns."""
+    for name, module in lm.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and not isinstance(base, nn.Linear):
+            kind = type(base).__name__
+            raise ValueError(f"use_dora: expected nn.Linear layers, found {kind} ({name})")
 
 
 @torch.no_grad()

@@ -177,6 +177,9 @@ def load_pretrained(
     empty = make_empty(auto_class, config, trust_remote_code=trust_remote_code)
     _check_stored(empty, stored, is_quantized=hasattr(config, "quantization_config"))
     check_generation_config(name_or_path)
+    # transformers quantises weights of any shape.
+    if more and (problem := _first_difference(empty, stored)):
+        raise ValueError(problem)
     try:
         model, info = auto_class.from_pretrained(
             name_or_path,

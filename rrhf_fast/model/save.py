@@ -1,6 +1,7 @@
 """Save a trained model as a Hugging Face folder, which `from_pretrained` and vLLM read."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from rrhf_fast.data.checks import one_line
+from rrhf_fast.model.four_bit import IN_4BIT, SETTINGS
 from rrhf_fast.model.pretrained import bars_on_terminals
 from rrhf_fast.stages.files import sync_folder
 from rrhf_fast.stages.lock import when_released
@@ -50,10 +52,12 @@ def write_model(
     *,
     dtype: torch.dtype,
     weights: dict[str, torch.Tensor],
+    in_4bit: bool = False,
 ) -> list[str]:
     """Write model and tokenizer to a staging folder, then move each file into place: no file is
     ever half-written, and no half-moved model can be loaded. Of a model with adapters, only the
-    adapters are written. Returns the names of these files within `output_dir`.
+    adapters are written; `in_4bit`: with the fact that they were trained on weights in 4 bits.
+    Returns the names of these files within `output_dir`.
 
     Raises:
         SaveFailed: the folder cannot be written. Its contents are unchanged, unless moving a file
@@ -69,6 +73,8 @@ def write_model(
                 lm.save_pretrained(staging, state_dict=weights)
         finally:
             lm.generation_config = generation
+        if in_4bit:
+            (staging / IN_4BIT).write_text(json.dumps(SETTINGS) + "\n")
         if (staging / "config.json").exists():  # not for adapters
             write_config(lm, staging, dtype)
         write_generation_config(lm, staging)

@@ -99,8 +99,10 @@ def shown_options(config: Mapping, defaults: Mapping) -> dict:
 
 def described(lm: "PreTrainedModel") -> str:
     """Architecture and size of a model."""
+    from rrhf_fast.model.four_bit import num_elements  # late: it loads transformers
+
     kind = re.sub(r"[^\w. -]", "?", one_line(lm.config.model_type, 40))  # its author's word
-    return f"{kind}, {short(sum(p.numel() for p in lm.parameters()))} parameters"
+    return f"{kind}, {short(sum(map(num_elements, lm.parameters())))} parameters"
 
 
 def short(number: int) -> str:

@@ -1,7 +1,8 @@
 """Which evaluation was the best so far, and whether later ones stopped getting better.
 
 Both are read off the records of metrics.jsonl, so a resumed run decides as an undisturbed one does.
-The evaluation before the first step does not count: no training made that model.
+The evaluation before the first step does not count: no training made that model. Nor does one whose
+metric is not finite, but it is no better than others.
 """
 
 from rrhf_fast.train.config import TrainConfig
@@ -17,7 +18,8 @@ def watched_metric(config: TrainConfig) -> tuple[str, bool]:
 def best_step(records: list[dict], config: TrainConfig) -> int | None:
     """The step of the best evaluation, the first of equal ones; None before there is any."""
     values = _values(records, config)
-    return max(values, key=values.get, default=None)
+    finite = {step: value for step, value in values.items() if value is not None}
+    return max(finite, key=finite.get, default=None)
 
 
 def has_stalled(records: list[dict], config: TrainConfig) -> bool:
@@ -26,15 +28,23 @@ def has_stalled(records: list[dict], config: TrainConfig) -> bool:
     patience, evaluated = config.early_stopping_patience, list(_values(records, config))
     if patience is None or len(evaluated) <= patience:
         return False
-    return best_step(records, config) in evaluated[:-patience]
+    return best_step(records, config) not in evaluated[-patience:]
 
 
-def _values(records: list[dict], config: TrainConfig) -> dict[int, float]:
-    """How good each evaluation was, by its step; a metric that was not finite is the worst."""
+def check_metric(records: list[dict], config: TrainConfig) -> None:
+    """Raise ValueError if the run's first evaluation has no number to go by."""
+    name, _ = watched_metric(config)
+    if not any(record.get(name) is not None for record in records if record["step"] == 0):
+        problem = f"{name} of the held-out rows is not a number"
+        raise ValueError(f"metric_for_best_model: {problem} (choose another metric)")
+
+
+def _values(records: list[dict], config: TrainConfig) -> dict[int, float | None]:
+    """How good each evaluation was, by its step; None for a metric that was not finite."""
     name, higher = watched_metric(config)
     sign = 1.0 if higher else -1.0
     return {
-        record["step"]: float("-inf") if record[name] is None else sign * record[name]
+        record["step"]: None if record[name] is None else sign * record[name]
         for record in records
         if name in record and record["step"] > 0
     }

@@ -18,7 +18,7 @@ def model_card(run: Run, result: TrainResult) -> ModelCard:
     base = config.model_name_or_path
     return ModelCard(
         base=base if ("model", base) in run.nameable else None,
-        kind=described(run.model.lm),
+        kind=described(run.model.lm) + ", its weights in 4 bits" * config.load_in_4bit,
         has_adapters=config.use_peft,
         name=config.hub_model_id if config.push_to_hub else None,
         options={
@@ -37,6 +37,8 @@ def model_card(run: Run, result: TrainResult) -> ModelCard:
 def _state(run: Run, result: TrainResult) -> str:
     took = "stopped early after" if result.interrupted else "took"
     state = f"Training {took} {counted(result.steps, 'step')}."
+    if result.stalled:
+        state += " It ended since held-out rows showed no more progress (early_stopping_patience)."
     if result.best_step is None:
         return state
     metric = run.config.metric_for_best_model.removeprefix("eval_")

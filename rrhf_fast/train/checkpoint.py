@@ -43,9 +43,11 @@ from rrhf_fast.stages.run_folder import (
     is_complete,
     is_ours,
 )
+from rrhf_fast.train.best import best_step, check_metric
 from rrhf_fast.train.checkpoint_writer import Writer
 from rrhf_fast.train.config import TrainConfig
 from rrhf_fast.train.distributed import reshard
+from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.prepare import Run
 from rrhf_fast.train.progress import Progress, Window
 from rrhf_fast.train.reference import attach_reference, write_reference
@@ -81,10 +83,15 @@ class Stager(BlockingAsyncStager):
 class Checkpoints:
     """Writes and reads the checkpoints of one run."""
 
-    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, schedule: LRScheduler):
+    def __init__(
+        self,
+        run: Run,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        log: MetricsLog,
+    ):
+        self._log = log  # which evaluation was best is read off its records
         self._run, self._optimizer, self._schedule = run, optimizer, schedule
-        self._superseded: int | None = None  # the best before the one that is being written
-        self.best: int | None = None  # the step whose model load_best_model_at_end wants
         self._pending: tuple[Path, Future] | None = None
         alone = run.world.mesh is None
         # The thread has its own group, so that its messages do not mix with those of the step.
@@ -94,15 +101,13 @@ class Checkpoints:
         on_gpu = run.world.device.type == "cuda" and not run.config.cpu_offload
         self._stager = Stager(cache_staged_state_dict=on_gpu)
 
-    def save(self, progress: Progress, *, is_best: bool = False) -> None:
-        """Copy the state and start writing; the checkpoint is complete after `finish`. That of the
-        best evaluation so far takes the place of the one before. All ranks must call."""
+    def save(self, progress: Progress, *, only_best: bool = False) -> None:
+        """Copy the state and start writing; the checkpoint is complete after `finish`. With
+        `only_best` it goes once a later evaluation is better. All ranks must call."""
         self.finish()  # before its staging memory is reused
-        if is_best:
-            self._superseded, self.best = self.best, progress.step
         folder = self.folder(progress.step)
         with self._run.world.together(), _clear_errors(folder):
-            self._run.world.once(lambda: self._begin(folder, progress))
+            self._run.world.once(lambda: self._begin(folder, progress, only_best))
             state = self._tensors() | {self._rng_key: _random_states()}
             options = {"async_stager": self._stager, **self._ranks}
             future = dcp.async_save(state, storage_writer=Writer(folder), **options)
@@ -122,20 +127,32 @@ class Checkpoints:
                 self._remove_unwanted(folder)
 
     def _remove_unwanted(self, newest: Path) -> None:
-        """Remove the earlier best, if it was written only for that, and what is beyond
+        """Remove what was written only as the best of its time, and what is beyond
         save_total_limit, but neither the best nor the newest."""
-        config, best = self._run.config, self.folder(self.best)
+        config, best = self._run.config, None
+        if config.load_best_model_at_end:
+            best = self.folder(best_step(self._log.records, config))
         # Even if an attempt that this run does not resume left some of later steps.
-        earlier = [old for old in complete_checkpoints(self._run.output_dir) if old != newest]
-        if self._superseded is not None and self.folder(self._superseded) in earlier:
-            if not config.save_steps or self._superseded % config.save_steps:
-                _remove(self.folder(self._superseded))
-                earlier.remove(self.folder(self._superseded))
-            self._superseded = None
-        if config.save_total_limit is not None:
-            earlier = [old for old in earlier if old != best]
-            for old in earlier[: max(0, len(earlier) + 1 - config.save_total_limit)]:
-                _remove(old)
+        complete = complete_checkpoints(self._run.output_dir)
+        earlier = [old for old in complete if old not in (newest, best)]
+        was_best = [old for old in earlier if read_state(old).get("only_best")]
+        wanted = [old for old in earlier if old not in was_best]
+        limit = config.save_total_limit
+        beyond = [] if limit is None else wanted[: max(0, len(wanted) + 1 - limit)]
+        for old in (*was_best, *beyond):
+            _remove(old)
+
+    def check_best(self, step: int) -> None:
+        """Raise ValueError if the evaluations so far cannot tell which model is best, or if that
+        of a resumed run, now after `step`, is gone."""
+        config, records = self._run.config, self._log.records
+        follows = config.load_best_model_at_end or config.early_stopping_patience is not None
+        if follows and any(record["step"] == 0 for record in records):
+            check_metric(records, config)
+        best = best_step(records, config) if config.load_best_model_at_end else None
+        if best not in (None, step) and not is_complete(self.folder(best)):
+            problem = f"step {best} was best so far, and {self.folder(best)} is gone"
+            raise ValueError(f"load_best_model_at_end: {problem} (or was never written)")
 
     def folder(self, step: int | None) -> Path:
         """Where the checkpoint of this step is, or would be."""
@@ -183,6 +200,10 @@ class Checkpoints:
         progress = Progress(**{f.name: saved[f.name] for f in fields(Progress) if f.name in saved})
         if "window" in saved:
             progress.window = Window(**saved["window"])
+            found, expected = len(progress.window.sums), len(Window().sums)
+            if found != expected:
+                problem = f"{STATE_FILE}: window: expected {expected} sums, found {found}"
+                raise ValueError(f"resume_from_checkpoint: {folder}: {problem}")
         # In another output_dir the files start anew.
         is_own = folder.parent.resolve() == self._run.output_dir.resolve()
         return progress, saved["files"] if is_own else {}
@@ -215,7 +236,7 @@ class Checkpoints:
     def _rng_key(self) -> str:
         return f"random_states/{self._run.world.rank}"
 
-    def _begin(self, folder: Path, progress: Progress) -> None:
+    def _begin(self, folder: Path, progress: Progress, only_best: bool) -> None:
         """Write the non-tensor state."""
         run = self._run
         _remove(folder)
@@ -232,6 +253,7 @@ class Checkpoints:
             **asdict(progress),
             "num_ranks": run.world.size,
             "checksums": "xxh3_128",
+            "only_best": only_best,
             "schedule": self._schedule.state_dict(),
             "data": self._data,
             "files": {n: path.stat().st_size for n, path in lengths.items() if path.exists()},

@@ -172,7 +172,7 @@ def cost_table(config: TrainConfig, sample: Sample | None = None) -> str:
         lines.append(f"* does not fit {machine.memory_gib:g} GiB")
     if config.cpu_offload:
         lines.append("cpu_offload: the times are those without it; it makes steps longer")
-    return "\n".join([*lines, *_assumptions(machine)])
+    return "\n".join([*lines, *_assumptions(machine, config)])
 
 
 def _hours(steps: int | None, seconds: float) -> str:
@@ -180,8 +180,11 @@ def _hours(steps: int | None, seconds: float) -> str:
     return "-" if steps is None else f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
-def _assumptions(machine: Machine) -> list[str]:
+def _assumptions(machine: Machine, config: TrainConfig) -> list[str]:
+    slower = [name for name in ("use_dora", "load_in_4bit") if getattr(config, name)]
+    not_counted = [f"Not counted: the work that {' and '.join(slower)} adds."] if slower else []
     return [
+        *not_counted,
         f"Assumed: {machine.tflops:g} TFLOP/s in large products, {machine.mfu:.0%} of them reached "
         f"(as measured with Llama-3.2-1B on one H200) and {HOST * 1e3:.1f} ms of the host per "
         "layer and pack; every token has a gradient.",

@@ -190,7 +190,7 @@ class SavingConfig:
     save_steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps between two checkpoints, output_dir/checkpoint-STEP. Default: none."""
     save_total_limit: Annotated[int, Ge(1)] | None = None
-    """Checkpoints to keep, the newest. Default: all."""
+    """Checkpoints to keep, the newest, besides that of the best evaluation. Default: all."""
     resume_from_checkpoint: str | None = None
     """Checkpoint to resume from, a folder; or latest: the newest in output_dir, and a fresh start
     if it holds none."""
@@ -235,11 +235,12 @@ class WatchingConfig:
     greater_is_better: bool | None = None
     """Whether a higher metric_for_best_model is better. Default: yes, unless it is a loss."""
     load_best_model_at_end: bool = False
-    """Save the model of the best evaluation after the first step instead of the last step's. Each
-    that is the best so far gets a checkpoint, in place of the one before."""
+    """Save the model of the best evaluation after the first step, of those in output_dir, instead
+    of the last step's. Each that is the best so far gets a checkpoint, in place of the one before;
+    Ctrl-C saves the last step's model."""
     early_stopping_patience: Annotated[int, Ge(1)] | None = None
     """End training after this many evaluations in a row that are no better than the best before
-    them. Default: never."""
+    them; that before the first step does not count. Default: never."""
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=list
     )

@@ -15,7 +15,7 @@ from rrhf_fast.data.corpus import Corpus
 from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import PackPlanner, steps_per_epoch
 from rrhf_fast.model.decoder import check_finite, load_model, load_tokenizer, max_positions
-from rrhf_fast.model.four_bit import load_in_four_bits
+from rrhf_fast.model.four_bit import load_in_four_bits, multiply_in
 from rrhf_fast.model.lora import add_lora, init_lora
 from rrhf_fast.model.pretrained import check_vocabulary, padding_id, read_config
 from rrhf_fast.model.rrhf import RRHFModel
@@ -217,6 +217,8 @@ def _build_model(
         for parameter in lm.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(model.compute_dtype)
+    if config.load_in_4bit:  # the model has been checked, which takes float32
+        multiply_in(lm, model.compute_dtype)
     if stored is not None:
         model.to_empty(device="cpu" if config.cpu_offload else world.device)
         with world.together():
@@ -276,11 +278,10 @@ def _load(
 
 def _load_in_4bit(config: TrainConfig, world: World) -> transformers.PreTrainedModel:
     """The model on its device, with the weights of linear layers in 4 bits."""
-    if world.size > 1:
-        raise ValueError(f"load_in_4bit: works in one process, found {world.size}")
-    dtype = getattr(torch, _resolve_dtype(config.dtype, world.device))
+    if world.mesh is not None:
+        raise ValueError("load_in_4bit: works in one process, without torchrun")
     code = {"trust_remote_code": config.trust_remote_code}
-    return load_in_four_bits(config.model_name_or_path, dtype, world.device, **code)
+    return load_in_four_bits(config.model_name_or_path, world.device, **code)
 
 
 def _given_model(

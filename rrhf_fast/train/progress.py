@@ -16,11 +16,6 @@ class Window:
     seconds: float = 0.0
     num_steps: int = 0
 
-    def __post_init__(self):
-        if len(self.sums) != len(Sums._fields):
-            problem = f"window: expected {len(Sums._fields)} sums, found {len(self.sums)}"
-            raise ValueError(f"resume_from_checkpoint: {problem}")
-
     def add(self, totals: Totals, grad_norm: float, seconds: float) -> None:
         """Count a step."""
         self.sums = [a + b for a, b in zip(self.sums, totals.read(), strict=True)]
@@ -54,7 +49,8 @@ class Progress:
         self.step += 1
         self.num_tokens += totals.num_tokens
         self.skipped = self.skipped + 1 if problem else 0
-        self.window.add(totals, grad_norm, seconds)
+        if not (problem and self.window.num_steps):  # else its NaN would hide the steps before
+            self.window.add(totals, grad_norm, seconds)
         if not math.isnan(totals.active_fraction):  # NaN for padded packs
             weight = 1.0 if self.step == 1 else 0.2
             self.active_fraction += weight * (totals.active_fraction - self.active_fraction)

@@ -26,6 +26,7 @@ class TrainResult:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None  # whose model is kept, with load_best_model_at_end
+    stalled: bool = False  # early_stopping_patience ended it
     interrupted: bool = False  # by Ctrl-C, or a signal to adamw_8bit; the model is saved
     preempted: bool = False  # by SIGTERM or SIGUSR1; a checkpoint is saved
     peak_memory_gib: float | None = None  # of the first GPU, or of the process on a CPU
@@ -59,6 +60,8 @@ def last_lines(result: TrainResult) -> str:
     if result.peak_memory_gib is not None:
         lines.append(f"{'peak memory':<34} {result.peak_memory_gib:8.2f} GiB")
     state = "stopped early" if result.interrupted else "done"
+    if result.stalled:
+        state = "no evaluation was better for as long as early_stopping_patience says: done"
     saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
     if result.best_step is not None:
         saved = f"the model of step {result.best_step}, the best, and metrics are in"

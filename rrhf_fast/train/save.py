@@ -45,6 +45,7 @@ def save_model(run: Run, output_dir: Path | None = None) -> list[str]:
         # The saved config must name a standard attention.
         with locked(folder), run.model.generation():
             options = {"dtype": run.save_dtype, "weights": weights}
+            options["in_4bit"] = run.config.load_in_4bit
             return write_model(run.model.lm, run.tokenizer, folder, **options)
 
     return run.world.once(write)

@@ -1,6 +1,7 @@
 """Trackers of experiments, each through its own client: TensorBoard, W&B, trackio, MLflow."""
 
 import os
+import sys
 import threading
 from dataclasses import asdict
 from importlib import import_module
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from rrhf_fast.data.checks import one_line
 from rrhf_fast.stages.files import disk_problem, naming
 from rrhf_fast.train.config import TrainConfig
 
@@ -37,7 +39,10 @@ def open_tracker(name: str, output_dir: Path, config: TrainConfig) -> Tracker:
         problem = f"{name} is not installed ({error}); pip install rrhf-fast[tracking]"
         raise ValueError(f"report_to: {problem}") from error
     kind = {"tensorboard": _TensorBoard, "mlflow": _MLflow}.get(name, _Wandb)
-    return kind(module, output_dir, config)
+    try:
+        return kind(module, output_dir, config)
+    except Exception as error:  # its server cannot be reached, say
+        raise ValueError(f"report_to: {name} cannot be started ({one_line(error)})") from error
 
 
 class _Wandb:
@@ -63,7 +68,8 @@ class _MLflow:
     def __init__(self, module: ModuleType, output_dir: Path, config: TrainConfig):
         self._module = module
         module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        module.start_run(run_name=config.run_name or output_dir.name)
+        # Within a run of the caller's, if there is one.
+        module.start_run(run_name=config.run_name or output_dir.name, nested=True)
         module.log_params({k: str(v)[:_LONGEST] for k, v in asdict(config).items()})
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -73,7 +79,7 @@ class _MLflow:
         self._module.log_table(_frame(samples), f"samples/step-{step}.json")
 
     def finish(self) -> None:
-        self._module.end_run()
+        self._module.end_run("FINISHED" if sys.exc_info()[0] is None else "FAILED")
 
 
 class _TensorBoard:
@@ -109,7 +115,7 @@ class _TensorBoard:
 
 def _cell(value: object) -> str:
     """A value in a table of Markdown."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def _frame(samples: list[dict]):

@@ -170,10 +170,9 @@ class RRHFTrainer:
     def _train(self) -> TrainResult:
         run, config = self.run, self.run.config
         optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
-        checkpoints = Checkpoints(run, optimizer, schedule)
+        checkpoints = Checkpoints(run, optimizer, schedule, self.log)
         self._announce()
         progress = start(run, checkpoints, self.log)
-        checkpoints.best = best_step(self.log.records, config)
         self.step = progress.step
         result = TrainResult(run.output_dir, metrics=self.log.records, steps=progress.step)
         self.callbacks.given = {"optimizer": optimizer, "lr_scheduler": schedule}
@@ -182,7 +181,9 @@ class RRHFTrainer:
         with Signals(self.world) as signals, self._saving(result, checkpoints, steps):
             self._event("on_train_begin")
             result.before = self._evaluate_at_start()
-            for batch in steps:
+            checkpoints.check_best(self.step)
+            result.stalled = has_stalled(self.log.records, config)
+            for batch in () if result.stalled else steps:
                 started = time.perf_counter()
                 totals, grad_norm, problem = take_step(
                     run, batch, optimizer, self.step + 1, progress, signals
@@ -203,24 +204,26 @@ class RRHFTrainer:
                     self._event("on_epoch_end")
                     is_last |= self.callbacks.take("training_stop")
                 if self.callbacks.take("log") or is_last or problem or self._is_due("logging"):
-                    self._log(record)
-                    progress.window = Window()
+                    self._log(record, progress)
                 signals.release()
                 is_stopped = totals.flagged and self.step < run.num_steps
                 if is_stopped and config.optim == "adamw_8bit":  # cannot be resumed: keep the model
                     result.interrupted = True
                     break
                 wants_evaluation = self.callbacks.take("evaluate") or self._is_due("eval")
+                is_best = False
                 if wants_evaluation and not is_last and not is_stopped:
                     self._evaluate()
-                    is_last = self.callbacks.take("training_stop")
-                    is_last |= has_stalled(self.log.records, config)
+                    result.stalled = has_stalled(self.log.records, config)
+                    is_last = self.callbacks.take("training_stop") or result.stalled
                     if is_last:
-                        self._log(record)
+                        self._log(record, progress)
+                    else:
+                        is_best = self._is_best()
                 wants_checkpoint = self.callbacks.take("save") and config.optim != "adamw_8bit"
-                is_best = config.load_best_model_at_end and not is_last and self._is_best()
-                if wants_checkpoint or is_best or is_stopped or self._is_due("save"):
-                    checkpoints.save(progress, is_best=is_best)
+                is_wanted = wants_checkpoint or is_stopped or self._is_due("save")
+                if is_wanted or is_best:
+                    checkpoints.save(progress, only_best=not is_wanted)
                     self._event("on_save")
                 checkpoints.finish(wait=is_stopped)
                 result.preempted = is_stopped
@@ -350,10 +353,10 @@ class RRHFTrainer:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def _log(self, record: dict[str, float]) -> None:
-        """Write the metrics of this step, once."""
+    def _log(self, record: dict[str, float], progress: Progress) -> None:
+        """Write the metrics of the steps since the last record, once."""
         if record is not self._logged:
-            self._logged = record
+            self._logged, progress.window = record, Window()
             self.log.write(record)
             if self._lines is not None:
                 self._lines.show(record)
@@ -415,16 +418,18 @@ class RRHFTrainer:
         return evaluation_at(records, 0)
 
     def _is_best(self) -> bool:
-        """Whether the evaluation after this step is the best so far."""
-        return best_step(self.log.records, self.run.config) == self.step
+        """Whether the model after this step is wanted as that of the best evaluation so far."""
+        config = self.run.config
+        return config.load_best_model_at_end and best_step(self.log.records, config) == self.step
 
     def _load_best(self, result: TrainResult, checkpoints: Checkpoints) -> None:
         """Go back to the model of the best evaluation, if it is not that of this step."""
-        result.best_step = best_step(self.log.records, self.run.config)
-        if result.best_step != self.step:
-            checkpoints.load_model(result.best_step)
-            result.after = evaluation_at(self.log.records, result.best_step)
-            self._latest = result.best_step, result.after
+        best = best_step(self.log.records, self.run.config)
+        if best not in (None, self.step):
+            checkpoints.load_model(best)
+            result.after = evaluation_at(self.log.records, best)
+            self._latest = best, result.after
+        result.best_step = best
 
     def _plot(self) -> None:
         plot = self.run.output_dir / "training.png"

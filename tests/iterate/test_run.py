@@ -309,6 +309,10 @@ MISTAKES = {
         ["--steps_per_round", "1", "--train.optim", "adamw_8bit"],
         "steps_per_round, train.optim: the moments of adamw_8bit cannot be carried on",
     ),
+    "a best model between rounds": (
+        ["--steps_per_round", "1", "--train.load_best_model_at_end"],
+        "steps_per_round, train.load_best_model_at_end: a round goes on from the last step",
+    ),
     "a reward without rows": (["--train.eval_reward_fn", "a:b"], "train.eval_reward_fn: needs"),
     "unknown": (["--train.learning_rat", "0"], "learning_rat"),
 }

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rrhf_fast import ExportConfig, RRHFTrainer, TrainConfig, demo, export, train
 from rrhf_fast.data.packs import PackPlanner
@@ -15,6 +15,8 @@ from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.flops import decoder_flops
 from rrhf_fast.model.four_bit import (
     BITS,
+    IN_4BIT,
+    SETTINGS,
     linear_weights,
     load_in_four_bits,
     round_to_four_bits,
@@ -36,7 +38,7 @@ def bitsandbytes():
 
 
 def quantised() -> PreTrainedModel:
-    return load_in_four_bits(MODEL, torch.float32, torch.device("cpu"))
+    return load_in_four_bits(MODEL, torch.device("cpu"))
 
 
 def rounded() -> PreTrainedModel:
@@ -103,15 +105,17 @@ def test_a_merged_checkpoint_is_the_model_that_was_trained(trained, tmp_path):
     args = TrainConfig(output_dir=str(tmp_path / "out"))
     again = RRHFTrainer(str(tmp_path / "merged"), args, ROWS, HELD_OUT).evaluate()
     assert again["eval_loss"] == pytest.approx(measures["eval_loss"], rel=1e-5)
-    # The same adapters on the whole weights are another model.
-    export(ExportConfig(str(folder), str(tmp_path / "whole"), merge=True))
+    # Those that the run left are the same, and say so; on the whole weights they are another model.
+    export(ExportConfig(str(folder), str(tmp_path / "told"), merge=True))
+    files = [tmp_path / name / "model.safetensors" for name in ("merged", "told")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    export(ExportConfig(str(folder), str(tmp_path / "whole"), merge=True, load_in_4bit=False))
     args = TrainConfig(output_dir=str(tmp_path / "other"))
     other = RRHFTrainer(str(tmp_path / "whole"), args, ROWS, HELD_OUT).evaluate()
     assert abs(other["eval_loss"] / measures["eval_loss"] - 1) > 1e-4
-    # Unless the export is told.
-    export(ExportConfig(str(folder), str(tmp_path / "told"), merge=True, load_in_4bit=True))
-    files = [tmp_path / name / "model.safetensors" for name in ("merged", "told")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    # Adapters that are exported alone say it, too.
+    export(ExportConfig(str(folder / "checkpoint-4"), str(tmp_path / "alone")))
+    assert json.loads((tmp_path / "alone" / IN_4BIT).read_text()) == SETTINGS
 
 
 def test_a_run_resumes_to_the_same_adapters(trained, tmp_path):
@@ -146,6 +150,37 @@ def test_work_and_memory_are_counted_in_numbers_not_bytes():
     held = sum(weight.nbytes for weight in weights)
     held += sum(scale.absmax.nbytes + scale.state2.absmax.nbytes for scale in scales)
     assert held == pytest.approx(BITS / 8 * linear, rel=0.01)
+
+
+@pytest.mark.parametrize("packing", ["forest", "none"])
+def test_in_16_bits(packing, tmp_path):
+    """As GPUs compute: the same run to bfloat16's precision."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        args = TrainConfig(
+            output_dir=str(tmp_path / dtype), dtype=dtype, packing=packing, **OPTIONS
+        )
+        losses.append(RRHFTrainer(MODEL, args, ROWS, HELD_OUT).train().after["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "falcon"])
+def test_layers_that_an_export_could_not_round_are_refused(kind, tmp_path):
+    sizes = {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^load_in_4bit: {kind} has layers that cannot be kept"):
+        load_in_four_bits(str(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(value, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(MODEL)
+    with torch.no_grad():
+        lm.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    lm.save_pretrained(tmp_path)
+    message = "its weights are damaged: model.layers.1.mlp.up_proj.weight holds NaN or inf"
+    with pytest.raises(ValueError, match=message):
+        load_in_four_bits(str(tmp_path), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

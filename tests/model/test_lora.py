@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rrhf_fast import TrainConfig, demo, reference
 from rrhf_fast.data.load import load_rows
@@ -111,6 +111,14 @@ def test_fresh_adapters_change_nothing_and_follow_the_seed():
     assert all(torch.equal(p, values[n]) for n, p in lm.named_parameters() if n in values)
     init_lora(lm, seed=1)
     assert not any(torch.equal(p, values[n]) for n, p in lm.named_parameters() if n in values)
+
+
+def test_dora_wants_weights_by_rows():
+    """GPT-2 stores them by columns."""
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30)
+    options = TrainConfig(use_peft=True, use_dora=True, lora_target_modules=["c_proj"])
+    with pytest.raises(ValueError, match="^use_dora: expected nn.Linear layers, found Conv1D"):
+        add_lora(GPT2LMHeadModel(config), options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The best evaluation's model is what a run leaves, and it ends when evaluations get no better."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,8 @@ def test_it_decides_as_the_callback_of_transformers(values, patience, higher):
         now, best = metrics["eval_rewards/accuracies"], state.best_metric
         if best is None or (now > best if higher else now < best):
             state.best_metric, state.best_global_step = now, step
-        assert best_step(found, config) == state.best_global_step
+        finite = any(value is not None for value in values[:step])
+        assert best_step(found, config) == (state.best_global_step if finite else None)
         assert has_stalled(found, config) == control.should_training_stop
 
 
@@ -152,6 +154,77 @@ def test_a_checkpoint_that_is_gone_loses_no_model(tmp_path):
     with pytest.raises(ValueError, match="^load_best_model_at_end: .*checkpoint-1"):
         trainer(tmp_path, [Remove("save", 9)], **FIRST).train()
     assert (tmp_path / "model.safetensors").exists()
+    assert "the best" not in (tmp_path / "README.md").read_text()
+
+
+class Interrupt(TrainerCallback):
+    """A signal after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **more):
+        if state.global_step == self.step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_best_is_kept_where_a_signal_cut_off_its_evaluation(tmp_path):
+    options = {"save_steps": 1, "save_total_limit": 1, **FIRST}
+    assert trainer(tmp_path, [Interrupt(1)], **options).train().preempted
+    result = trainer(tmp_path, resume_from_checkpoint="latest", **options).train()
+    assert (result.best_step, result.steps) == (1, 6)
+    assert kept(tmp_path) == ["checkpoint-1", "checkpoint-6"]
+
+
+def test_a_best_without_a_checkpoint_is_missed_before_training(tmp_path):
+    trainer(tmp_path, save_steps=4, save_total_limit=1, max_steps=4).train()
+    again = {"resume_from_checkpoint": "latest", "save_steps": 4, "max_steps": 8}
+    with pytest.raises(ValueError, match="^load_best_model_at_end: step 1 was best so far, and"):
+        trainer(tmp_path, **again, **FIRST).train()
+
+
+def test_a_run_that_ended_early_ends_at_once_when_it_is_resumed(tmp_path):
+    options = {"early_stopping_patience": 2, "save_steps": 1, "max_steps": 9, **FIRST}
+    first = trainer(tmp_path, **options).train()
+    model = (tmp_path / "model.safetensors").read_bytes()
+    again = trainer(tmp_path, resume_from_checkpoint="latest", **options).train()
+    assert first.stalled and again.stalled and (first.steps, again.steps) == (3, 3)
+    assert (tmp_path / "model.safetensors").read_bytes() == model
+    assert "(early_stopping_patience)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_checkpoint_that_a_callback_wants_stays(tmp_path):
+    trainer(tmp_path, [Wishes("save", 2)], load_best_model_at_end=True).train()
+    assert kept(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+
+
+def test_checkpoints_of_the_best_do_not_pile_up_over_crashes(tmp_path):
+    class Crash(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_begin(self, args, state, control, **more):
+            if state.global_step == self.step:
+                raise KeyError("crash")
+
+    for step in (2, 4):
+        with pytest.raises(KeyError):
+            resumed = {"resume_from_checkpoint": "latest"} if step > 2 else {}
+            trainer(tmp_path, [Crash(step)], load_best_model_at_end=True, **resumed).train()
+    trainer(tmp_path, load_best_model_at_end=True, resume_from_checkpoint="latest").train()
+    assert kept(tmp_path) == ["checkpoint-5"]
+
+
+def test_a_metric_without_a_number_is_no_guide(tmp_path):
+    tied = [row | {"scores": [1.0] * len(row["scores"])} for row in HELD_OUT]
+    args = TrainConfig(
+        output_dir=str(tmp_path),
+        load_best_model_at_end=True,
+        metric_for_best_model="rewards/accuracies",
+        **OPTIONS,
+    )
+    with pytest.raises(ValueError, match="^metric_for_best_model: eval/rewards/accuracies of the"):
+        RRHFTrainer(str(demo.MODEL_DIR), args, ROWS, tied).train()
 
 
 DATA = {"model_name_or_path": "m", "train_data": "rows.jsonl"}

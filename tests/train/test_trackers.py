@@ -99,7 +99,8 @@ def test_the_console_shows_messages_and_control_characters_on_one_line_each():
     samples = [{"prompt": messages, "response": "Be\x1b[2Jcause\n" * 90, "reward": 0.5}]
     head, line = samples_table(best_and_worst(samples), 1000).split("\n")
     assert head == "samples after step 1,000: the best and the worst rewards"
-    assert line.startswith("     0.500  ...Why?") and "Because" not in line and len(line) < 140
+    assert line.startswith("     0.500  Why? Now -> Be") and line.endswith("...")
+    assert "Because" not in line and len(line) < 120 and "\x1b" not in line
 
 
 def test_completions_need_a_reward():

@@ -1,12 +1,13 @@
 """Records of several steps are means over them, also across a checkpoint."""
 
+import json
 import statistics
 
 import pytest
 from transformers import TrainerCallback
 
 from rrhf_fast import RRHFTrainer, TrainConfig, demo
-from rrhf_fast.train.progress import Window
+from rrhf_fast.train import trainer
 from tests.train.test_trainer import ROWS, Wishes, records
 
 # Each step has four rows of equally many pairs: means over rows and pairs are those over steps.
@@ -68,8 +69,28 @@ def test_a_window_goes_on_after_a_checkpoint(each, tmp_path):
     assert_means(records(tmp_path / "cut"), each, [[1, 2, 3], [4, 5, 6], [7, 8]])
 
 
-def test_sums_of_another_length_are_no_window():
-    with pytest.raises(
-        ValueError, match="^resume_from_checkpoint: window: expected 14 sums, found 2"
-    ):
-        Window(sums=[0.0, 1.0])
+def test_sums_of_another_length_are_no_window(tmp_path):
+    train(tmp_path, save_steps=4)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    record = json.loads(state.read_text())
+    state.write_text(json.dumps(record | {"window": record["window"] | {"sums": [0.0]}}))
+    (tmp_path / "checkpoint-4" / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .*window: expected 14 sums"):
+        train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_step_that_is_skipped_hides_no_other(each, tmp_path, monkeypatch):
+    """Its update is left out, and its record is that of the steps before it."""
+
+    def poison(self, batch, *arguments, **more):
+        totals, norm, problem = taken(self, batch, *arguments, **more)
+        if self.world.is_first and arguments[1] == 3:
+            totals.sums[0], problem = float("nan"), "step 3: not finite"
+        return totals, norm, problem
+
+    taken = trainer.take_step
+    monkeypatch.setattr(trainer, "take_step", poison)
+    train(tmp_path, logging_steps=6)
+    first, *_ = records(tmp_path)
+    assert (first["step"], first["skipped"]) == (3, 1)
+    assert first["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2, rel=1e-12)

@@ -11,9 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from rrhf_fast import TrainConfig, demo, train
+from rrhf_fast import TrainConfig, demo, rrhf_loss, train
+from rrhf_fast.model.config import LossConfig
+from rrhf_fast.stages.parse import parse_config
 from rrhf_fast.train.memory import memory_table
 from tests import jsonl
 
@@ -131,7 +134,7 @@ def test_our_options_exist():
     """In the tables of names, every word of code of our column is an option or a value of one."""
     known = {field.name for field in fields(TrainConfig)}
     known |= {"torchrun", "TrainerCallback", "train", "runs", "latest", "null", "none", "forest"}
-    known |= {"selective", "initial", "rrhf", "eval_", "training", "orpo"}
+    known |= {"selective", "initial", "rrhf", "eval_", "training"}
     page = text_of(GUIDES / "from_trl.md")
     ours = [row[1] for row in rows_of(page) if len(row) > 1 and row[0] != "theirs"]
     words = {word for cell in ours for word in re.findall(r"`(?:--)?(\w+)", cell)}
@@ -196,3 +199,49 @@ def test_the_memory_shown_is_what_the_dry_run_says(title, shape, options, tmp_pa
     shown = text_of(ROOT / "docs" / "questions.md").partition(f"\n{title}")[2]
     lines = re.split(r"\n(?:\n|```)", shown)[0].splitlines()
     assert len(lines) >= 2 and set(lines) <= set(table)
+
+
+def logistic(d):
+    return -torch.nn.functional.logsigmoid(d)
+
+
+# TRL's losses by the difference of summed and of mean log-ratios, or mean log-probs without a
+# reference (dpo_trainer.py, cpo_trainer.py); beta 0.1, simpo_gamma 0.5.
+THEIRS = {
+    "sigmoid": lambda sums, means, alone: logistic(0.1 * sums),
+    "sigmoid_norm": lambda sums, means, alone: logistic(0.1 * means),
+    "hinge": lambda sums, means, alone: torch.relu(1 - 0.1 * sums),
+    "ipo": lambda sums, means, alone: (means - 1 / (2 * 0.1)) ** 2,
+    "simpo": lambda sums, means, alone: logistic(0.1 * (alone - 0.5 / 0.1)),
+}
+
+
+def test_losses_are_theirs_with_the_options_shown():
+    rows = rows_of(text_of(GUIDES / "from_trl.md"))
+    shown = {
+        name: row[1].split("`")[1].split()
+        for row in rows
+        for name in THEIRS
+        if f"`{name}`" in row[0] and row[1].startswith("`--")
+    }
+    assert shown.keys() == THEIRS.keys()
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([5, 3])
+    logps, before = -3 * torch.rand(2, 1, 2, 5, generator=draw, dtype=torch.float64)
+    mask = torch.arange(5) < lengths[:, None]
+    sums, sums_before = (logps * mask).sum(-1)[0], (before * mask).sum(-1)[0]
+    rise = sums - sums_before
+    better, worse = 0, 1
+    differences = [
+        values[better] - values[worse] for values in (rise, rise / lengths, sums / lengths)
+    ]
+    for name, words in shown.items():
+        words = [*words, "--sft_weight", "0", "--rank_reduction", "mean"]
+        config = parse_config(TrainConfig, words)
+        options = {field.name: getattr(config, field.name) for field in fields(LossConfig)}
+        has_reference = options.pop("reference") == "initial"
+        options.pop("compat")
+        reference = sums_before[None] if has_reference else None
+        rewards = torch.tensor([[1.0, 0.0]])
+        out = rrhf_loss(logps, rewards, mask=mask[None], reference_logps=reference, **options)
+        torch.testing.assert_close(out.loss, THEIRS[name](*differences), msg=name)

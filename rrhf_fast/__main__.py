@@ -5,6 +5,7 @@ rrhf-fast train --help                                     # the options of one
 python -m rrhf_fast train ...                              # without the script on the PATH
 """
 
+import os
 import runpy
 import sys
 from difflib import get_close_matches
@@ -76,7 +77,9 @@ def _print(text: str) -> int:
 
 
 def script() -> None:
-    """Run as the console script."""
+    """Run as the console script, which finds a user's modules in the folder where it is started, as
+    `python -m` does, but after all that is installed."""
+    sys.path.append(os.getcwd())
     leave(main)
 
 

@@ -1,5 +1,6 @@
 """`rrhf-fast COMMAND` is `python -m rrhf_fast.COMMAND`, by name, words, messages and exit code."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,17 @@ def test_any_other_word_is_refused_in_one_line(word):
     line = error.getvalue()
     assert line.startswith("rrhf-fast: error: ") and len(line.splitlines()) == 1
     assert len(line) < 250 and "\x1b" not in line
+
+
+def test_it_finds_modules_where_it_is_started_after_installed_ones(tmp_path):
+    (tmp_path / "brief.py").write_text("def score(prompts, responses):\n    return [1.0, 2.0]\n")
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('not the installed one')\n")
+    row = {"prompt": "p", "responses": ["a", "b"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["score", "--data", "rows.jsonl", "--output", "out.jsonl", "--reward_fn", "brief:score"]
+    # As an installed script starts: its own folder comes first, not that of the caller.
+    code = f"import sys; sys.path[0] = '/nowhere'; sys.path.insert(1, {str(PACKAGE.parent)!r}); "
+    code += f"sys.argv[1:] = {words}; from rrhf_fast.__main__ import script; script()"
+    assert run("-c", code, cwd=tmp_path)[0] == 0
+    (scored,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(scored)["scores"] == [1.0, 2.0]

@@ -47,6 +47,7 @@ UNUSED = (
     "openai",
     "pandas",
     "peft",
+    "rich",
     "scipy.optimize",
     "setuptools",
     "tensorboard",

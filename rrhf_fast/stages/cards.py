@@ -23,7 +23,7 @@ OURS = "<!-- Written by rrhf_fast, which replaces this file; without this line i
 PAPER = "[arXiv 2304.05302](https://arxiv.org/abs/2304.05302)"
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 # Options that say where things are, what becomes of the finished model, or what is kept on the way.
-_NOT_SHOWN = {
+NOT_SHOWN = {
     "model_name_or_path", "train_data", "eval_data", "output_dir", "overwrite_output_dir",
     "data_cache_dir", "dataset_num_proc", "resume_from_checkpoint", "init_optimizer_from",
     "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "run_name", "save_steps",
@@ -93,7 +93,7 @@ def shown_options(config: Mapping, defaults: Mapping) -> dict:
     return {
         name: without_paths(value)
         for name, value in config.items()
-        if name not in _NOT_SHOWN and name in defaults and value != defaults[name]
+        if name not in NOT_SHOWN and name in defaults and value != defaults[name]
     }
 
 

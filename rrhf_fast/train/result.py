@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.terminal import draws, say_tables
+
 # What held-out metrics are called where people read them.
 TITLES = {
     "rewards/accuracies": "held-out ranking accuracy",
@@ -34,15 +37,19 @@ def compared(result: TrainResult) -> list[tuple[str, float, float]]:
     return [(TITLES[name], before[name], after[name]) for name in names]
 
 
-def last_lines(result: TrainResult) -> str:
-    """What training changed, and where the model is."""
-    lines = [
-        f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
-    ]
+def say_result(result: TrainResult) -> None:
+    """Print what training changed, and where the model is."""
+    changes = compared(result)
+    if changes and draws():
+        rows = [[title, f"{old:.3f}", f"{new:.3f}"] for title, old, new in changes]
+        say_tables([(["", "before", "after"], rows)])
+        lines = [""]
+    else:
+        lines = [f"{title:<34} {old:8.3f} -> {new:8.3f}" for title, old, new in changes]
     state = "stopped early" if result.interrupted else "done"
     saved = "model and metrics are in" if result.steps else "nothing was trained, no model is in"
     if result.best_step is not None:
         saved = f"the model of step {result.best_step}, the best, and metrics are in"
     if result.preempted:
         state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
-    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])
+    say("\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"]))

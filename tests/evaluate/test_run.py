@@ -25,6 +25,7 @@ from rrhf_fast.evaluate.run import FILES as FILES_OF_A_RUN
 from rrhf_fast.evaluate.run import _of_logps, read_side
 from rrhf_fast.stages.ranks import Ranks
 from rrhf_fast.stages.run_folder import claim
+from rrhf_fast.stages.terminal import as_text
 from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
@@ -293,7 +294,8 @@ def test_the_page_is_self_contained_and_escapes_texts(tmp_path, config):
     rows = [{"prompt": "Is 1 < 2 & 3 > 2?\nAssistant:"}, {"prompt": read(config.data)[0]["prompt"]}]
     config.data = write(tmp_path / "escaped.jsonl", rows)
     evaluation = evaluate(config)
-    table = write_report(evaluation, Path(config.output_dir))
+    tables, _ = write_report(evaluation, Path(config.output_dir))
+    table = "\n".join(map(as_text, tables))
     assert "mean reward of a sample" in table and "tokens per sample, median" in table
     page = Path(config.output_dir, "report.html")
     text = page.read_text()

@@ -13,7 +13,7 @@ from rrhf_fast.stages.figure import finish, new_figure
 MEASURES = {
     "reward": ("Mean reward of a sample", "reward"),
     "perplexity": ("Perplexity under the reference", "perplexity"),
-    "distinct": ("Share of distinct samples", "share of a prompt's samples"),
+    "distinct": ("Share of distinct samples", "share of samples"),
     "tokens": ("Length of a sample", "tokens, mean"),
     "cut_off": ("Cut off by the limit", "share of samples"),
     "ranking_accuracy": ("Ranking accuracy of p", "share of pairs"),
@@ -48,8 +48,7 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     }
     values = {name: np.concatenate(side.rewards) for name, side in sides.items()}
     for axis, samples in ((rewards, values), (lengths, words)):
-        every = np.concatenate(list(samples.values()))
-        bins = np.linspace(every.min(), max(every.max(), every.min() + 1e-9), 31)
+        bins = _bins(np.concatenate(list(samples.values())))
         for name, numbers in samples.items():
             weights = np.full(len(numbers), 1 / len(numbers))
             style = {"label": name, "color": _COLORS[name]}
@@ -67,8 +66,16 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     best.set(title="Best of n samples", xlabel="n samples", ylabel="expected reward")
     best.locator_params(axis="x", integer=True)
     both.set(title="Reward against length", xlabel="words", ylabel="reward")
-    figure.supxlabel("bars and bands: 95 % intervals over prompts", fontsize="large")
-    finish(figure, axes, path)
+    finish(figure, axes, path, note="bars and bands: 95 % intervals over prompts")
+
+
+def _bins(numbers: np.ndarray) -> np.ndarray:
+    """Edges of some thirty bins; of whole numbers each bin holds as many."""
+    low, high = numbers.min(), numbers.max()
+    if numbers.dtype.kind == "f":
+        return np.linspace(low, max(high, low + 1e-9), 31)
+    step = -(-(high - low + 1) // 30)
+    return np.arange(low, high + step + 1, step) - 0.5
 
 
 def spread(estimates: Sequence[Estimate]) -> np.ndarray:

@@ -30,6 +30,14 @@ TITLES = {
     "tie": "samples that tie",
     "lose": "samples that lose",
 }
+# What a page calls what it says of a run, where that is not its name.
+_FACTS = {
+    "eval_data": "held-out data",
+    "ranking_data": "data for ranking accuracy",
+    "num_samples": "samples per prompt",
+    "max_new_tokens": "tokens per sample at most",
+    "date": "date of the samples",
+}
 # Prompts shown with a sample of each side, and best and worst samples shown.
 SHOWN, EXTREMES = 12, 6
 
@@ -90,8 +98,7 @@ def side_by_side(sides: dict[str, Side]) -> Table:
     """The first sample of each side for the same prompts, the baseline's first."""
     names = [name for name in (BASELINE, MODEL) if name in sides]
     rows = [
-        [plain_text(sides[MODEL].prompts[i])]
-        + [_sample(sides[name], i, 0) for name in names]
+        [plain_text(sides[MODEL].prompts[i])] + [_sample(sides[name], i, 0) for name in names]
         for i in range(min(SHOWN, len(sides[MODEL].prompts)))
     ]
     return ["prompt", *(f"{name} (reward)" for name in names)], rows
@@ -122,7 +129,7 @@ def notes_of(warnings: list[str]) -> list[str]:
 def facts_of(about: Mapping) -> list[str]:
     """The sections of a page on the run behind it."""
     pairs = {
-        name.replace("eval_data", "held-out data").replace("_", " "): str(value)
+        _FACTS.get(name, name): str(value)
         for name, value in about.items()
         if name != "options"
     }

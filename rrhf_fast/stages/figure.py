@@ -1,7 +1,7 @@
 """Figures, without what matplotlib would do to the process that draws them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,9 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def finish(figure: "Figure", axes: Iterable["Axes"], path: Path) -> None:
+def finish(figure: "Figure", axes: Sequence["Axes"], path: Path, note: str | None = None) -> None:
     """Make the letters of a figure large, hide what frames its panels in vain, put one legend below
-    all of them, and write the file."""
+    all of them, headed by a note, and write the file."""
     handles = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -42,7 +42,8 @@ def finish(figure: "Figure", axes: Iterable["Axes"], path: Path) -> None:
             text.set_fontsize(_LETTERS)
     if handles:
         options = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
-        figure.legend(handles.values(), handles.keys(), fontsize=_LETTERS, **options)
+        options |= {"fontsize": _LETTERS, "title": note, "title_fontsize": _LETTERS}
+        figure.legend(handles.values(), handles.keys(), **options)
     save_figure(figure, axes, path)
 
 

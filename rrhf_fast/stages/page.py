@@ -20,19 +20,18 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem;
 h1 { font-size: 1.6rem; line-height: 1.2 }
 h2 { font-size: 1.2rem; margin: 2rem 0 .6rem }
 p, dl { margin: .6rem 0; overflow-wrap: anywhere }
-.lead, caption, dt { color: var(--soft) }
+.lead, dt { color: var(--soft) }
 .warning { background: var(--note); border-left: 4px solid var(--edge); padding: .5rem .8rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 dd { margin: 0 }
-.scroll { overflow-x: auto; max-width: 100% }
+.scroll { overflow-x: auto; max-width: 100%; margin: 1rem 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-caption { text-align: left; padding: .3rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem;
   border-bottom: 1px solid var(--line) }
 thead th { border-bottom: 2px solid var(--line) }
 th[scope=row] { font-weight: normal; min-width: 9rem }
 .figures td { white-space: nowrap }
-.texts td { min-width: 15rem; white-space: pre-wrap; overflow-wrap: anywhere;
+.texts td { min-width: 12rem; white-space: pre-wrap; overflow-wrap: anywhere;
   unicode-bidi: plaintext }
 img { display: block; width: 100%; min-width: 44rem; height: auto; background: #fff }
 pre { overflow-x: auto; padding: .6rem .8rem; border: 1px solid var(--line); font-size: .9rem }

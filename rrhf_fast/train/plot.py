@@ -30,7 +30,9 @@ _ALWAYS = (
     Panel("Ranking accuracy", "share of pairs", "rewards/accuracies", "eval/rewards/accuracies"),
 )
 _WITH_REWARD = (
-    Panel("Reward of fresh samples", "mean, 95 % interval", None, "eval/reward", "eval/reward_ci95"),
+    Panel(
+        "Reward of fresh samples", "mean, 95 % interval", None, "eval/reward", "eval/reward_ci95"
+    ),
     Panel("Length of fresh samples", "tokens", None, "eval/response_length"),
 )
 _WITHOUT = (

@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_ranked_are_left_out_of_training(tmp_path, monkeypat
 
 
 def test_options_of_rows_are_passed_on():
-    columns = {"prompt": "q", "responses": "it's"}
+    columns = {"prompt": "q", "responses": '"it\'s"'}
     options = {"model_name_or_path": "M", "eval_data": ["a b.jsonl", "c.jsonl"]}
     config = TrainConfig(**options, columns=columns, apply_chat_template=True)
     words = words_of(after_training(Path("my out"), config), "evaluate")

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,19 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 40 columns in the place of stdout, behind the stream of commands."""
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stdout", Outlet(stream))
+    """Call a function with a terminal of 40 columns as stdout; returns what it printed."""
     for name in ("NO_COLOR", "FORCE_COLOR", "RANK", "TTY_COMPATIBLE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "40"}.items():
         monkeypatch.setenv(name, value)
-    return stream
+
+    def run(function, *arguments):
+        stream = Terminal()
+        with redirect_stdout(Outlet(stream)):
+            function(*arguments)
+        return stream.getvalue()
+
+    return run
 
 
 def say_all():
@@ -59,10 +65,9 @@ def test_pipes_get_plain_lines(capsys):
 
 
 def test_a_terminal_gets_colours_and_no_line_that_is_too_long(terminal):
-    say_pairs(PAIRS | {"rows": "many words " * 9})
-    say_tables([TABLE], ["warning: it collapses"])
-    text = terminal.getvalue()
-    assert "\x1b[33mwarning: 1 of 2\x1b[0m" in text and "\x1b[33mno scores\x1b[0m" in text
+    text = terminal(say_pairs, PAIRS | {"rows": "many words " * 9})
+    text += terminal(say_tables, [TABLE], ["warning: it collapses"])
+    assert "\x1b[33mwarning: 1 of 2" in text and "\x1b[33mno scores" in text
     assert "\x1b[33mwarning: it collapses\x1b[0m" in text and "\u2500" in text
     assert "mean reward" in text and "0.1 [0.0, 0.2]" in text
     bare = text
@@ -73,14 +78,14 @@ def test_a_terminal_gets_colours_and_no_line_that_is_too_long(terminal):
 
 def test_no_color_is_respected(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    say_all()
-    assert "warning: it collapses" in terminal.getvalue() and "\x1b[33m" not in terminal.getvalue()
+    text = terminal(say_all)
+    assert "warning: it collapses" in text and "\x1b[33m" not in text
 
 
-def test_names_are_no_markup_and_command_no_terminal(terminal):
-    say_pairs({"model": "[bold]x[/bold] \x1b]0;x\x07:smile:"})
-    say_tables([(["[red]"], [["\x1b[2J[/nothing]"]])])
-    text = terminal.getvalue()
+def test_names_are_no_markup_and_command_no_terminal(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = terminal(say_pairs, {"model": "[bold]x[/bold] \x1b]0;x\x07:smile:"})
+    text += terminal(say_tables, [(["[red]"], [["\x1b[2J[/nothing]"]])])
     assert "[bold]x[/bold] \\x1b]0;x\\x07:smile:" in text
     assert "[red]" in text and "\\x1b[2J[/nothing]" in text
 
@@ -88,8 +93,7 @@ def test_names_are_no_markup_and_command_no_terminal(terminal):
 def test_other_ranks_print_nothing(terminal, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    say_all()
-    assert terminal.getvalue() == ""
+    assert terminal(say_all) == ""
 
 
 def test_streams_that_know_of_no_terminal(monkeypatch):
@@ -115,8 +119,7 @@ def test_what_training_changed_is_plain_in_a_pipe(capsys):
 
 
 def test_what_training_changed_is_a_table_on_a_terminal(terminal):
-    say_result(RESULT)
-    text = terminal.getvalue()
+    text = terminal(say_result, RESULT)
     assert "before" in text and "after" in text and "->" not in text
     assert text.endswith("done after 3 steps; model and metrics are in out\n")
 

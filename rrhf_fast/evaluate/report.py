@@ -129,9 +129,7 @@ def notes_of(warnings: list[str]) -> list[str]:
 def facts_of(about: Mapping) -> list[str]:
     """The sections of a page on the run behind it."""
     pairs = {
-        _FACTS.get(name, name): str(value)
-        for name, value in about.items()
-        if name != "options"
+        _FACTS.get(name, name): str(value) for name, value in about.items() if name != "options"
     }
     parts = [page.heading("This run"), page.facts(pairs)]
     if about["options"]:

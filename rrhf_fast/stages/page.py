@@ -29,7 +29,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem;
   border-bottom: 1px solid var(--line) }
 thead th { border-bottom: 2px solid var(--line) }
-th[scope=row] { font-weight: normal; min-width: 9rem }
+th[scope=row] { font-weight: normal; min-width: 8rem; position: sticky; left: 0;
+  background: var(--page) }
 .figures td { white-space: nowrap }
 .texts td { min-width: 12rem; white-space: pre-wrap; overflow-wrap: anywhere;
   unicode-bidi: plaintext }

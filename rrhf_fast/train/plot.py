@@ -9,7 +9,8 @@ from rrhf_fast.stages.figure import finish, new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Where the largest value is so many times the smallest, the scale is logarithmic.
+# Where the largest value is so many times the smallest, the scale of a panel that may be wide is
+# logarithmic.
 _WIDE = 20
 
 
@@ -22,11 +23,14 @@ class Panel:
     training: str | None = None
     held_out: str | None = None
     interval: str | None = None
+    may_be_wide: bool = False  # over orders of magnitude
 
 
 _ALWAYS = (
-    Panel("Ranking loss", "loss per query", "rank_loss", "eval/rank_loss"),
-    Panel("Loss of the best response", "loss per query", "sft_loss", "eval/sft_loss"),
+    Panel("Ranking loss", "loss per query", "rank_loss", "eval/rank_loss", may_be_wide=True),
+    Panel(
+        "Loss of the best response", "loss per query", "sft_loss", "eval/sft_loss", may_be_wide=True
+    ),
     Panel("Ranking accuracy", "share of pairs", "rewards/accuracies", "eval/rewards/accuracies"),
 )
 _WITH_REWARD = (
@@ -37,7 +41,7 @@ _WITH_REWARD = (
 )
 _WITHOUT = (
     Panel("Margin", "mean p(better) - p(worse)", "rewards/margins", "eval/rewards/margins"),
-    Panel("Gradient", "norm", "grad_norm"),
+    Panel("Gradient", "norm", "grad_norm", may_be_wide=True),
 )
 _SPEED = (Panel("Speed", "tokens per second", "tokens_per_second"),)
 
@@ -67,7 +71,7 @@ def _draw(axis: "Axes", panel: Panel, records: list[dict]) -> None:
         errors = [record.get(panel.interval) or 0 for record in found] if panel.interval else None
         axis.errorbar(steps, values, errors, fmt="o--", label="held out", color="C1", capsize=4)
     every = [value for _, value, _ in training + held_out]
-    is_wide = every and min(every) > 0 and max(every) > _WIDE * min(every)
+    is_wide = panel.may_be_wide and every and min(every) > 0 and max(every) > _WIDE * min(every)
     axis.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     axis.set_yscale("log" if is_wide else "linear")
     axis.locator_params(axis="x", integer=True, nbins=6)

@@ -71,8 +71,9 @@ def changed_options(config: object) -> dict:
                 changed[option.name] = inner
         elif isinstance(value, list) and all(map(is_dataclass, value)):  # of policies
             if list(map(asdict, value)) != default_of(option):
-                ways = [{"method": item.method} | changed_options(item) for item in value]
-                changed[option.name] = without_paths(ways)
+                changed[option.name] = [
+                    {"method": item.method} | changed_options(item) for item in value
+                ]
         elif value != default_of(option):
             changed[option.name] = without_paths(value)
     return changed

@@ -68,7 +68,8 @@ class ModelCard:
             rows = [f"| {name} | {old:.3f} | {new:.3f} |" for name, old, new in self.figures]
             parts.append("\n".join(["| | before | after |", "|---|---|---|", *rows]))
         if has_curves:
-            parts.append("![loss, ranking accuracy, reward or margin, speed](training.png)")
+            shown = "losses, ranking accuracy, reward and length or margin and gradient, speed"
+            parts.append(f"![{shown}](training.png)")
         if self.data:
             parts.append("## Data\n\n" + "\n".join(f"* {line}" for line in self.data))
         if self.loss:

@@ -121,13 +121,17 @@ def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
         iterate(config)
 
 
-def test_only_missing_rounds_are_run(config, monkeypatch):
+def test_only_missing_rounds_are_run(config, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("this stage was done")
 
     config.rounds = 1
     config.train.max_steps = 1
     iterate(config)
+    out, last = config.output_dir, capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(
+        f"next: open {out}/report.html; the last model is in {out}/round-1/model"
+    )
     for stage in ("sample", "score", "train", "evaluate"):
         monkeypatch.setattr(rounds, stage, refuse)
     assert len(iterate(config)) == 2

@@ -66,7 +66,7 @@ def profile(
     run = Run(
         config=config, world=world, output_dir=out, checkpoint=None, model=engine,
         save_dtype=torch.float32, tokenizer=None, train=planner, held_out=None, reward_fn=None,
-        num_steps=count, summary="", warning=None, lock=ExitStack(),
+        num_steps=count, summary={}, warning=None, lock=ExitStack(),
     )  # fmt: skip
     optimizer, _ = build_optimizer(engine, config, count)
     progress, signals = Progress(), Signals(world)

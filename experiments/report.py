@@ -11,7 +11,7 @@ from experiments.recipe import CONFIGS, Arm, Experiment, Stage, arms_of, as_list
 from experiments.runner import all_stages, read_result
 from experiments.statistics import Table, best_column, estimate, holm, seeds_gaps, seeds_test
 from rrhf_fast.evaluate.measures import Estimate
-from rrhf_fast.evaluate.report import save_figure
+from rrhf_fast.stages.figure import save_figure
 from rrhf_fast.stages.files import write_text
 
 

@@ -47,6 +47,7 @@ UNUSED = (
     "openai",
     "pandas",
     "peft",
+    "rich",
     "scipy.optimize",
     "setuptools",
     "tensorboard",
@@ -94,7 +95,10 @@ def test_commands_write_only_their_own_lines_to_stderr(tmp_path):
         ["iterate", "--rounds", 1, "--steps_per_round", 1, "--output_dir", out["rounds"]],
     ]
     if find_spec("peft") is not None:
-        commands.append(["train", "--use_peft", "--max_steps", 1, "--output_dir", tmp_path / "l"])
+        commands += [
+            ["train", "--use_peft", "--max_steps", 1, "--output_dir", tmp_path / "l"],
+            ["export", "--checkpoint", tmp_path / "l", "--output_dir", tmp_path / "m", "--merge"],
+        ]
     commands += [[name, "--help"] for name in ("train", "sample", "score", "evaluate", "export")]
     for name, *words in commands:
         done = python("-m", f"rrhf_fast.{name}", *words)

@@ -14,6 +14,7 @@ from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
 from rrhf_fast.stages.loading import quick_imports
 from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.ranks import join_ranks, locked_once
+from rrhf_fast.stages.terminal import say_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def _run(config: EvaluateConfig) -> int:
     try:
         with join_ranks("evaluate", config) as ranks, locked_once(ranks, config.output_dir):
             evaluation = run(config)
-            ranks.first(lambda: say(write_report(evaluation, Path(config.output_dir))))
+            folder = Path(config.output_dir)
+            ranks.first(lambda: say_tables(*write_report(evaluation, folder)))
     except EndpointDown as error:
         return fail("evaluate", f"{error}; {how_to_resume(config)}", 1)
     say(f"report.html is in {config.output_dir}")

@@ -1,17 +1,18 @@
-"""The report of an evaluation: a table for the terminal, a plot, and a self-contained HTML page."""
+"""The report of an evaluation: tables for the terminal, a plot, and a self-contained HTML page."""
 
-import base64
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from rrhf_fast.evaluate.measures import Estimate
+from rrhf_fast.evaluate.plot import plot_evaluation
 from rrhf_fast.evaluate.run import BASELINE, MODEL, Evaluation, Side
 from rrhf_fast.score.reward_model import plain_text
-from rrhf_fast.stages.figure import new_figure
-from rrhf_fast.stages.files import replacing, write_text
+from rrhf_fast.stages import page
+from rrhf_fast.stages.cards import counted
+from rrhf_fast.stages.terminal import Table
 
 TITLES = {
     "reward": "mean reward of a sample",
@@ -29,19 +30,16 @@ TITLES = {
     "tie": "samples that tie",
     "lose": "samples that lose",
 }
-# Prompts shown with their samples.
-SHOWN = 12
-
-Table = tuple[list[str], list[list[str]]]
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-  color: #222; background: #fff }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #ddd }
-td { white-space: pre-wrap; overflow-wrap: anywhere }
-img { max-width: 100% }
-"""
+# What a page calls what it says of a run, where that is not its name.
+_FACTS = {
+    "eval_data": "held-out data",
+    "ranking_data": "data for ranking accuracy",
+    "num_samples": "samples per prompt",
+    "max_new_tokens": "tokens per sample at most",
+    "date": "date of the samples",
+}
+# Prompts shown with a sample of each side, and best and worst samples shown.
+SHOWN, EXTREMES = 12, 6
 
 
 def is_reported(folder: Path) -> bool:
@@ -51,13 +49,27 @@ def is_reported(folder: Path) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> str:
-    """Write evaluation.png and report.html; returns the tables for the terminal."""
+def write_report(evaluation: Evaluation, folder: Path) -> tuple[list[Table], list[str]]:
+    """Write evaluation.png and report.html; returns the tables and the notes for the terminal."""
     plot_evaluation(evaluation, folder / "evaluation.png")
-    tables = evaluation_tables(evaluation)
-    samples = side_by_side(evaluation.sides)
-    write_page(folder / "report.html", "Evaluation", folder / "evaluation.png", tables, samples)
-    return "\n\n".join(as_text(table) for table in tables)
+    tables, about = evaluation_tables(evaluation), evaluation.about
+    prompts = counted(evaluation.prompts, "held-out prompt")
+    compared = f"{about['model']} against {about['baseline']}" if evaluation.baseline else ""
+    lead = f"{compared or about['model']}, on {prompts} of {about['data']}, {about['date']}."
+    side = evaluation.sides[MODEL]
+    parts = [
+        page.paragraph(lead, "lead"),
+        *notes_of(evaluation.warnings),
+        page.picture(folder / "evaluation.png", _alt(evaluation)),
+        page.heading("Measures, with 95 % intervals over prompts"),
+        *(page.figures(table, "measures") for table in tables),
+        *extremes("Best and worst samples", side),
+        page.heading("Samples of the same prompts"),
+        page.texts(side_by_side(evaluation.sides), "samples"),
+        *facts_of(about),
+    ]
+    page.write_page(folder / "report.html", f"Evaluation of {about['model']}", parts)
+    return tables, evaluation.warnings
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
@@ -82,94 +94,59 @@ def str_of(estimate: Estimate) -> str:
     return f"{estimate.value:.3f}" if np.isnan(estimate.low) else str(estimate)
 
 
-def as_text(table: Table) -> str:
-    """Align the columns for the terminal."""
-    lines = [table[0], *table[1]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table[0]))]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in padded)
-
-
 def side_by_side(sides: dict[str, Side]) -> Table:
     """The first sample of each side for the same prompts, the baseline's first."""
     names = [name for name in (BASELINE, MODEL) if name in sides]
     rows = [
-        [plain_text(sides[MODEL].prompts[i])]
-        + [f"{sides[name].responses[i][0]}\n({sides[name].rewards[i][0]:.3f})" for name in names]
+        [plain_text(sides[MODEL].prompts[i])] + [_sample(sides[name], i, 0) for name in names]
         for i in range(min(SHOWN, len(sides[MODEL].prompts)))
     ]
     return ["prompt", *(f"{name} (reward)" for name in names)], rows
 
 
-def write_page(
-    path: Path,
-    title: str,
-    picture: Path,
-    tables: Sequence[Table],
-    samples: Table,
-    warnings: Sequence[str] = (),
-) -> None:
-    """Write one self-contained page: it embeds the picture and loads nothing."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    parts = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
-        *(f"<p><strong>{escape(warning)}</strong></p>" for warning in warnings),
-        f'<img alt="{escape(title)}: curves" src="data:image/png;base64,{data}">',
-        *(_html(table) for table in tables),
-        "<h2>Samples</h2>",
-        _html(samples),
-        "</body></html>",
+def extremes(title: str, side: Side) -> list[str]:
+    """The section of a page that shows the best samples beside the worst, one per prompt."""
+    by_best = sorted(range(len(side.rewards)), key=lambda i: -side.rewards[i].max())
+    by_worst = sorted(range(len(side.rewards)), key=lambda i: side.rewards[i].min())
+    rows = [
+        [
+            plain_text(side.prompts[best]),
+            _sample(side, best, int(side.rewards[best].argmax())),
+            plain_text(side.prompts[worst]),
+            _sample(side, worst, int(side.rewards[worst].argmin())),
+        ]
+        for best, worst in zip(by_best[:EXTREMES], by_worst[:EXTREMES], strict=True)
     ]
-    write_text(path, "\n".join(parts))
+    head = ["prompt", "best sample (reward)", "prompt", "worst sample (reward)"]
+    return [page.heading(title), page.texts((head, rows), title)]
 
 
-def _html(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table[0])
-    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table[1])
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+def notes_of(warnings: list[str]) -> list[str]:
+    """What a page says before anything else."""
+    return [page.paragraph(text, "warning") for text in warnings]
 
 
-def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Plot rewards, best of n, lengths, and reward against length; one colour per side."""
-    figure = new_figure(11, 7)
-    axes = figure.subplots(2, 2)
-    rewards, best, lengths, both = axes.flat
-    sides = evaluation.sides
-    words = {
-        name: np.array([len(text.split()) for texts in side.responses for text in texts])
-        for name, side in sides.items()
+def facts_of(about: Mapping) -> list[str]:
+    """The sections of a page on the run behind it."""
+    pairs = {
+        _FACTS.get(name, name): str(value) for name, value in about.items() if name != "options"
     }
-    values = {name: np.concatenate(side.rewards) for name, side in sides.items()}
-    for axis, samples in ((rewards, values), (lengths, words)):
-        every = np.concatenate(list(samples.values()))
-        bins = np.linspace(every.min(), max(every.max(), every.min() + 1e-9), 31)
-        for number, (name, numbers) in enumerate(samples.items()):
-            axis.hist(numbers, bins=bins, alpha=0.55, label=name, color=f"C{number}", density=True)
-            axis.axvline(numbers.mean(), color=f"C{number}", linestyle="--", linewidth=1.2)
-    rewards.set(title="Reward of a sample (dashed: mean)", xlabel="reward", ylabel="density")
-    lengths.set(title="Length of a sample (dashed: mean)", xlabel="words", ylabel="density")
-    for number, (name, curve) in enumerate(evaluation.best_of_n.items()):
-        n = np.arange(1, len(curve) + 1)
-        best.plot(n, [point.value for point in curve], "o-", label=name, color=f"C{number}")
-        low, high = [point.low for point in curve], [point.high for point in curve]
-        best.fill_between(n, low, high, alpha=0.2, color=f"C{number}", linewidth=0)
-        both.scatter(words[name], values[name], s=8, alpha=0.4, label=name, color=f"C{number}")
-    best.set(title="Best of n samples, 95 % interval", xlabel="n", ylabel="expected reward")
-    best.locator_params(axis="x", integer=True)
-    both.set(title="Reward against length", xlabel="words", ylabel="reward")
-    save_figure(figure, axes.flat, path)
+    parts = [page.heading("This run"), page.facts(pairs)]
+    if about["options"]:
+        options = yaml.safe_dump(about["options"], sort_keys=False, allow_unicode=True)
+        title = "Options that differ from the defaults"
+        parts += [page.heading(title), page.code(options)]
+    return parts
 
 
-def save_figure(figure, axes, path: Path) -> None:
-    """Add grids, and legends where there are labels; write the file."""
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
-    with replacing(path) as staging:
-        figure.savefig(staging, dpi=110, format="png")
+def _sample(side: Side, prompt: int, i: int) -> str:
+    return f"{side.responses[prompt][i]}\n({side.rewards[prompt][i]:.3f})"
+
+
+def _alt(evaluation: Evaluation) -> str:
+    whose = "model and baseline" if evaluation.baseline else "the model"
+    return (
+        f"Plots of {whose}: reward, perplexity if measured, share of distinct samples and length, "
+        "with intervals; the spread of rewards and lengths; best of n; reward against length. The "
+        "table below has the figures."
+    )

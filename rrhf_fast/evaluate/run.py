@@ -13,6 +13,8 @@ from rrhf_fast.data.load import load_drafts, load_rows
 from rrhf_fast.data.options import OWN_FORMAT
 from rrhf_fast.data.rows import Draft, Row
 from rrhf_fast.data.sources import read_records
+from rrhf_fast.evaluate.about import about
+from rrhf_fast.evaluate.caution import few_prompts, signs_of_harm
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import (
     Bootstrap,
@@ -85,6 +87,8 @@ class Evaluation:
     sides: dict[str, Side]
     prompts: int
     dropped: int  # prompts that lack a scored sample of some side
+    about: dict  # what a report says of the run
+    warnings: list[str]  # signs of harm, and of chance
 
 
 def run(config: EvaluateConfig) -> Evaluation:
@@ -141,6 +145,9 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         sides=sides,
         prompts=len(keep),
         dropped=total - len(keep),
+        about=about(config, scored),
+        warnings=signs_of_harm(estimates.get(BASELINE, {}), estimates[MODEL], "with the baseline")
+        + few_prompts(len(keep)),
     )
     ranks.first(lambda: _write(evaluation, folder))
     return evaluation
@@ -343,6 +350,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     }
     write_text(folder / "by_prompt.json", to_json(by_prompt) + "\n")
     names = ("model", "baseline", "comparison", "best_of_n", "prompts", "dropped")
+    names += ("about", "warnings")
     record = asdict(replace(evaluation, sides={}, by_prompt={}))
     text = to_json({name: record[name] for name in names}, indent=2)
     write_text(folder / "evaluation.json", text + "\n")

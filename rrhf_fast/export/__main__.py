@@ -7,6 +7,7 @@ python -m rrhf_fast.export --checkpoint out --output_dir model --merge true   # 
 from rrhf_fast.export import ExportConfig
 from rrhf_fast.stages.command import fail, leave, run_command
 from rrhf_fast.stages.loading import quick_imports
+from rrhf_fast.stages.next_step import after_export
 from rrhf_fast.stages.outlet import say
 
 
@@ -22,9 +23,12 @@ def _run(config: ExportConfig) -> int:
         from rrhf_fast.model.save import SaveFailed
 
     try:
-        say(f"the model is in {run(config)}")
+        folder = run(config)
+        say(f"the model is in {folder}")
     except SaveFailed as error:
         return fail("export", f"{error}; run the same command again", 1)
+    if not config.push_to_hub:
+        say(after_export(folder))
     return 0
 
 

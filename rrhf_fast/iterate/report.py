@@ -1,32 +1,27 @@
 """The report of all rounds: how reward, perplexity and length change from round to round."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from rrhf_fast.evaluate.caution import few_prompts, signs_of_harm
 from rrhf_fast.evaluate.measures import Estimate
+from rrhf_fast.evaluate.plot import MEASURES, SHARES, spread
 from rrhf_fast.evaluate.report import (
     TITLES,
-    Table,
-    as_text,
-    save_figure,
+    extremes,
+    facts_of,
+    notes_of,
     side_by_side,
     str_of,
-    write_page,
 )
-from rrhf_fast.evaluate.run import BASELINE, MODEL, read_side
-from rrhf_fast.stages.figure import new_figure
+from rrhf_fast.evaluate.run import BASELINE, MODEL, Side, read_side
+from rrhf_fast.stages import page
+from rrhf_fast.stages.cards import counted
+from rrhf_fast.stages.figure import finish, new_figure
 from rrhf_fast.stages.files import read_json, write_rows
-
-HACKING = (
-    "warning: reward and perplexity both rose beyond their intervals, a sign of reward hacking. "
-    "Read the samples; kl_coef keeps the model closer to its reference."
-)
-COLLAPSE = (
-    "warning: fewer of a prompt's samples are distinct than before training, beyond the intervals: "
-    "the model's answers collapse. Read the samples; fewer steps, a lower learning rate or kl_coef "
-    "keep more of them."
-)
+from rrhf_fast.stages.terminal import Table
 
 
 def read_round(evaluation: Path, number: int) -> dict:
@@ -44,8 +39,9 @@ def read_round(evaluation: Path, number: int) -> dict:
         raise ValueError(f"{file} is damaged (expected the measures of an evaluation)") from error
 
 
-def write_rounds(folder: Path, records: list[dict]) -> str:
-    """Write rounds.jsonl, rounds.png and report.html; returns the table for the terminal."""
+def write_rounds(folder: Path, records: list[dict], about: Mapping) -> tuple[Table, list[str]]:
+    """Write rounds.jsonl, rounds.png and report.html; returns the table and the notes for the
+    terminal. `about`: what the page says of the run."""
     write_rows(
         folder / "rounds.jsonl",
         [
@@ -59,23 +55,38 @@ def write_rounds(folder: Path, records: list[dict]) -> str:
         ],
     )
     plot_rounds(records, folder / "rounds.png")
-    table = rounds_table(records)
-    warnings = [HACKING] * is_hacking(records) + [COLLAPSE] * is_collapsing(records)
+    table, last = rounds_table(records), records[-1]["round"]
+    sides = _sides(folder, last)
+    notes = signs_of_harm(records[0], records[-1], "in round 0")
+    notes += few_prompts(len(sides[MODEL].prompts))
+    prompts = counted(len(sides[MODEL].prompts), "held-out prompt")
+    lead = f"Rounds 0 ({about['model']} before training) to {last}, on {prompts} of "
+    parts = [
+        page.paragraph(f"{lead}{about['eval_data']}, {about['date']}.", "lead"),
+        *notes_of(notes),
+        page.picture(folder / "rounds.png", _ALT),
+        page.heading("Measures by round, with 95 % intervals over prompts"),
+        page.figures(table, "measures by round"),
+        *extremes(f"Best and worst samples of round {last}", sides[MODEL]),
+        page.heading(f"Samples of the same prompts: round 0 (baseline) and {last} (model)"),
+        page.texts(side_by_side(sides), "samples"),
+        *facts_of(about),
+    ]
+    title = f"RRHF, {counted(len(records) - 1, 'round')}, from {about['model']}"
+    page.write_page(folder / "report.html", title, parts)
+    return table, notes
+
+
+def _sides(folder: Path, last: int) -> dict[str, Side]:
+    """The samples of round 0 and the last one, where both have some."""
+    rounds = {BASELINE: 0, MODEL: last}
     sides = {
-        BASELINE: read_side(folder / "round-0" / "evaluation" / "scored.jsonl", MODEL),
-        MODEL: read_side(
-            folder / f"round-{records[-1]['round']}" / "evaluation" / "scored.jsonl", MODEL
-        ),
+        name: read_side(folder / f"round-{number}" / "evaluation" / "scored.jsonl", MODEL)
+        for name, number in rounds.items()
     }
-    write_page(
-        folder / "report.html",
-        f"RRHF, {len(records) - 1} rounds",
-        folder / "rounds.png",
-        [table],
-        side_by_side(sides),
-        warnings,
-    )
-    return "\n\n".join([as_text(table), *warnings])
+    total = len(sides[MODEL].prompts)
+    keep = [i for i in range(total) if all(len(side.rewards[i]) for side in sides.values())]
+    return {name: side.pick(keep) for name, side in sides.items()}
 
 
 def rounds_table(records: list[dict]) -> Table:
@@ -89,40 +100,30 @@ def rounds_table(records: list[dict]) -> Table:
     return head, rows
 
 
-def is_hacking(records: list[dict]) -> bool:
-    """Whether reward and perplexity of the last round both exceed round 0's beyond the
-    intervals."""
-    first, last = records[0], records[-1]
-    return all(last[name].low > first[name].high for name in ("reward", "perplexity"))
-
-
-def is_collapsing(records: list[dict]) -> bool:
-    """Whether the share of distinct samples of the last round is below round 0's beyond the
-    intervals."""
-    return records[-1]["distinct"].high < records[0]["distinct"].low
-
-
-# What is plotted, in which color.
-PANELS = {
-    "reward": "C3",
-    "perplexity": "C0",
-    "distinct": "C4",
-    "ranking_accuracy": "C2",
-    "tokens": "C1",
-    "cut_off": "C5",
-}
+_ALT = (
+    "Plots by round, with intervals: reward, perplexity under the reference, share of distinct "
+    "samples, length, share cut off, and ranking accuracy if measured. The table below has the "
+    "figures."
+)
 
 
 def plot_rounds(records: list[dict], path: Path) -> None:
-    """Plot these measures; one point per round."""
-    figure = new_figure(15, 7)
-    axes = figure.subplots(2, 3)
-    for axis, (name, color) in zip(axes.flat, PANELS.items(), strict=True):
+    """Plot the measures of `MEASURES`; one point per round."""
+    figure = new_figure(15, 8)
+    axes = list(figure.subplots(2, 3).flat)
+    names = [name for name in MEASURES if any(name in record for record in records)]
+    for axis, name in zip(axes, names, strict=False):
         measured = [record for record in records if name in record]
         numbers, values = [r["round"] for r in measured], [r[name] for r in measured]
-        middle = np.array([value.value for value in values])
-        error = [middle - [value.low for value in values], [v.high for v in values] - middle]
-        axis.errorbar(numbers, middle, yerr=np.maximum(error, 0), fmt="o-", color=color, capsize=4)
-        axis.set(title=f"{TITLES[name].capitalize()}, 95 % interval", xlabel="round")
+        style = {"fmt": "o-", "markersize": 7, "capsize": 5, "color": "C0"}
+        label = "value and 95 % interval over prompts"
+        middle = [value.value for value in values]
+        axis.errorbar(numbers, middle, spread(values), label=label, **style)
+        title, unit = MEASURES[name]
+        axis.set(title=title, xlabel="round", ylabel=unit)
         axis.locator_params(axis="x", integer=True)
-    save_figure(figure, axes.flat, path)
+        if name in SHARES:
+            axis.set_ylim(-0.02, 1.02)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    finish(figure, axes[: len(names)], path)

@@ -21,6 +21,7 @@ from rrhf_fast.data.options import OWN_FORMAT
 from rrhf_fast.data.rows import Draft
 from rrhf_fast.data.split import count_shared
 from rrhf_fast.evaluate import evaluate
+from rrhf_fast.evaluate.about import about
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.report import is_reported, write_report
 from rrhf_fast.export import export
@@ -34,9 +35,11 @@ from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.stages.files import write_rows
 from rrhf_fast.stages.identity import identity, refuse_pipes
 from rrhf_fast.stages.journal import is_finished
+from rrhf_fast.stages.next_step import after_rounds
 from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.ranks import Ranks, join_ranks, locked_once
 from rrhf_fast.stages.run_folder import claim, complete_checkpoints, new_folder, pass_on
+from rrhf_fast.stages.terminal import say_tables
 from rrhf_fast.train import train
 
 
@@ -69,6 +72,7 @@ def _rounds(config: IterateConfig, ranks: Ranks) -> list[dict]:
         model = _round(config, number, model, ranks)
         records.append(_evaluate(config, number, model, ranks))
         ranks.first(lambda: _report(config, folder, records))
+    say(after_rounds(folder, model, config.rounds))
     return records
 
 
@@ -82,9 +86,10 @@ def _report(config: IterateConfig, folder: Path, records: list[dict]) -> None:
     # While a resumed run passes the rounds that it has, their report stays as it is.
     is_last = len(records) == config.rounds + 1
     if is_last or not is_reported(_evaluation(config, len(records))):
-        table = write_rounds(folder, records)
+        scored = _evaluation(config, len(records) - 1) / "scored.jsonl"
+        table, notes = write_rounds(folder, records, about(config, scored))
     if is_last:
-        say(table)
+        say_tables([table], notes)
 
 
 def _round(config: IterateConfig, number: int, model: str, ranks: Ranks) -> str:

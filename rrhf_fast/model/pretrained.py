@@ -91,10 +91,10 @@ def loading(name_or_path: str, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bars_on_terminals() -> Iterator[None]:
-    """Inside, the progress bars of transformers appear on terminals only."""
+    """Inside, the progress bars of transformers appear on terminals only, while they progress."""
 
     def bar(make, args: tuple, options: dict):
-        return make(*args, **(options | {"disable": None}))
+        return make(*args, **(options | {"disable": None, "leave": False}))
 
     before = transformers.logging.set_tqdm_hook(bar)
     try:

@@ -12,6 +12,7 @@ If it is killed, the same command resumes.
 from rrhf_fast.sample import SampleConfig
 from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
 from rrhf_fast.stages.loading import quick_imports
+from rrhf_fast.stages.next_step import after_sampling
 from rrhf_fast.stages.outlet import say
 
 
@@ -34,6 +35,8 @@ def _run(config: SampleConfig) -> int:
     totals = {name: count for name, count in counts.items() if count and ":" not in name}
     say(", ".join(f"{count} {name}" for name, count in totals.items()))
     say(f"rows are in {config.output}")
+    if not config.push_to_hub:
+        say(after_sampling(config.output))
     return 0
 
 

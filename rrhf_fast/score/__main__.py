@@ -13,6 +13,7 @@ If it is killed, the same command resumes.
 from rrhf_fast.score import ScoreConfig
 from rrhf_fast.stages.command import fail, how_to_resume, leave, run_command
 from rrhf_fast.stages.loading import quick_imports
+from rrhf_fast.stages.next_step import after_scoring
 from rrhf_fast.stages.outlet import say
 
 
@@ -35,6 +36,9 @@ def _run(config: ScoreConfig) -> int:
     totals = {name: count for name, count in counts.items() if count and ":" not in name}
     say(", ".join(f"{count} {name}" for name, count in totals.items()))
     say(f"rows are in {config.output}")
+    if not config.push_to_hub:
+        model, has_unrankable = config.model_name_or_path, counts["unrankable"] > 0
+        say(after_scoring(config.output, model, has_unrankable=has_unrankable))
     return 0
 
 

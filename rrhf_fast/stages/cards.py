@@ -23,7 +23,7 @@ OURS = "<!-- Written by rrhf_fast, which replaces this file; without this line i
 PAPER = "[arXiv 2304.05302](https://arxiv.org/abs/2304.05302)"
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 # Options that say where things are, what becomes of the finished model, or what is kept on the way.
-_NOT_SHOWN = {
+NOT_SHOWN = {
     "model_name_or_path", "train_data", "eval_data", "output_dir", "overwrite_output_dir",
     "data_cache_dir", "dataset_num_proc", "resume_from_checkpoint", "init_optimizer_from",
     "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "run_name", "save_steps",
@@ -68,7 +68,8 @@ class ModelCard:
             rows = [f"| {name} | {old:.3f} | {new:.3f} |" for name, old, new in self.figures]
             parts.append("\n".join(["| | before | after |", "|---|---|---|", *rows]))
         if has_curves:
-            parts.append("![loss, ranking accuracy, reward or margin, speed](training.png)")
+            shown = "losses, ranking accuracy, reward and length or margin and gradient, speed"
+            parts.append(f"![{shown}](training.png)")
         if self.data:
             parts.append("## Data\n\n" + "\n".join(f"* {line}" for line in self.data))
         if self.loss:
@@ -93,7 +94,7 @@ def shown_options(config: Mapping, defaults: Mapping) -> dict:
     return {
         name: without_paths(value)
         for name, value in config.items()
-        if name not in _NOT_SHOWN and name in defaults and value != defaults[name]
+        if name not in NOT_SHOWN and name in defaults and value != defaults[name]
     }
 
 

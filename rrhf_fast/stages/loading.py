@@ -19,7 +19,8 @@ _RARE = {
     "torchao.prototype.safetensors.safetensors_support": {"flatten_tensor_state_dict"},
 }
 
-# They warn of their own builds as peft imports them, which is no fault of a command's user.
+# They warn of builds and kernels of their own as peft imports them, which is no fault of the
+# command's user.
 _NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 _alone = False
 

@@ -11,6 +11,8 @@ Writes the model, metrics.jsonl and training.png to output_dir. Ctrl-C stops ear
 
 from rrhf_fast.stages.command import PREEMPTED, fail, how_to_resume, leave, run_command
 from rrhf_fast.stages.loading import quick_imports
+from rrhf_fast.stages.next_step import after_training
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.train import TrainConfig
 
 
@@ -26,6 +28,7 @@ def _run(config: TrainConfig) -> int:
     with quick_imports():  # not needed for --help or a misspelt option
         from rrhf_fast.model.save import SaveFailed
         from rrhf_fast.train.backward import OutOfMemory
+        from rrhf_fast.train.prepare import with_demo
         from rrhf_fast.train.step import NotFinite
         from rrhf_fast.train.trainer import run
 
@@ -35,7 +38,12 @@ def _run(config: TrainConfig) -> int:
         return fail("train", f"{error}; {how_to_resume(config)}", 1)
     except (NotFinite, OutOfMemory) as error:
         return fail("train", error, 1)
-    return PREEMPTED if result.preempted else 130 if result.interrupted else 0
+    if result.preempted or result.interrupted:
+        return PREEMPTED if result.preempted else 130
+    if result.steps and not config.push_to_hub:
+        config = with_demo(config) if config.model_name_or_path is None else config
+        say(after_training(result.output_dir, config))
+    return 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Run:
     held_out: PackPlanner | None
     reward_fn: RewardFn | None
     num_steps: int
-    summary: str
+    summary: dict[str, str]
     warning: str | None  # for stderr
     lock: ExitStack  # closing it unlocks output_dir, which the first rank holds
     nameable: frozenset[tuple[str, str]] = frozenset()  # kinds and names that a card may give

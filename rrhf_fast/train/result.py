@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from rrhf_fast.stages.outlet import say
+from rrhf_fast.stages.terminal import draws, say_tables
+
 # What held-out metrics are called where people read them.
 TITLES = {
     "rewards/accuracies": "held-out ranking accuracy",
@@ -52,11 +55,15 @@ def peak_memory_gib(device: torch.device) -> float | None:
     return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def last_lines(result: TrainResult) -> str:
-    """What training changed, and where the model is."""
-    lines = [
-        f"{title:<34} {before:8.3f} -> {after:8.3f}" for title, before, after in compared(result)
-    ]
+def say_result(result: TrainResult) -> None:
+    """Print what training changed, and where the model is."""
+    changes = compared(result)
+    if changes and draws():
+        rows = [[title, f"{old:.3f}", f"{new:.3f}"] for title, old, new in changes]
+        say_tables([(["", "before", "after"], rows)])
+        lines = [""]
+    else:
+        lines = [f"{title:<34} {old:8.3f} -> {new:8.3f}" for title, old, new in changes]
     if result.peak_memory_gib is not None:
         lines.append(f"{'peak memory':<34} {result.peak_memory_gib:8.2f} GiB")
     state = "stopped early" if result.interrupted else "done"
@@ -67,4 +74,4 @@ def last_lines(result: TrainResult) -> str:
         saved = f"the model of step {result.best_step}, the best, and metrics are in"
     if result.preempted:
         state, saved = "stopped by a signal", f"checkpoint-{result.steps} to resume from is in"
-    return "\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"])
+    say("\n".join([*lines, f"{state} after {result.steps} steps; {saved} {result.output_dir}"]))

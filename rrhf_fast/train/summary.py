@@ -18,8 +18,9 @@ HIGH_RATE = 5e-6
 
 def describe(
     config: TrainConfig, model: RRHFModel, data: Corpora, max_length: int, has_template: bool
-) -> str:
-    """Model, rows, k, ties, duplicates, dropped and cut rows, packed versus padded tokens."""
+) -> dict[str, str]:
+    """Lines by name: model, rows, k, ties, duplicates, dropped and cut rows, packed versus padded
+    tokens."""
     train, held_out, report, cut = (
         data.train,
         data.held_out,
@@ -75,7 +76,7 @@ def describe(
             f"{len(oversized)} rows exceed max_tokens_per_pack ({config.max_tokens_per_pack}) "
             f"and each get their own pack; the largest has {oversized.max():,} tokens"
         )
-    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+    return lines
 
 
 def _attention_lines(model: RRHFModel) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rrhf_fast.stages.files import append, naming, to_json
 from rrhf_fast.stages.hub import pushed_files
 from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.reward_fn import RewardFn
+from rrhf_fast.stages.terminal import say_pairs
 from rrhf_fast.train.best import best_step, has_stalled
 from rrhf_fast.train.callbacks import Callbacks, checked_callbacks
 from rrhf_fast.train.card import model_card
@@ -38,7 +39,7 @@ from rrhf_fast.train.prepare import prepare, with_demo
 from rrhf_fast.train.profile import StepProfiler
 from rrhf_fast.train.progress import Progress, Window
 from rrhf_fast.train.reference import attach_reference
-from rrhf_fast.train.result import TrainResult, last_lines, peak_memory_gib
+from rrhf_fast.train.result import TrainResult, peak_memory_gib, say_result
 from rrhf_fast.train.resume import evaluation_at, start, was_left_out
 from rrhf_fast.train.roofline import product_speed
 from rrhf_fast.train.samples_table import best_and_worst, samples_table
@@ -236,7 +237,7 @@ class RRHFTrainer:
                     self._load_best(result, checkpoints)
             self._event("on_train_end")
         result.peak_memory_gib = peak_memory_gib(self.world.device)
-        self.world.print(last_lines(result))
+        say_result(result)
         self._push(result)
         return result
 
@@ -341,7 +342,7 @@ class RRHFTrainer:
     def _announce(self) -> None:
         """Print what the run is about to do; on a GPU measure what it can do at best."""
         world, run = self.world, self.run
-        world.print(run.summary)
+        say_pairs(run.summary)
         if run.warning is not None and world.is_first:
             print(run.warning, file=sys.stderr, flush=True)
         if world.size > 1:

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rrhf_fast.evaluate.run import FILES as FILES_OF_A_RUN
 from rrhf_fast.evaluate.run import _of_logps, read_side
 from rrhf_fast.stages.ranks import Ranks
 from rrhf_fast.stages.run_folder import claim
+from rrhf_fast.stages.terminal import as_text
 from tests.jsonl import read, write
 
 MODEL = str(demo.MODEL_DIR)
@@ -293,7 +295,8 @@ def test_the_page_is_self_contained_and_escapes_texts(tmp_path, config):
     rows = [{"prompt": "Is 1 < 2 & 3 > 2?\nAssistant:"}, {"prompt": read(config.data)[0]["prompt"]}]
     config.data = write(tmp_path / "escaped.jsonl", rows)
     evaluation = evaluate(config)
-    table = write_report(evaluation, Path(config.output_dir))
+    tables, _ = write_report(evaluation, Path(config.output_dir))
+    table = "\n".join(map(as_text, tables))
     assert "mean reward of a sample" in table and "tokens per sample, median" in table
     page = Path(config.output_dir, "report.html")
     text = page.read_text()
@@ -311,6 +314,27 @@ def test_the_page_is_self_contained_and_escapes_texts(tmp_path, config):
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
     assert re.search(r"<td>Is 1 &lt; 2 &amp; 3 &gt; 2\?", done.stdout), done.stderr
     assert str(evaluation.sides["model"].rewards[0][0].round(3)) in done.stdout
+
+
+def test_the_report_says_what_it_is_of_and_shows_the_worst_beside_the_best(tmp_path, config, worse):
+    config = replace(config, baseline=worse, reference_model_name_or_path=MODEL, seed=3)
+    evaluation = evaluate(config)
+    _, notes = write_report(evaluation, Path(config.output_dir))
+    written = json.loads(Path(config.output_dir, "evaluation.json").read_text())
+    assert written["about"] == evaluation.about and written["warnings"] == notes
+    assert any("only 8 prompts" in note for note in notes)
+    page = Path(config.output_dir, "report.html").read_text()
+    for text in ("model (local)", "rows.jsonl (local)", Path(worse).name, "seed: 3", *notes):
+        assert escape(text) in page, text
+    assert str(tmp_path) not in page and MODEL not in page and worse not in page
+
+    table = page.partition("Best and worst samples")[2].partition("</table>")[0]
+    cells = re.findall("<td>(.*?)</td>", table, re.DOTALL)
+    rewards = [float(re.search(r"\((.*)\)$", cell)[1]) for cell in cells[1::2]]
+    best, worst = rewards[::2], rewards[1::2]
+    of_model = [row["scores"][:3] for row in read(Path(config.output_dir, "scored.jsonl"))]
+    assert best == sorted((round(max(r), 3) for r in of_model), reverse=True)[:6]
+    assert worst == sorted(round(min(r), 3) for r in of_model)[:6]
 
 
 MISTAKES = {

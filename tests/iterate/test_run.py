@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from rrhf_fast import TrainConfig, demo, iterate
+from rrhf_fast.evaluate.about import about
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.iterate import run as rounds
 from rrhf_fast.iterate.__main__ import _run, main
 from rrhf_fast.iterate.config import IterateConfig, with_demo
-from rrhf_fast.iterate.report import is_collapsing, is_hacking, write_rounds
+from rrhf_fast.iterate.report import write_rounds
 from rrhf_fast.sample.config import Policy
 from rrhf_fast.train import trainer as engine
 from tests.jsonl import read, write
@@ -120,13 +121,17 @@ def test_columns_apply_to_the_callers_files(config, steps_per_round, capsys):
         iterate(config)
 
 
-def test_only_missing_rounds_are_run(config, monkeypatch):
+def test_only_missing_rounds_are_run(config, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("this stage was done")
 
     config.rounds = 1
     config.train.max_steps = 1
     iterate(config)
+    out, last = config.output_dir, capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(
+        f"next: open {out}/report.html; the last model is in {out}/round-1/model"
+    )
     for stage in ("sample", "score", "train", "evaluate"):
         monkeypatch.setattr(rounds, stage, refuse)
     assert len(iterate(config)) == 2
@@ -244,32 +249,21 @@ def test_the_optimizer_state_passes_from_round_to_round(config, monkeypatch):
     assert [config.init_optimizer_from for config in configs] == [None, str(checkpoint)]
 
 
-def test_reward_hacking_is_detected(config):
-    def record(reward, perplexity):
-        return {
-            name: Estimate(value, value - 0.1, value + 0.1)
-            for name, value in (("reward", reward), ("perplexity", perplexity))
-        }
-
-    assert is_hacking([record(0, 10), record(1, 20)])
-    assert not is_hacking([record(0, 10), record(1, 10.1)])
-    assert not is_hacking([record(1, 10), record(0, 20)])
-
-
 def test_a_collapse_is_reported_without_a_rise_in_perplexity(config):
     """As in the demo's second round: the reward rises, and each prompt gets one answer."""
     config = replace(config, rounds=1, train=replace(config.train, max_steps=1))
     first, last = iterate(config)
     answers = {"distinct": Estimate(1.0, 1.0, 1.0)}
     few = {"distinct": Estimate(0.57, 0.45, 0.7), "perplexity": Estimate(1.0, 1.0, 1.0)}
-    assert is_collapsing([first | answers, last | few])
-    assert not is_collapsing([first | answers, last | answers])
-    assert not is_collapsing([first | {"distinct": Estimate(0.8, 0.6, 0.9)}, last | few])
     out = Path(config.output_dir)
-    text = write_rounds(out, [first | answers, last | few])
-    assert "answers collapse" in text and "reward hacking" not in text
-    assert "answers collapse" in (out / "report.html").read_text()
-    assert "answers collapse" not in write_rounds(out, [first | answers, last | answers])
+    run = about(config, out / "round-1" / "evaluation" / "scored.jsonl")
+    _, notes = write_rounds(out, [first | answers, last | few], run)
+    assert "answers collapse" in "".join(notes) and "reward hacking" not in "".join(notes)
+    assert "There are only 6 prompts" in "".join(notes)
+    page = (out / "report.html").read_text()
+    assert "answers collapse" in page and "There are only 6 prompts" in page
+    _, notes = write_rounds(out, [first | answers, last | answers], run)
+    assert "answers collapse" not in "".join(notes)
 
 
 @pytest.mark.slow

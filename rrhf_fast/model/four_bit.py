@@ -14,13 +14,12 @@ from rrhf_fast.data.checks import listed, one_line
 from rrhf_fast.model.decoder import load_model
 from rrhf_fast.model.sharded import empty_model
 
+KIND = "nf4"
 # Of a weight: 8 for the scale of 64 weights, 32 for that of 256 scales (section 3 of the paper).
-KIND, BITS = "nf4", 4 + 8 / 64 + 32 / (64 * 256)
-
-
-# The file beside adapters that says so, with these settings of bitsandbytes.
-IN_4BIT = "base_quantization.json"
+BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# bitsandbytes' settings, and the file beside adapters that says that they were trained with them.
 SETTINGS = {"load_in_4bit": True, "bnb_4bit_quant_type": KIND, "bnb_4bit_use_double_quant": True}
+IN_4BIT = "base_quantization.json"
 
 
 def load_in_four_bits(

@@ -135,7 +135,7 @@ class Checkpoints:
         # Even if an attempt that this run does not resume left some of later steps.
         complete = complete_checkpoints(self._run.output_dir)
         earlier = [old for old in complete if old not in (newest, best)]
-        was_best = [old for old in earlier if read_state(old).get("only_best")]
+        was_best = [old for old in earlier if _is_only_best(old)]
         wanted = [old for old in earlier if old not in was_best]
         limit = config.save_total_limit
         beyond = [] if limit is None else wanted[: max(0, len(wanted) + 1 - limit)]
@@ -296,6 +296,14 @@ def changed_options(folder: Path, config: TrainConfig) -> str:
         and saved[f.name] != getattr(config, f.name)
     ]
     return ", ".join(changes)
+
+
+def _is_only_best(folder: Path) -> bool:
+    """Whether a checkpoint was written only as the best of its time; one that is damaged stays."""
+    try:
+        return bool(read_state(folder).get("only_best"))
+    except ValueError:
+        return False
 
 
 def _remove(folder: Path) -> None:

@@ -215,6 +215,16 @@ def test_checkpoints_of_the_best_do_not_pile_up_over_crashes(tmp_path):
     assert kept(tmp_path) == ["checkpoint-5"]
 
 
+def test_a_damaged_checkpoint_of_earlier_is_left_alone(tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **more):
+            if state.global_step == 3:
+                (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{")
+
+    trainer(tmp_path, [Damage()], save_steps=2, load_best_model_at_end=True).train()
+    assert (tmp_path / "checkpoint-2").exists() and (tmp_path / "model.safetensors").exists()
+
+
 def test_a_metric_without_a_number_is_no_guide(tmp_path):
     tied = [row | {"scores": [1.0] * len(row["scores"])} for row in HELD_OUT]
     args = TrainConfig(

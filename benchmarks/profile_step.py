@@ -73,7 +73,7 @@ def profile(
     profiler = StepProfiler(engine, optimizer, num_steps=num_steps, folder=out)
     batches = (planner.batch(range(len(queries))) for _ in range(count))
     for number, batch in enumerate(profiler.watch(batches), 1):
-        totals, _, problem = take_step(run, batch, optimizer, number, progress, signals)
-        progress.add(totals, problem)
+        totals, norm, problem = take_step(run, batch, optimizer, number, progress, signals)
+        progress.add(totals, norm, 0.0, problem)  # the profiler has the times
         profiler.add(totals)
     return profiler.breakdown

@@ -222,8 +222,9 @@ def test_every_part_at_its_toy_size(command, tmp_path, capsys, monkeypatch):
     elif command == "kernels":
         for case in figures["head Llama 3 8B"]["cases"]:
             assert case["products"]["ms"] > 0
-            for way in case["contenders"].values():
-                assert way["over_products"]["median"] > 0
+            ways = [way for way in case["contenders"].values() if "problem" not in way]
+            assert len(ways) > 2
+            assert all(way["over_products"]["median"] > 0 for way in ways)
         assert figures["tiles"]["fastest"]
     else:
         sizes = [case["max_tokens_per_pack"] for case in figures["packs"]["cases"]]

@@ -9,13 +9,9 @@ from rrhf_fast.stages.lock import locked
 from rrhf_fast.stages.run_folder import is_ours, new_folder
 from rrhf_fast.train.config import TrainConfig
 
-# Files that mark a folder as an earlier run's output.
-RUN_FILES = (
-    "metrics.jsonl",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-)
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# Files that a run replaces: an earlier one's, or a user's of the same name.
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", *MODEL_FILES)
 
 
 def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
@@ -41,7 +37,7 @@ def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
             raise ValueError(f"init_optimizer_from: {problem} (choose another output_dir)")
         return
     resumed = config.resume_from_checkpoint
-    has_model = any((output_dir / name).exists() for name in RUN_FILES[1:])
+    has_model = any((output_dir / name).exists() for name in MODEL_FILES)
     can_resume = folders or not has_model or is_unfinished(output_dir)
     if resumed is not None and (
         can_resume if resumed == "latest" else _is_inside(resumed, output_dir)

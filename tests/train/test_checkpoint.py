@@ -23,6 +23,7 @@ from rrhf_fast.stages.run_folder import complete_checkpoints
 from rrhf_fast.train import adamw_bf16, trainer
 from rrhf_fast.train.checkpoint import Checkpoints, Stager
 from rrhf_fast.train.distributed import World
+from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.optimizer import build_optimizer
 from rrhf_fast.train.prepare import prepare
 from rrhf_fast.train.progress import Progress
@@ -154,7 +155,8 @@ def test_what_is_written_is_what_was_saved(tmp_path, data, reuses_memory, monkey
     config = TrainConfig(output_dir=str(tmp_path), **OPTIONS | data)
     run = prepare(config, World(torch.device("cpu")))
     optimizer, schedule = build_optimizer(run.model, config, run.num_steps)
-    checkpoints = Checkpoints(run, optimizer, schedule)
+    log = MetricsLog(run.output_dir, run.config)
+    checkpoints = Checkpoints(run, optimizer, schedule, log)
     checkpoints._stager.cache_staged_state_dict = reuses_memory
 
     def tensors():

@@ -386,9 +386,9 @@ def test_ctrl_c_waits_for_the_update_and_reports_a_failed_write(tmp_path, data, 
         signal.raise_signal(signal.SIGINT)
         return step(optimizer, *arguments)
 
-    def save_fails(checkpoints, progress):
+    def save_fails(checkpoints, progress, **options):
         with small_files():
-            save(checkpoints, progress)
+            save(checkpoints, progress, **options)
             assert checkpoints._pending[1].exception() is not None
         signal.raise_signal(signal.SIGINT)
 

@@ -18,6 +18,7 @@ from rrhf_fast import TrainConfig, demo, rrhf_loss, train
 from rrhf_fast.evaluate.caution import signs_of_harm
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.model.config import LossConfig
+from rrhf_fast.stages.other_names import OTHER_NAMES
 from rrhf_fast.stages.parse import parse_config
 from rrhf_fast.train.memory import memory_table
 from tests import jsonl
@@ -144,6 +145,19 @@ def test_our_options_exist():
     ours = [row[1] for row in rows_of(page) if len(row) > 1 and row[0] != "theirs"]
     words = {word for cell in ours for word in re.findall(r"`(?:--)?(\w+)", cell)}
     assert len(words) > 40 and words <= known, words - known
+
+
+def test_names_of_others_are_those_of_the_guide():
+    """Each hint for a name of another trainer names options, and those that the guide names."""
+    ours = {field.name for field in fields(TrainConfig)}
+    shown = {}
+    for row in rows_of(text_of(GUIDES / "from_trl.md")):
+        for name in re.findall(r"`(\w+)", row[0]):
+            shown.setdefault(name, set()).update(re.findall(r"`(?:--)?(\w+)", row[1]))
+    assert len(shown.keys() & OTHER_NAMES.keys()) > 20
+    for name, options in OTHER_NAMES.items():
+        assert name not in ours and set(options) <= ours, name
+        assert not shown.get(name, set()) & ours or shown[name] & set(options), name
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from rrhf_fast.data.messages import from_cell
 COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 # Fields of the response and its score in rows of one response, which `--group_by` joins.
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
+_PROMPT_NAMES = {"prompt", "query", "id", "prompt_id"}
 SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 
 
@@ -33,6 +34,8 @@ def fields_hint(record: dict) -> str:
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
+    elif record and record.keys() - set(COMMON) <= _PROMPT_NAMES:
+        hint = f"sample responses with python -m rrhf_fast.sample, or {hint}"
     elif any(name in record for name in RESPONSE_NAMES):
         hint = f"for one response per row say --group_by prompt, else {hint}"
     return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"

@@ -99,12 +99,17 @@ def _own(record: dict, where: str) -> Canonical:
     return Canonical(prompt, name, responses, scores, _filled(record, "sources"), used)
 
 
-def _items(record: dict, name: str, where: str) -> list[dict]:
+def _items(record: dict, name: str, text: str, layout: str, where: str) -> list[dict]:
+    """The list of objects in a field, with a response under `text` in one at least. A field of this
+    name may be anyone's, so errors say what it was read as."""
     items = check_list(record[name], name, where)
-    for i, item in enumerate(items):
-        if not isinstance(item, dict):
-            problem = f"{name}[{i}]: expected an object, found {show(item)}"
-            raise BadRow("wrong type", where, problem)
+    wrong = [item for item in items if not isinstance(item, dict)]
+    if wrong or (items and not any(text in item for item in items)):
+        item = wrong[0] if wrong else items[0]
+        found = show(item) if wrong else f"the fields {listed(list(item))}"
+        problem = f"{name}[{items.index(item)}]: expected an object with {text}, as {layout} has it"
+        problem += f", found {found}; name yours with --columns"
+        raise BadRow("wrong type", where, problem)
     return items
 
 
@@ -119,7 +124,7 @@ def _ultrafeedback(record: dict, where: str) -> Canonical:
     if name == "instruction" and isinstance(prompt, str) and record.get("input"):
         prompt += "\n" + check_text(record["input"], "input", where)
         used.add("input")
-    items = _items(record, "completions", where)
+    items = _items(record, "completions", "response", "UltraFeedback", where)
     kinds = {
         "overall_score": [item.get("overall_score") for item in items],
         "fine-grained_score": [item.get("fine-grained_score") for item in items],
@@ -153,7 +158,7 @@ def _mean_rating(annotations: object) -> float | None:
 
 def _nectar(record: dict, where: str) -> Canonical:
     prompt, name = prompt_of(record, ("prompt", "question"))
-    items = _items(record, "answers", where)
+    items = _items(record, "answers", "answer", "Nectar", where)
     ranks = [number(item.get("rank")) for item in items]
     return Canonical(
         prompt,

@@ -82,7 +82,7 @@ def _check_layers(lm: PreTrainedModel, name_or_path: str, trust_remote_code: boo
 
 def _require_bitsandbytes() -> None:
     if find_spec("bitsandbytes") is None:
-        problem = "bitsandbytes is not installed (pip install rrhf-fast[lowbit])"
+        problem = "bitsandbytes is not installed (pip install bitsandbytes)"
         raise ValueError(f"load_in_4bit: {problem}")
 
 

@@ -37,7 +37,7 @@ def add_lora(lm: PreTrainedModel, config: LoraOptions) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        problem = f"peft is not installed ({error}); pip install rrhf-fast[peft]"
+        problem = f"peft is not installed ({error}); pip install peft"
         raise ValueError(f"use_peft: {problem}") from error
     targets = config.lora_target_modules
     settings = LoraConfig(

@@ -31,7 +31,7 @@ _READING = threading.Lock()
 
 @dataclass
 class EndpointConfig:
-    """Requests to OpenAI-compatible endpoints (pip install rrhf-fast[openai])"""
+    """Requests to OpenAI-compatible endpoints (pip install openai)"""
 
     timeout: Annotated[float, Gt(0), Le(86400)] = 600.0
     """Seconds in which one try has to end: connection, request and the whole answer, which may be
@@ -83,7 +83,7 @@ class Endpoint:
 
             from rrhf_fast.stages.transport import LOGGERS, BoundedClient
         except ImportError as error:
-            problem = "the openai package is not installed; pip install rrhf-fast[openai]"
+            problem = "the openai package is not installed; pip install openai"
             raise ValueError(f"openai: {problem}") from error
         key = _key(base_url, api_key_env, where)
         self._openai, self._max_retries = openai, config.max_retries

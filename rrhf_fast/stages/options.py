@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from rrhf_fast.data.checks import printed
+from rrhf_fast.stages.other_names import OTHER_NAMES
 
 # Options that name files or folders, or may.
 _FILES = {
@@ -92,6 +93,9 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
         if name not in kinds and (name not in REMOVED or value != REMOVED[name]):
             near = get_close_matches(name, kinds, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
+            ours = OTHER_NAMES.get(name, ())
+            if ours and kinds.keys() >= set(ours):
+                hint = f" (here: {', '.join(ours)})"
             if name == "hub_token":  # of transformers
                 hint = " (set HF_TOKEN, or log in by hf auth login: options are written to files)"
             raise ValueError(f"{where}{name}: no such option{hint}")

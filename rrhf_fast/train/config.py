@@ -109,8 +109,8 @@ class OptimizerConfig:
     max_skipped_steps: Annotated[int, Ge(1)] = 3
     """Steps whose loss or gradient is not finite are skipped; stop after this many in a row."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit keeps AdamW's moments in 8 bits (pip install rrhf-fast[lowbit]), a quarter of
-    their memory, and writes no checkpoints."""
+    """adamw_8bit keeps AdamW's moments in 8 bits (pip install torchao), a quarter of their
+    memory, and writes no checkpoints."""
     optimizer_state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the moments of adamw: bfloat16 halves their memory and rounds at random, so that
     small changes are not lost."""
@@ -150,7 +150,7 @@ class AdapterConfig:
     """LoRA"""
 
     use_peft: bool = False
-    """Train LoRA adapters (pip install rrhf-fast[peft]) and leave the model as it is."""
+    """Train LoRA adapters (pip install peft) and leave the model as it is."""
     lora_r: Annotated[int, Ge(1), Le(10**5)] = 16
     """Rank of the adapters, which sets their size."""
     lora_alpha: Annotated[int, Ge(1)] = 32
@@ -162,7 +162,7 @@ class AdapterConfig:
     which is slower."""
     load_in_4bit: bool = False
     """Keep the weights under adapters in 4 bits (QLoRA, arXiv 2305.14314; pip install
-    rrhf-fast[lowbit]). On one GPU or CPU; layers are not compiled."""
+    bitsandbytes). On one GPU or CPU; layers are not compiled."""
     lora_target_modules: str | list[str] = "all-linear"
     """Layers to adapt: a list of names, a regular expression, or all-linear (all but the head)."""
 
@@ -244,7 +244,7 @@ class WatchingConfig:
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=list
     )
-    """Trackers to log to besides metrics.jsonl (pip install rrhf-fast[tracking])."""
+    """Trackers to log to besides metrics.jsonl (pip install their names)."""
     profile_steps: Annotated[int, Ge(1)] | None = None
     """Record this many steps, after the first three, as a trace and a page in output_dir/profile
     that says where their time went."""

@@ -78,7 +78,7 @@ def _adamw(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
         try:
             from torchao.optim import AdamW8bit
         except ImportError as error:
-            problem = f"adamw_8bit needs torchao ({error}); pip install rrhf-fast[lowbit]"
+            problem = f"adamw_8bit needs torchao ({error}); pip install torchao"
             raise ValueError(f"optim: {problem}") from error
         return AdamW8bit
     if config.optimizer_state_dtype == "bfloat16":

@@ -11,7 +11,7 @@ from rrhf_fast.train.config import TrainConfig
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # Files that a run replaces: an earlier one's, or a user's of the same name.
-RUN_FILES = ("metrics.jsonl", "samples.jsonl", *MODEL_FILES)
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "config.json", *MODEL_FILES)
 
 
 def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
@@ -47,6 +47,8 @@ def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
     used = [name for name in names if (output_dir / name).exists()]
     if used:
         problem = f"{config.output_dir} already holds {used[0]} of another run"
+        if resumed == "latest" and "metrics.jsonl" in used:
+            problem = f"{config.output_dir} holds a finished run, and no checkpoint to resume from"
         how = "choose another, or set --overwrite_output_dir true"
         if can_resume and resumed is None:
             how += "; to finish that run, set --resume_from_checkpoint latest"

@@ -36,7 +36,7 @@ def open_tracker(name: str, output_dir: Path, config: TrainConfig) -> Tracker:
     try:
         module = import_module(module_name)
     except ImportError as error:
-        problem = f"{name} is not installed ({error}); pip install rrhf-fast[tracking]"
+        problem = f"{name} is not installed ({error}); pip install {name}"
         raise ValueError(f"report_to: {problem}") from error
     kind = {"tensorboard": _TensorBoard, "mlflow": _MLflow}.get(name, _Wandb)
     try:

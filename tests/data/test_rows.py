@@ -69,6 +69,18 @@ BAD = {
     "no prompt": (without("prompt"), "missing field", "prompt: missing"),
     "null prompt": (GOOD | {"prompt": None}, "missing field", "prompt: missing"),
     "no responses": (without("responses"), "missing field", "responses: missing"),
+    "a prompt alone": (
+        {"prompt": "p", "system": "s", "id": 1},
+        "missing field",
+        "responses: missing (expected a list); found the fields prompt, system, id: sample "
+        "responses with python -m rrhf_fast.sample, or",
+    ),
+    "fields of Nectar's names": (
+        {"question": "q", "answers": [{"text": "a", "votes": 1}]},
+        "wrong type",
+        "answers[0]: expected an object with answer, as Nectar has it, found the fields text, "
+        "votes; name yours with --columns",
+    ),
     "no scores": (without("scores"), "missing field", "scores: missing"),
     "number as prompt": (GOOD | {"prompt": 7}, "wrong type", "prompt: expected a string or mess"),
     "no messages": (GOOD | {"prompt": []}, "wrong type", "prompt: an empty list"),

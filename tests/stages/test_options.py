@@ -201,6 +201,9 @@ WRONG = {
         {"train": {"learning_rat": 1}},
         "train.learning_rat: no such option (did you mean learning_rate?)",
     ),
+    "of another trainer": (
+        {"train": {"warmup_ratio": 0.1}}, "train.warmup_ratio: no such option (here: warmup_steps)",
+    ),
     "dotted": ({"train.learning_rat": 1}, "train.learning_rat: no such option"),
     "removed": ({"train": {"lora_dropout": 0.1}}, "train.lora_dropout: no such option"),
 }  # fmt: skip

@@ -273,6 +273,12 @@ def test_the_oldest_checkpoints_are_removed(tmp_path, data):
     assert names == ["checkpoint-6", "checkpoint-7"]
 
 
+def test_a_finished_run_without_checkpoints_is_not_resumed(tmp_path, data):
+    run(tmp_path, data, max_steps=1)
+    with pytest.raises(ValueError, match="holds a finished run, and no checkpoint to resume from"):
+        run(tmp_path, data, resume_from_checkpoint="latest")
+
+
 def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
     stopped_at(4, unharmed, tmp_path / "out")
     checkpoint = str(tmp_path / "out/checkpoint-4")
@@ -285,7 +291,8 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
         ValueError, match="resume_from_checkpoint: .*checkpoint-5 is not a complete"
     ):
         run(tmp_path / "new", data, resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
-    (tmp_path / "out/metrics.jsonl").unlink()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / "out" / name).unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
         run(tmp_path / "out", data)
     # A folder of another run is refused, whatever the checkpoint.

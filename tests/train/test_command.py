@@ -204,12 +204,13 @@ def test_the_python_interface_works_without_triton(tmp_path):
     assert done.stdout == "TrainResult\n", done.stderr
 
 
-def test_a_file_of_the_users_is_not_replaced(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["samples.jsonl", "config.json"])
+def test_a_file_of_the_users_is_not_replaced(name, tmp_path, capsys):
     """Samples of an evaluation, or the rows themselves, under the name of a file of runs."""
-    rows = tmp_path / "samples.jsonl"
+    rows = tmp_path / name
     rows.write_text(demo.EVAL_FILE.read_text())
     before = rows.read_bytes()
     words = ["--train_data", str(rows), "--model_name_or_path", str(demo.MODEL_DIR)]
     assert main([*words, "--output_dir", str(tmp_path)]) == 2
-    assert "already holds samples.jsonl of another run" in capsys.readouterr().err
+    assert f"already holds {name} of another run" in capsys.readouterr().err
     assert rows.read_bytes() == before

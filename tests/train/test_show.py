@@ -36,6 +36,18 @@ def test_tabs_and_persian_stay_readable(tmp_path, capsys):
     assert "\n    \tمی\u200cخواهم\n" in capsys.readouterr().out
 
 
+def test_texts_that_bypass_a_chat_template(chat_model, tmp_path, capsys):
+    rows = [{"prompt": prompt, "responses": ["a", "b"], "scores": [1, 0]} for prompt in "pq"]
+    rows[1]["prompt"] = [{"role": "user", "content": "q"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", str(chat_model), "--train_data", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "--show_tokens", "2"]) == 0
+    warning = "\n\nprompts: warning: 1 of 2 are text, which bypasses the model's chat template"
+    assert warning in capsys.readouterr().out
+    assert main([*words, "--show_tokens", "2", "--apply_chat_template", "true"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_demo_is_shown(capsys):
     assert main(["--show_tokens", "1"]) == 0
     assert "responses[0], score " in capsys.readouterr().out

@@ -84,23 +84,23 @@ def repeat_prompts(queries: Sequence[TokenisedQuery], query_ids: Sequence[int], 
     )
 
 
-def two_steps(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
+def two_steps(model: RRHFModel, pack: PackedForest, share: float = 1.0) -> torch.Tensor:
     """The loss with log-probs first and ranking second: the backward recomputes the logits."""
-    return rrhf_loss(model.edge_logps(pack), pack.rewards, **model.loss_options(pack)).loss
+    return rrhf_loss(model.edge_logps(pack), pack.rewards, **model.loss_options(pack, share)).loss
 
 
-def plain_head(model: RRHFModel, pack: PackedForest) -> torch.Tensor:
+def plain_head(model: RRHFModel, pack: PackedForest, share: float = 1.0) -> torch.Tensor:
     """The loss computed from all logits of the pack's edges."""
     hidden, head = model.head_inputs(pack)
     head = head._replace(weight=head.weight.to(hidden.dtype))
     logps = reference.linear_logprob(
         hidden, rows=pack.edge_rows, targets=pack.edge_targets, **head._asdict()
     )
-    return rrhf_loss(logps.float(), pack.rewards, **model.loss_options(pack)).loss
+    return rrhf_loss(logps.float(), pack.rewards, **model.loss_options(pack, share)).loss
 
 
 # Each lever off: name -> a function that returns a pack's loss.
-HEADS: dict[str, Callable[[RRHFModel, PackedForest], torch.Tensor]] = {
+HEADS: dict[str, Callable[[RRHFModel, PackedForest, float], torch.Tensor]] = {
     "without the one sweep": two_steps,
     "with a plain head": plain_head,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -22,6 +23,7 @@ from benchmarks import cores
 from benchmarks.baselines import plain_head, released_loss, repeat_prompts
 from benchmarks.workloads import Lengths, build_model, draw
 from rrhf_fast import TrainConfig
+from rrhf_fast.data.forest import Pack
 from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.tokenise import TokenisedQuery
 from rrhf_fast.model.rrhf import RRHFModel
@@ -128,7 +130,9 @@ def _prepare(point: Point) -> tuple[nn.Module, Callable[[], dict]]:
     queries = draw(point.lengths, point.num_queries, lm.config.vocab_size)
     dtype = torch.bfloat16 if point.device == "cuda" else torch.float32
     if point.way == RELEASED:  # with none of the engine's levers, which convert layers in place
-        return lm, lambda: _sum_up(queries, lambda query: _released(lm, query, dtype))
+        return lm, lambda: _sum_up(
+            queries, lambda query, share: share * _released(lm, query, dtype)
+        )
     checkpointing = "full" if point.way in (CHECKPOINTED, LEAN) else "none"
     # The released code divides by the padded width, so all ways do here.
     config = TrainConfig(compat="official", max_tokens_per_pack=point.max_tokens)
@@ -163,16 +167,21 @@ def _prepare(point: Point) -> tuple[nn.Module, Callable[[], dict]]:
         return model, lambda: _active(model, batch, config)
     packs = [pack.to(model.device) for pack in packs]
     if point.way == PLAIN_HEAD:
-        return model, lambda: _sum_up(packs, lambda pack: plain_head(model, pack))
-    return model, lambda: _sum_up(packs, lambda pack: model(pack).loss)
+        return model, lambda: _sum_up(packs, partial(plain_head, model))
+
+    def loss_of(pack: Pack, share: float) -> torch.Tensor:
+        return model(pack, share=share, into_grad=True).loss  # as the trainer calls it
+
+    return model, lambda: _sum_up(packs, loss_of)
 
 
-def _sum_up(parts: list, loss_of: Callable[[object], torch.Tensor]) -> dict:
-    """Forward and backward of each part in turn, weighted by its queries."""
+def _sum_up(parts: list, loss_of: Callable[[object, float], torch.Tensor]) -> dict:
+    """Forward and backward of each part in turn; `loss_of` gives its share in the mean over
+    queries."""
     counts = [1 if isinstance(part, TokenisedQuery) else part.num_queries for part in parts]
     total = 0.0
     for part, count in zip(parts, counts, strict=True):
-        loss = loss_of(part) * (count / sum(counts))
+        loss = loss_of(part, count / sum(counts))
         loss.backward()
         total += loss.item()
     return {"loss": total}

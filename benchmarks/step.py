@@ -329,15 +329,15 @@ def contenders(
         planner = PackPlanner(queries, packing=packing, max_tokens_per_pack=max_tokens, **options)
         return [(p.to(device), p.num_queries) for p in planner.packs(range(len(queries)))]
 
-    def released(query: TokenisedQuery) -> torch.Tensor:
+    def released(query: TokenisedQuery, share: float) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return released_loss(plain, query)
+            return share * released_loss(plain, query)
 
-    def rows(pack) -> torch.Tensor:
-        return padded(pack).loss
+    def rows(pack, share: float) -> torch.Tensor:
+        return padded(pack, share=share).loss
 
-    def forest(pack) -> torch.Tensor:
-        return engine(pack).loss
+    def forest(pack, share: float) -> torch.Tensor:
+        return engine(pack, share=share, into_grad=True).loss  # as the trainer calls it
 
     def way(lm: PreTrainedModel, loss: Callable, parts: list[tuple], tokens: int) -> Contender:
         is_forest = parts is not repeated and lm is engine.lm
@@ -381,10 +381,11 @@ def _on_same_weights(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def _add_up(loss: Callable, parts: list[tuple]) -> float:
-    """Forward and backward of each of `parts`: an argument of `loss`, and its number of queries."""
+    """Forward and backward of each of `parts`: an argument of `loss`, and its number of queries.
+    `loss` gives the part's share in the mean over all."""
     num_queries, total = sum(count for _, count in parts), 0.0
     for part, count in parts:
-        mean = loss(part) * (count / num_queries)
+        mean = loss(part, count / num_queries)
         mean.backward()
         total += mean.detach()
     return float(total)

@@ -73,6 +73,7 @@ def linear_rrhf_loss(
     reference_logps: Tensor | None = None,
     padded_widths: Tensor | None = None,
     bounds: Sequence[tuple[int, int, int]] | None = None,
+    weight_grad: Tensor | None = None,
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> RRHFLoss:
@@ -90,6 +91,10 @@ def linear_rrhf_loss(
             queries, as in `PackedForest`.
         bounds: G+1 triples of ints as in `PackedForest`: the edges, responses and path tokens
             before each query, and in all. Read from the device if left out.
+        weight_grad: [V, H] float32 (float64 for float64 input), to which the gradient of weight is
+            added now, instead of being made apart and given to autograd: one [V, H] less. The
+            backward must then be that of `loss` itself, `loss.backward()`, or it raises
+            RuntimeError.
         workspace_mb: MiB for the logits of a few queries; default 512 for the kernels, 128 for
             torch. A single query that needs more is walked in slices of the vocabulary, which
             costs the fourth product.
@@ -109,6 +114,9 @@ def linear_rrhf_loss(
     scales = loss_scales(
         layout, length_penalty, sft_reduction, padded_widths, reference_logps, dtype
     )
+    if weight_grad is not None and (weight_grad.shape, weight_grad.dtype) != (weight.shape, dtype):
+        found = f"{list(weight_grad.shape)} {weight_grad.dtype}"
+        raise ValueError(f"weight_grad: expected {list(weight.shape)} {dtype}, found {found}")
     tensors = (hidden, weight, bias)
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     if not any(wants):
@@ -124,8 +132,8 @@ def linear_rrhf_loss(
     if workspace_mb is None:
         workspace_mb = 512 if backend == "triton" else 128
     loss, *ranking = _LinearRRHF.apply(
-        *tensors, rows, targets, rewards, *layout, bounds, *scales, softcap, logit_scale,
-        *pairs, rank_reduction, float(rank_weight), float(sft_weight), backend,
+        *tensors, weight_grad, rows, targets, rewards, *layout, bounds, *scales, softcap,
+        logit_scale, *pairs, rank_reduction, float(rank_weight), float(sft_weight), backend,
         float(workspace_mb), *wants,
     )  # fmt: skip
     return RRHFLoss(loss, *ranking)
@@ -142,6 +150,9 @@ class _LinearRRHF(torch.autograd.Function):
         # Not saved by autograd, so that the backward may scale them in place: a second [V, H] would
         # be the largest tensor here.
         ctx.gradients = [gradient if wanted else None for gradient, wanted in gradients]
+        ctx.is_added = arguments[3] is not None
+        if ctx.is_added:
+            ctx.gradients[1] = None
         ctx.num_inputs, ctx.backend = len(arguments), arguments[-5]
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
@@ -152,10 +163,21 @@ class _LinearRRHF(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_rrhf_loss: its gradient can be taken only once")
+        if ctx.is_added:  # unscaled, so no factor is left to apply
+            _check_is_one(d_loss)
         for gradient in gradients:
             if gradient is not None:
                 scale_op(gradient, d_loss, ctx.backend)
         return *gradients, *[None] * (ctx.num_inputs - 3)
+
+
+def _check_is_one(factor: Tensor) -> None:
+    """Raise RuntimeError for another factor; on CUDA without a wait, as a failed assertion."""
+    problem = "linear_rrhf_loss: with weight_grad call backward() of its loss itself"
+    if factor.device.type != "cpu":
+        torch._assert_async(factor == 1, problem)
+    elif factor != 1:
+        raise RuntimeError(f"{problem}, found its gradient to be {factor.item():g}")
 
 
 @torch.library.custom_op("rrhf_fast::scale", mutates_args=("gradient",))
@@ -171,19 +193,20 @@ def scale_op(gradient: Tensor, factor: Tensor, backend: str) -> None:
         gradient.mul_(factor)
 
 
-@torch.library.custom_op("rrhf_fast::linear_rrhf", mutates_args=())
+@torch.library.custom_op("rrhf_fast::linear_rrhf", mutates_args=("weight_grad",))
 def linear_rrhf_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-    rewards: Tensor, path_edges: Tensor, path_offsets: Tensor, group_offsets: Tensor,
-    bounds: list[int] | None, score_scales: Tensor, sft_scales: Tensor, reference: Tensor,
-    softcap: float | None, logit_scale: float, pair_loss: str, beta: float, margin: float,
-    rank_reduction: str, rank_weight: float, sft_weight: float, backend: str, workspace_mb: float,
-    wants_hidden: bool, wants_weight: bool, wants_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None, rows: Tensor,
+    targets: Tensor, rewards: Tensor, path_edges: Tensor, path_offsets: Tensor,
+    group_offsets: Tensor, bounds: list[int] | None, score_scales: Tensor, sft_scales: Tensor,
+    reference: Tensor, softcap: float | None, logit_scale: float, pair_loss: str, beta: float,
+    margin: float, rank_reduction: str, rank_weight: float, sft_weight: float, backend: str,
+    workspace_mb: float, wants_hidden: bool, wants_weight: bool, wants_bias: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; an unwanted gradient is empty. Flat
-    because an operator's schema takes tensors and numbers only."""
+    """The fields of `RRHFLoss`, and d_hidden, d_weight, d_bias; an unwanted gradient is empty, and
+    so is one that is added to `weight_grad`. Flat because an operator's schema takes tensors and
+    numbers only."""
     layout = Layout(path_edges, path_offsets, group_offsets)
     scales = Scales(score_scales, sft_scales, reference)
     pairs = PairLoss(pair_loss, beta, margin)
@@ -204,7 +227,7 @@ def linear_rrhf_op(
     wide = scales.score.dtype  # of sums over many edges: at least float32
     sums = GradientSums(
         torch.zeros_like(states, dtype=wide) if wants_hidden else None,
-        MatrixSum(weight.shape, wide, weight.device) if wants_weight else None,
+        MatrixSum(weight.shape, wide, weight.device, weight_grad) if wants_weight else None,
         torch.zeros_like(own_bias, dtype=wide) if wants_bias else None,
     )
     kept_logits, logprob, ranking = _modules(backend)
@@ -233,7 +256,7 @@ def linear_rrhf_op(
         # index_put_ sorts where index_add_ would use atomics: repeated rows sum in a fixed order.
         total = torch.zeros_like(hidden, dtype=wide)
         d_hidden = total.index_put_((rows,), sums.states, accumulate=True)
-    d_weight = sums.weight.value() if wants_weight else None
+    d_weight = sums.weight.value() if wants_weight and weight_grad is None else None
     gradients = (
         scales.score.new_empty(0) if total is None else total.to(like.dtype)
         for total, like in ((d_hidden, hidden), (d_weight, weight), (sums.bias, bias))
@@ -242,12 +265,14 @@ def linear_rrhf_op(
 
 
 @linear_rrhf_op.register_fake
-def _(hidden, weight, bias, rows, targets, rewards, *rest):
+def _(hidden, weight, bias, weight_grad, rows, targets, rewards, *rest):
     _, _, group_offsets, _, scores, *_, wants_hidden, wants_weight, wants_bias = rest
     ranking = Ranking.empty(scores, group_offsets.shape[0] - 1)
     gradients = (
         torch.empty_like(hidden) if wants_hidden else scores.new_empty(0),
-        weight.new_empty(weight.shape) if wants_weight else scores.new_empty(0),
+        weight.new_empty(weight.shape)
+        if wants_weight and weight_grad is None
+        else scores.new_empty(0),
         torch.empty_like(bias) if wants_bias else scores.new_empty(0),
     )
     return scores.new_empty(()), *ranking, *gradients

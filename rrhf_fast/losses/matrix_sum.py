@@ -5,12 +5,19 @@ from torch import Tensor
 
 
 class MatrixSum:
-    """A sum of matrices, in `dtype`. The first term is written instead of added, which saves
-    filling the sum with zeros and reading them back: two of four passes over a head's gradient."""
+    """A sum of matrices, in `dtype`, or added to `total`. Without that the first term is written
+    instead of added, which saves filling the sum with zeros and reading them back: two of four
+    passes over a head's gradient."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
-        self._total = torch.empty(shape, dtype=dtype, device=device)
-        self._is_empty = True
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        total: Tensor | None = None,
+    ):
+        self._is_empty = total is None
+        self._total = torch.empty(shape, dtype=dtype, device=device) if total is None else total
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add a @ b."""

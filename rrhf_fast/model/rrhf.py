@@ -83,6 +83,7 @@ class RRHFModel(nn.Module):
         # Where packs go. A model that is yet to be sharded is elsewhere, or has no weights.
         self.device = device or lm.device
         self.lm, self.loss_config, self.compute_dtype = lm, loss, compute_dtype
+        self._is_sharded = is_sharded
         # MiB for the head's logits; None means the losses' default.
         self.workspace_mb: float | None = None
         if self.device.type == "cuda":
@@ -231,9 +232,12 @@ class RRHFModel(nn.Module):
         update_copies(self.copied)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 
-    def forward(self, pack: Pack, *, share: float = 1.0) -> RRHFLoss:
+    def forward(self, pack: Pack, *, share: float = 1.0, into_grad: bool = False) -> RRHFLoss:
         """`share` times the loss of one pack, mean over its queries; log-probs and loss are at
-        least float32. Only `loss` carries a gradient. Its parts do not depend on `share`."""
+        least float32. Only `loss` carries a gradient. Its parts do not depend on `share`.
+
+        `into_grad`: `loss.backward()` will follow. The gradient of the head's weight is then added
+        to its `grad` at once, where it has one, and no other [V, H] is needed."""
         options = self.loss_options(pack, share)
         if not isinstance(pack, PackedForest):
             return rrhf_loss(self.edge_logps(pack), pack.rewards, **options)
@@ -241,8 +245,16 @@ class RRHFModel(nn.Module):
         with span("head"):
             return linear_rrhf_loss(
                 hidden, rows=pack.edge_rows, targets=pack.edge_targets, rewards=pack.rewards,
-                bounds=pack.bounds, workspace_mb=self.workspace_mb, **head._asdict(), **options,
+                bounds=pack.bounds, weight_grad=self._head_grad(hidden) if into_grad else None,
+                workspace_mb=self.workspace_mb, **head._asdict(), **options,
             )  # fmt: skip
+
+    def _head_grad(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The `grad` of the head's weight, if sums of the sweep can be added to it: FSDP makes
+        gradients of its own."""
+        grad = None if self._is_sharded else self.head.linear.weight.grad
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return grad if grad is not None and grad.dtype == wide else None
 
     def edge_weights(self, pack: Pack, *, share: float = 1.0) -> tuple[RRHFLoss, torch.Tensor]:
         """What `forward` returns, without a gradient, and the weight d loss / d logp [E] of each

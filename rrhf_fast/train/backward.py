@@ -59,7 +59,7 @@ def backward_whole(
                 pack = pack.to(model.device)
             # As part of the loss, the share costs no pass over the head's gradient.
             share = _share(pack, batch, world)
-            out = model(pack, share=share)
+            out = model(pack, share=share, into_grad=True)
             out.loss.backward()
         with span("loss"):
             totals.add(out, pack, share)

@@ -299,11 +299,13 @@ def test_opcheck_and_compile(backend):
     (hidden, weight, bias), (rows, targets, rewards), layout = case(dtype=torch.float32)
     tensors = [t.detach() for t in (hidden, weight, bias)]
     scales = torch.rand(14, device=DEVICE)
-    options = (None, 1.0, "hinge", 1.0, 0.0, "sum", 1.0, 1.0, backend, 1.0, True, False, True)
+    options = (None, 1.0, "hinge", 1.0, 0.0, "sum", 1.0, 1.0, backend, 1.0)
     bounds = read_bounds(Layout(**layout), len(rows))
-    for flat in (None, [number for triple in bounds for number in triple]):
-        arguments = (*tensors, rows, targets, rewards, *layout.values(), flat, *[scales] * 3)
-        torch.library.opcheck(linear_rrhf_op, (*arguments, *options))
+    given = [number for triple in bounds for number in triple]
+    for flat, total in ((None, None), (given, None), (given, torch.ones_like(weight).detach())):
+        arguments = (*tensors, total, rows, targets, rewards, *layout.values(), flat, *[scales] * 3)
+        wants = (True, total is not None, True)
+        torch.library.opcheck(linear_rrhf_op, (*arguments, *options, *wants))
 
     def loss(hidden, weight, bias):
         return linear_rrhf_loss(

@@ -22,12 +22,13 @@ from rrhf_fast.train.distributed import World
 from rrhf_fast.train.evaluate import Totals
 
 
-@pytest.fixture(scope="module")
-def lm():
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def lm(request):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=128,
+        tie_word_embeddings=request.param,
     )  # fmt: skip
     return LlamaForCausalLM(config).double().eval()
 

@@ -33,6 +33,7 @@ CASES = {
     "pairs": "other losses of a pair, and a reference, against the paper's hinge",
     "memory": "peak memory of the same queries",
     "scaling": "time and memory by k, vocabulary, prompt, response and order of the scores",
+    "loop": "steps of whole runs: the wait for packs, and the first step",
     "data": "rows to tokens to packs",
     "rows": "from rows to the first step: time and memory by the number of rows",
     "sample": "responses per second, with vLLM where it is installed",
@@ -42,7 +43,7 @@ CASES = {
 BOUND = ("kernel", "loss", "attention", "step", "active", "pairs")
 # Rounds unless --rounds says how many. In one process they are short, and are interleaved.
 ROUNDS, BOUND_ROUNDS = 3, 5
-ON_ROWS = ("step", "peers", "data")  # cases that take a real model and rows
+ON_ROWS = ("step", "peers", "loop", "data")  # cases that take a real model and rows
 # Options that name files: published figures show only the name, not the path.
 FILES = ("model", "data")
 # Options that figures do not depend on.

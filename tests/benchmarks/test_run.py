@@ -29,6 +29,16 @@ def test_a_case_leaves_figures_and_a_plot(tmp_path, capsys):
     assert "rrhf_fast torch" in capsys.readouterr().out
 
 
+def test_steps_of_a_run_and_their_waits(tmp_path, capsys):
+    options = ["--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    assert run.main(["loop", *options]) == 0
+    (case,) = json.loads((tmp_path / "loop-smoke-cpu.json").read_text())["cases"]
+    (one,) = case["runs"]
+    assert len(one["steps"]) == len(one["waits"]) == 4
+    assert min(one["steps"]) > 0 and case["first_wait_seconds"] == one["waits"][0] > 0
+    assert (tmp_path / "loop-smoke-cpu.png").exists() and "the demo's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "options, problem",
     [

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import sys
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
-from rrhf_fast.stages.files import append, naming
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.stages.files import append, disk_problem, naming
 from rrhf_fast.train.config import TrainConfig
-from rrhf_fast.train.trackers import open_tracker
+from rrhf_fast.train.trackers import Tracker, open_tracker
 
 
 class MetricsLog:
@@ -19,7 +22,7 @@ class MetricsLog:
         ValueError if a tracker in `report_to` is not installed."""
         self.records: list[dict] = []
         names = config.report_to if writes else []
-        self._trackers = [open_tracker(name, output_dir, config) for name in names]
+        self._trackers = {name: open_tracker(name, output_dir, config) for name in names}
         self._path, self._file, self._writes = output_dir / "metrics.jsonl", None, writes
 
     def resume(self, length: int) -> None:
@@ -51,20 +54,31 @@ class MetricsLog:
                 self._file.truncate(0)
             append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
-        for tracker in self._trackers:
-            tracker.log(numbers, record["step"])
+        self._tell(lambda tracker: tracker.log(numbers, record["step"]))
 
     def show(self, samples: list[dict], step: int) -> None:
         """Give the trackers a table of samples, dicts with the same keys."""
-        for tracker in self._trackers:
-            tracker.show(samples, step)
+        self._tell(lambda tracker: tracker.show(samples, step))
 
     def close(self) -> None:
         """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._tell(lambda tracker: tracker.finish())
+
+    def _tell(self, tell: Callable[[Tracker], None]) -> None:
+        """Give each tracker something. One that fails, since its server is gone perhaps, does not
+        end the run: it is left out from here on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tell(tracker)
+            except Exception as error:  # of a client, of any type
+                if disk_problem(error):
+                    raise
+                del self._trackers[name]
+                problem = f"{name} failed ({one_line(error)}) and gets no more of this run"
+                left = f"{self._path} has everything"
+                print(f"warning: report_to: {problem}; {left}", file=sys.stderr, flush=True)
 
 
 def cut(path: Path, length: int, *, writes: bool = True) -> list[bytes]:

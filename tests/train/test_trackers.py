@@ -5,7 +5,9 @@ import json
 import pytest
 
 from rrhf_fast import RRHFTrainer, TrainConfig, demo, train
+from rrhf_fast.train import trackers
 from rrhf_fast.train.samples_table import best_and_worst, samples_table
+from tests import jsonl
 from tests.train.test_trainer import HELD_OUT, ROWS
 
 
@@ -50,6 +52,25 @@ def test_tensorboard(run, tmp_path):
     head, _, *rows = make_ndarray(last.tensor_proto)[0].decode().splitlines()
     assert (last.step, head) == (2, "| reward | prompt | response |")
     assert [row.split(" | ")[0] for row in rows] == [f"| {sample['reward']}" for sample in shown]
+
+
+@pytest.mark.parametrize("when", ["log", "show", "finish"])
+def test_a_tracker_that_fails_does_not_end_the_run(run, when, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    calls = []
+
+    def gone(*_):
+        calls.append(when)
+        raise ConnectionError("no route\nto the server")
+
+    monkeypatch.setattr(trackers._TensorBoard, when, gone)
+    records, _ = run("tensorboard")
+    assert records[-1]["step"] == 2 and (tmp_path / "out/model.safetensors").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "report_to" in line]
+    problem = "tensorboard failed (no route to the server) and gets no more of this run"
+    assert line == f"warning: report_to: {problem}; {tmp_path}/out/metrics.jsonl has everything"
+    assert calls == [when]
+    assert len(jsonl.read(tmp_path / "out/metrics.jsonl")) == len(records)
 
 
 def test_mlflow(run, tmp_path, monkeypatch):

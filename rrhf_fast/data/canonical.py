@@ -1,7 +1,10 @@
 """The canonical record: the fields of the own format, to which every layout is converted."""
 
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from rrhf_fast.data.checks import listed
 from rrhf_fast.data.messages import from_cell
@@ -10,6 +13,8 @@ from rrhf_fast.data.messages import from_cell
 COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 # Fields of the response and its score in rows of one response, which `--group_by` joins.
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
+# Fields whose names are often misspelt.
+_KNOWN = {"prompt", "responses", "scores", "chosen", "rejected", "instruction", "completions"}
 _PROMPT_NAMES = {"prompt", "query", "id", "prompt_id"}
 SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 
@@ -29,9 +34,28 @@ class Canonical:
     common: dict = field(default_factory=dict)  # the fields in COMMON
 
 
+def notes(canon: Canonical) -> Counter:
+    """What is worth a warning in a record that can be used: `cut off`, its responses that a limit
+    of length ended; `contradicted`, 1 for a pair whose own scores prefer the rejected side."""
+    reasons, counts = canon.common.get("finish_reasons"), Counter()
+    if isinstance(reasons, list) and (cut := reasons.count("length")):
+        counts["cut off"] = cut
+    if canon.score_names is not None and canon.names == ["chosen", "rejected"]:
+        with suppress(TypeError):  # scores that are no numbers are refused elsewhere
+            counts["contradicted"] = int(canon.scores[0] < canon.scores[1])
+    return +counts
+
+
 def fields_hint(record: dict) -> str:
     """Return the end of an error about a missing field: the record's fields, and what to do."""
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
+    if len(record) == 1 and any(mark in next(iter(record)) for mark in ";\t"):
+        hint = "is it a CSV file with another delimiter than the comma?"
+    for name in record:
+        near = get_close_matches(name, _KNOWN - record.keys(), 1, 0.8)
+        if near and name not in _KNOWN:
+            hint = f"is {listed([name])} {near[0]}? {hint}"
+            break
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
     elif record and record.keys() - set(COMMON) <= _PROMPT_NAMES:

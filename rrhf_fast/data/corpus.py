@@ -32,7 +32,6 @@ _INDEX = {
     "distinct_rewards": pa.int32(),
     "distinct_responses": pa.int32(),
     "end_id": pa.int32(),  # the token that ends its responses
-    "is_text": pa.bool_(),  # the prompt is a string
     "prompt_key": pa.uint64(),  # equal for rows with the same question
     "digest": pa.uint64(),  # of tokens and rewards
 }
@@ -157,7 +156,6 @@ def as_batch(queries: Sequence[TokenisedQuery]) -> pa.RecordBatch:
             len({ids.tobytes() for ids in query.response_ids}) for query in queries
         ],
         "end_id": [query.response_ids[0][-1] for query in queries],
-        "is_text": [isinstance(query.row.prompt, str) for query in queries],
         "prompt_key": [prompt_key(query.row) for query in queries],
         "digest": map(_digest, queries),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from rrhf_fast.data.canonical import Canonical
+from rrhf_fast.data.canonical import Canonical, notes
 from rrhf_fast.data.checks import BadRow, check_object, one_line
 from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.files import Records
@@ -18,6 +18,8 @@ T = TypeVar("T")
 # (record in canonical form, record, where) -> what it holds, and its bad responses.
 Parser = Callable[[Canonical, dict, str], tuple[T, list[BadRow]]]
 
+# What reports count.
+COUNTS = ("bad", "bad_responses", "unused", "noted")
 HINT = "--on_bad_rows skip leaves out bad responses, and rows with fewer than 2 good ones"
 
 
@@ -30,6 +32,7 @@ class RowReport:
     bad: Counter = field(default_factory=Counter)  # skipped rows, by kind of error
     bad_responses: Counter = field(default_factory=Counter)  # left out of kept rows, by kind
     unused: Counter = field(default_factory=Counter)  # rows per unused field
+    noted: Counter = field(default_factory=Counter)  # what is used and is worth a warning
     first: dict[tuple[str, str], BadRow] = field(default_factory=dict)  # error of each kind
 
     def skip(self, error: BadRow, on_bad_rows: str) -> None:
@@ -56,7 +59,8 @@ class RowReport:
         return {f"{name}: {kind}": count for name, kinds in parts for kind, count in kinds.items()}
 
     def lines(self, name: str) -> list[str]:
-        """Say what was left out of the source `name`: how many of each kind, and the first one."""
+        """Say what was left out of the source `name`: how many of each kind, and the first one;
+        and what the chat template does not render as it should."""
         lines = []
         for what, kinds in (("row", self.bad), ("response", self.bad_responses)):
             parts = [
@@ -66,6 +70,22 @@ class RowReport:
             if parts:
                 plural = "s" if kinds.total() > 1 else ""
                 lines.append(f"{name}: {kinds.total()} {what}{plural} skipped: {'; '.join(parts)}")
+        return lines + [f"{name}: {text}" for text in self.warnings().values()]
+
+    def warnings(self) -> dict[str, str]:
+        """Lines by name about prompts that the chat template does not render, or renders twice."""
+        lines = {}
+        if texts := self.noted["text"]:
+            which = "all" if texts == self.kept else f"{texts} of {self.kept}"
+            lines["prompts"] = (
+                f"warning: {which} are text, which bypasses the model's chat template; "
+                "--apply_chat_template true turns them into messages"
+            )
+        if twice := self.noted["rendered twice"]:
+            lines["messages"] = (
+                f"warning: {twice} of {self.kept} prompts hold tokens of the chat template, which "
+                "renders them again (texts that are rendered need no --apply_chat_template)"
+            )
         return lines
 
     def check_kept(self, sources: Sequence[str | InMemory]) -> None:
@@ -73,9 +93,8 @@ class RowReport:
         if not self.kept:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
             first = next((f"; first: {one_line(error)}" for error in self.first.values()), "")
-            problem = f"no usable row among the {self.read} read" + (
-                f" ({kinds}{first})" if kinds else ""
-            )
+            problem = "no rows" if not self.read else f"no usable row among the {self.read} read"
+            problem += f" ({kinds}{first})" if kinds else ""
             raise ValueError(f"{', '.join(map(str, sources))}: {problem}")
 
     def as_json(self) -> dict:
@@ -86,7 +105,7 @@ class RowReport:
     @classmethod
     def of_json(cls, record: dict) -> "RowReport":
         """The report that `as_json` described."""
-        counts = {name: Counter(record[name]) for name in ("bad", "bad_responses", "unused")}
+        counts = {name: Counter(record[name]) for name in COUNTS}
         first = {(what, kind): BadRow(*args) for what, kind, *args in record["first"]}
         return cls(record["read"], record["kept"], **counts, first=first)
 
@@ -94,7 +113,7 @@ class RowReport:
         """Add the counts of another report."""
         self.read += other.read
         self.kept += other.kept
-        for name in ("bad", "bad_responses", "unused"):
+        for name in COUNTS:
             getattr(self, name).update(getattr(other, name))
         for key, error in other.first.items():
             self.first.setdefault(key, error)
@@ -205,6 +224,7 @@ def parsed(
             if unused is not None:
                 unused.update(unused_fields(canon, record))
             row, bad = parse(canon, record, where)
+            report.noted.update(notes(canon))
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue

@@ -122,7 +122,7 @@ def tokenise_some(
     refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
     prefix, endings = added_prefix(tokenizer), Endings(tokenizer)
-    queries, counts = [], TokenCounts()
+    marks, queries, counts = _template_tokens(tokenizer), [], TokenCounts()
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         # Render the texts of each row.
         batch = []
@@ -151,6 +151,8 @@ def tokenise_some(
             response_ids = [_fit_response(ids, texts.end, limit, counts) for ids in responses]
             rewards = _float32_rewards(row.rewards)
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
+            if tokenizer.chat_template and (note := _note(row.prompt, marks)):
+                report.noted[note] += 1
     return queries, counts
 
 
@@ -214,7 +216,8 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
     """Render a row. Returns the texts of its good responses, and the errors of the others."""
     tokenizer = template.tokenizer
     if isinstance(row.prompt, str):
-        return _Texts(row, row.prompt, row.responses, tokenizer.eos_token_id), []
+        responses = [_without_ends(text, (tokenizer.eos_token,)) for text in row.responses]
+        return _Texts(row, row.prompt, responses, tokenizer.eos_token_id), []
     opening = template.open(row)
     end = endings.token(opening.suffix)
     end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted({end, tokenizer.eos_token_id})))
@@ -235,8 +238,25 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
     return _Texts(row, opening.text, list(good.values()), end), bad
 
 
+def _template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The tokens that a text has if the chat template rendered it."""
+    template = str(tokenizer.chat_template)
+    tokens = [token.content.strip() for token in tokenizer.added_tokens_decoder.values()]
+    marks = [token for token in tokens if token and token in template]
+    return marks + ([tokenizer.eos_token] if "eos_token" in template else [])
+
+
+def _note(prompt: str | list[dict], marks: list[str]) -> str | None:
+    """What is worth a warning in a prompt for a tokenizer with a chat template: that it bypasses
+    this, `text`, or that messages hold tokens of it, `rendered twice`."""
+    if isinstance(prompt, str):
+        return None if any(mark in prompt for mark in marks) else "text"
+    asked = [str(message["content"]) for message in prompt if message["role"] != "assistant"]
+    return "rendered twice" if any(mark in text for text in asked for mark in marks) else None
+
+
 def _without_ends(response: str, ends: tuple[str, ...]) -> str:
-    """Strip end tokens from a response, because the template adds one."""
+    """Strip end tokens from a response, because one is added."""
     while (text := response.rstrip()).endswith(ends):
         response = text.removesuffix(next(end for end in ends if text.endswith(end)))
     return response

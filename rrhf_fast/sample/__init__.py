@@ -16,10 +16,11 @@ def sample(config: SampleConfig) -> Counter:
     Under torchrun every process calls this.
 
     Returns:
-        Counts: rows, responses, duplicates, empty, unfinished, failures, unrankable (rows with
-        fewer than 2 responses), an endpoint's requests, prompt_tokens and completion_tokens,
-        unanswered (prompts that a local model cannot read, such as too long ones), skipped (bad
-        rows) and bad_responses, these two also by kind, as "skipped: wrong type".
+        Counts: rows, responses, of these those "cut off at the limit", duplicates, empty,
+        unfinished, failures, unrankable (rows with fewer than 2 responses), an endpoint's requests,
+        prompt_tokens and completion_tokens, unanswered (prompts that a local model cannot read,
+        such as too long ones), skipped (bad rows) and bad_responses, these two also by kind, as
+        "skipped: wrong type".
 
     Raises:
         ValueError: a mistake in options, files or rows.

@@ -185,6 +185,7 @@ def _merged(
                 problem = _problem(result, out["responses"], config)
                 counts[problem or "responses"] += 1
                 if problem is None:
+                    counts["cut off at the limit"] += result["finish_reason"] == "length"
                     out["responses"].append(result["text"])
                     out["sources"].append(source)
                     out["finish_reasons"].append(result["finish_reason"])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from rrhf_fast.data.checks import printed
-from rrhf_fast.stages.other_names import OTHER_NAMES
+from rrhf_fast.stages.other_names import hint_for_name, hint_for_value
 
 # Options that name files or folders, or may.
 _FILES = {
@@ -41,7 +41,8 @@ def check(config: object) -> None:
         if problem and get_origin(kind) is list and isinstance(value, str):
             problem = f"a list, [{value[:40]}]"
         if problem:
-            raise ValueError(f"{name}: expected {problem}, found {printed(value)}")
+            hint = hint_for_value(name, value)
+            raise ValueError(f"{name}: expected {problem}, found {printed(value)}{hint}")
         if problem := _unfit(value):
             raise ValueError(f"{name}: expected {problem}, found {printed(value)}")
         for i, item in enumerate(value if isinstance(value, list) else [value]):
@@ -87,18 +88,18 @@ def check_within(name: str, test: Callable[[Any], None], config: object) -> None
 def check_names(config_class: type, options: dict, where: str, *, dotted: bool) -> None:
     """Raise ValueError, beginning with `where`, for names in a mapping, or within it, that are no
     options of the config class. If `dotted`, names may be paths: {"train.seed": 1}."""
-    kinds = get_type_hints(config_class)
+    kinds, unknown = get_type_hints(config_class), []
     for key, value in options.items():
         name, _, rest = str(key).partition(".") if dotted else (str(key), "", "")
         if name not in kinds and (name not in REMOVED or value != REMOVED[name]):
             near = get_close_matches(name, kinds, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            ours = OTHER_NAMES.get(name, ())
-            if ours and kinds.keys() >= set(ours):
-                hint = f" (here: {', '.join(ours)})"
+            if (of_others := hint_for_name(name, kinds.keys())) is not None:
+                hint = of_others
             if name == "hub_token":  # of transformers
                 hint = " (set HF_TOKEN, or log in by hf auth login: options are written to files)"
-            raise ValueError(f"{where}{name}: no such option{hint}")
+            unknown.append(f"{name}: no such option{hint}")
+            continue
         kind, value = kinds.get(name), {rest: value} if rest else value
         if get_origin(kind) is list and isinstance(value, list):
             within = [(get_args(kind)[0], f"{name}[{i}]", item) for i, item in enumerate(value)]
@@ -109,6 +110,8 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
         for kind, path, item in within:
             if is_dataclass(kind) and isinstance(item, dict):
                 check_names(kind, item, f"{where}{path}.", dotted=dotted and path == name)
+    if unknown:
+        raise ValueError(where + "; ".join(unknown))
 
 
 def as_config(config_class: type, options: object, name: str) -> object:

@@ -20,6 +20,8 @@ from rrhf_fast.stages.options import REMOVED, check, check_names, describe, fits
 
 Config = TypeVar("Config")
 
+# How names of files of options end.
+_OF_OPTIONS = (".yaml", ".yml", ".json")
 # Words that take no value.
 _ALONE = {"-h": "help", "--help": "help", "--print_config": "print_config"}
 
@@ -54,7 +56,7 @@ def parse_config(
     missing = [name for name in needed if options.get(name) is None]
     if ("print_config", None) in words:
         config = config_class(**dict.fromkeys(missing) | options)
-        print(_as_yaml(config), end="")
+        print(as_yaml(config), end="")
         raise SystemExit(0)
     if missing:
         raise ValueError(f"{missing[0]}: missing")
@@ -73,7 +75,8 @@ def _words(config_class: type, arguments: list[str]) -> Iterator[tuple[str, str 
             continue
         name, has_value, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            raise ValueError(f"{word}: expected --OPTION VALUE")
+            hint = f" (a file of options: --config {word})" if word.endswith(_OF_OPTIONS) else ""
+            raise ValueError(f"{word}: expected --OPTION VALUE{hint}")
         if name != "config":
             check_names(config_class, {name.removesuffix("+"): None}, "", dotted=True)
         if not has_value:
@@ -214,7 +217,8 @@ def _file_of_options(file: str, config_class: type, where: str) -> dict:
     return options
 
 
-def _as_yaml(config: object) -> str:
+def as_yaml(config: object) -> str:
+    """A config in YAML, as `--config` reads it."""
     dump = partial(yaml.safe_dump, _in_order(config), sort_keys=False)
     text = dump(allow_unicode=True)
     return text if visible_lines(text) == text else dump(allow_unicode=False)

@@ -39,6 +39,20 @@ def check_metric(records: list[dict], config: TrainConfig) -> None:
         raise ValueError(f"metric_for_best_model: {problem} (choose another metric)")
 
 
+def worse_than_before(
+    before: dict[str, float], best: dict[str, float], config: TrainConfig
+) -> str | None:
+    """What to say if no evaluation was as good as that before the first step."""
+    name, higher = watched_metric(config)
+    name = name.removeprefix("eval/")
+    if not {name} <= before.keys() & best.keys():
+        return None
+    old, new = before[name], best[name]
+    if new >= old if higher else new <= old:
+        return None
+    return f"{name} was {old:.4g} before the first step and never as good again, at best {new:.4g}"
+
+
 def _values(records: list[dict], config: TrainConfig) -> dict[int, float | None]:
     """How good each evaluation was, by its step; None for a metric that was not finite."""
     name, higher = watched_metric(config)

@@ -1,7 +1,7 @@
 """Options of `python -m rrhf_fast.train`; its --help prints this page."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
@@ -293,6 +293,9 @@ class TrainConfig(
         if "" in self.stop_strings:
             raise ValueError("stop_strings: an empty text would cut every response to nothing")
         refuse_reserved(self.chat_template_kwargs)
+        if self.resume_from_checkpoint in ("true", "True"):  # of transformers
+            problem = "expected a checkpoint's folder, or latest for the newest in output_dir"
+            raise ValueError(f"resume_from_checkpoint: {problem}")
         if self.resume_from_checkpoint == "latest" and self.output_dir is None:
             raise ValueError("resume_from_checkpoint: latest needs an output_dir to look in")
         for name in ("save_steps", "resume_from_checkpoint", "init_optimizer_from"):
@@ -335,6 +338,10 @@ class TrainConfig(
             _check_layers(self.lora_target_modules)
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit: needs use_peft (4 bits can be kept, not trained)")
+        adapters = [f.name for f in fields(AdapterConfig) if getattr(self, f.name) != f.default]
+        if adapters and not self.use_peft:
+            problem = "needs use_peft, without which all weights are trained"
+            raise ValueError(f"{adapters[0]}: {problem}")
         if self.load_in_4bit and self.compile:
             raise ValueError("load_in_4bit, compile: layers in 4 bits are not compiled")
         if self.load_in_4bit and self.use_dora:
@@ -374,6 +381,9 @@ def _check_layers(names: str | list[str]) -> None:
     """Raise ValueError for no name, and for a text that is no regular expression."""
     if not names or (isinstance(names, list) and "" in names):
         raise ValueError("lora_target_modules: expected names of layers, found nothing")
+    if names == "all" or (isinstance(names, str) and re.fullmatch(r"\w+(,\s*\w+)+", names)):
+        problem = "a list such as [q_proj, v_proj], a regular expression or all-linear"
+        raise ValueError(f"lora_target_modules: expected {problem}, found {printed(names)}")
     try:
         re.compile(names if isinstance(names, str) else "")
     except (re.error, OverflowError, RecursionError, MemoryError) as error:

@@ -48,7 +48,7 @@ def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:
     if used:
         problem = f"{config.output_dir} already holds {used[0]} of another run"
         if resumed == "latest" and "metrics.jsonl" in used:
-            problem = f"{config.output_dir} holds a finished run, and no checkpoint to resume from"
+            problem = f"{config.output_dir} holds a model, and no checkpoint to resume from"
         how = "choose another, or set --overwrite_output_dir true"
         if can_resume and resumed is None:
             how += "; to finish that run, set --resume_from_checkpoint latest"

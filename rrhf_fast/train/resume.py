@@ -23,6 +23,10 @@ def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
         checkpoints.clear(keep_complete=False)
         attach_reference(run)
         return Progress()
+    before = read_state(folder)["config"]["train_batch_size"]
+    if before != config.train_batch_size:  # a run's place in its rows is a number of steps
+        problem = f"expected {before}, as in {folder}, found {config.train_batch_size}"
+        raise ValueError(f"train_batch_size: {problem} (a resumed run keeps it)")
     checkpoints.clear(keep_complete=True)
     progress, lengths = checkpoints.resume(folder)
     world.once(lambda: _complete(folder))
@@ -31,7 +35,9 @@ def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
         if world.is_first:
             cut(run.output_dir / "samples.jsonl", lengths.get("samples.jsonl", 0))
     changes = changed_options(folder, config)
-    world.print(f"resume     {folder}" + (f", with changes: {changes}" if changes else ""))
+    changes = f", with changes: {changes}" if changes else ""
+    left = "" if progress.step < run.num_steps else f"; no step is left of {run.num_steps}"
+    world.print(f"resume     {folder}{changes}{left}")
     return progress
 
 

@@ -5,7 +5,7 @@ from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.decoder import load_tokenizer, max_positions
 from rrhf_fast.model.sharded import empty_model
 from rrhf_fast.train.config import TrainConfig
-from rrhf_fast.train.summary import counted, warn_of_text
+from rrhf_fast.train.summary import counted, warnings
 
 
 def shown_rows(config: TrainConfig) -> str:
@@ -31,9 +31,8 @@ def shown_rows(config: TrainConfig) -> str:
     )
     shown = [_shown(query, tokenizer) for query in queries[: config.show_tokens]]
     shown += report.lines("train_data")
-    texts = sum(isinstance(query.row.prompt, str) for query in queries)
-    if warning := warn_of_text(texts, len(queries), bool(tokenizer.chat_template)):
-        shown.append(f"prompts: {warning}")
+    prompts = report.warnings()  # which are among the lines
+    shown += [f"{name}: {text}" for name, text in warnings(report).items() if name not in prompts]
     if report.unused:
         shown.append(f"unused fields: {counted(report.unused)}")
     return "\n\n".join(shown)

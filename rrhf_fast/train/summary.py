@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from rrhf_fast.data.checks import listed
+from rrhf_fast.data.load import RowReport
 from rrhf_fast.model.four_bit import num_elements
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.stages.cards import short
@@ -33,7 +34,11 @@ def describe(
     ties = int((index["distinct_rewards"] < index["num_responses"]).sum())
     duplicates = int((index["distinct_responses"] < index["num_responses"]).sum())
     packed, padded = int(index["forest_tokens"].sum(dtype=np.int64)), int(train.padded_tokens.sum())
-    num_parameters = short(sum(map(num_elements, model.parameters())))
+    sizes = [(num_elements(weight), weight.requires_grad) for weight in model.parameters()]
+    num_parameters = f"{short(sum(size for size, _ in sizes))} parameters"
+    if config.use_peft:
+        trained = short(sum(size for size, learns in sizes if learns))
+        num_parameters += f", of which LoRA's {trained} are trained"
     kind = model.lm.config.model_type
     skipped = "".join(f", {count} skipped: {kind}" for kind, count in report.bad.most_common())
     dropped = report.bad_responses.most_common()
@@ -41,7 +46,7 @@ def describe(
     by_k = ", ".join(f"{k} ({count} rows)" for k, count in zip(ks, num_rows, strict=True))
     num_held_out = 0 if held_out is None else len(held_out)
     lines = {
-        "model": f"{config.model_name_or_path} ({kind}, {num_parameters} parameters)",
+        "model": f"{config.model_name_or_path} ({kind}, {num_parameters})",
         "device": f"{model.device}, {config.dtype} arithmetic, "
         f"{'base weights in 4 bits, ' if config.load_in_4bit else ''}packing {config.packing}, "
         f"packs of {config.max_tokens_per_pack} tokens",
@@ -56,8 +61,7 @@ def describe(
     }
     when = "found in the cache" if data.seconds is None else f"tokenised in {data.seconds:.1f} s"
     lines["cut"] += f"; rows {when}"
-    if text := warn_of_text(int(index["is_text"].sum()), len(train), has_template):
-        lines["prompts"] = text
+    lines |= warnings(report)
     if report.unused:
         lines["unused"] = f"fields: {counted(report.unused)}"
     if held_out is not None:
@@ -69,6 +73,8 @@ def describe(
             )
     if (index["distinct_rewards"] == 1).all():
         lines["warning"] = "no row has two different scores, so there is nothing to rank"
+    elif (index["distinct_responses"] == 1).all():
+        lines["warning"] = "no row has two different responses, so there is nothing to rank"
     sizes = index["forest_tokens"] if config.packing == "forest" else train.padded_tokens
     oversized = sizes[sizes > config.max_tokens_per_pack]
     if len(oversized):
@@ -87,15 +93,20 @@ def _attention_lines(model: RRHFModel) -> dict[str, str]:
     return lines | ({"fallback": f"warning: {'; '.join(model.warnings)}"} if model.warnings else {})
 
 
-def warn_of_text(texts: int, total: int, has_template: bool) -> str | None:
-    """A warning about prompts that bypass the tokenizer's chat template, if any of them do."""
-    if not texts or not has_template:
-        return None
-    which = "all" if texts == total else f"{texts} of {total}"
-    return (
-        f"warning: {which} are text, which bypasses the model's chat template; "
-        "--apply_chat_template true turns them into messages"
-    )
+def warnings(report: RowReport) -> dict[str, str]:
+    """Lines by name about rows that can be used, though hardly as they are meant."""
+    noted, lines = report.noted, report.warnings()
+    if cut := noted["cut off"]:
+        lines["unfinished"] = (
+            f"warning: {cut} responses were cut off by a limit of length, and the model learns to "
+            "stop there (sample with --finished_only true, or a larger max_new_tokens)"
+        )
+    if contradicted := noted["contradicted"]:
+        lines["pairs"] = (
+            f"warning: {contradicted} of {report.kept} pairs have scores that prefer the rejected "
+            "response, and the scores decide"
+        )
+    return lines
 
 
 def warn_of_rate(config: TrainConfig, model: RRHFModel, has_template: bool) -> str | None:

@@ -81,6 +81,18 @@ BAD = {
         "answers[0]: expected an object with answer, as Nectar has it, found the fields text, "
         "votes; name yours with --columns",
     ),
+    "a misspelt field": (
+        {"prompt": "p", "choosen": "a", "rejected": "b"},
+        "missing field",
+        "responses: missing (expected a list); found the fields prompt, choosen, rejected: is "
+        "choosen chosen? name yours",
+    ),
+    "another delimiter": (
+        {"prompt;chosen;rejected": "p;a;b"},
+        "missing field",
+        "prompt: missing (expected a string or a list of messages); found the fields "
+        "prompt;chosen;rejected: is it a CSV file with another delimiter",
+    ),
     "no scores": (without("scores"), "missing field", "scores: missing"),
     "number as prompt": (GOOD | {"prompt": 7}, "wrong type", "prompt: expected a string or mess"),
     "no messages": (GOOD | {"prompt": []}, "wrong type", "prompt: an empty list"),

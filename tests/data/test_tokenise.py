@@ -83,6 +83,12 @@ def test_exactly_one_end_token():
     assert text(tokenizer, query.response_ids[0]) == "ab</s>"
 
 
+def test_an_end_token_before_white_space_is_the_end():
+    tokenizer = make_tokenizer()
+    (query,), _, _ = tokenise(tokenizer, row(responses=("ab</s>\n", "cd\n")))
+    assert [text(tokenizer, ids) for ids in query.response_ids] == ["ab</s>", "cd\n</s>"]
+
+
 def test_the_end_token_is_learned_even_if_it_pads():
     tokenizer = make_tokenizer(pad_token=EOS)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

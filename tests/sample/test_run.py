@@ -45,6 +45,22 @@ def lm():
     return AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
+def test_what_a_person_should_know_of_the_samples(config, chat_model, capsys):
+    """Texts that bypass the chat template, answers that the limit cut off, and rows that cannot be
+    ranked."""
+    words = ["--data", config.data, "--output", config.output, "--model_name_or_path", chat_model]
+    policy = "[{method: sample, num_responses: 2, max_new_tokens: 1}]"
+    assert main([*words, "--policies", policy]) == 0
+    out = capsys.readouterr().out
+    assert "policies[0]: warning: all are text, which bypasses the model's chat template" in out
+    reasons = Counter(reason for row in read(config.output) for reason in row["finish_reasons"])
+    assert reasons["length"] and f" {reasons['length']} cut off at the limit" in out
+    finished = [*words, "--overwrite", "--finished_only", "--apply_chat_template"]
+    assert main([*finished, "--policies", "[{method: greedy, max_new_tokens: 1}]"]) == 0
+    out = capsys.readouterr().out
+    assert "warning" not in out and "next: sample again, longer or more: no row has two" in out
+
+
 def test_greedy_and_beam_equal_generate_on_single_prompts(config, lm):
     config.policies = policies({"method": "greedy"}, {"method": "beam", "num_responses": 3})
     sample(config)

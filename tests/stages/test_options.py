@@ -201,6 +201,11 @@ WRONG = {
         {"train": {"learning_rat": 1}},
         "train.learning_rat: no such option (did you mean learning_rate?)",
     ),
+    "several": (
+        {"train": {"do_train": True, "seeed": 1, "warmup_ratio": 0.1}},
+        "train.do_train: no such option (nothing takes its place here); seeed: no such option "
+        "(did you mean seed?); warmup_ratio: no such option (here: warmup_steps)",
+    ),
     "of another trainer": (
         {"train": {"warmup_ratio": 0.1}}, "train.warmup_ratio: no such option (here: warmup_steps)",
     ),
@@ -231,6 +236,15 @@ KINDS = {
     "a word of YAML": (
         {"train": {"active_set": True}},
         "train.active_set: expected auto, 'on' or 'off', found True",
+    ),
+    "a word of another trainer": (
+        {"train": {"report_to": "none"}},
+        "train.report_to: expected a list, [none], found 'none' ([] is none, and the default)",
+    ),
+    "a number of another trainer": (
+        {"train": {"max_steps": -1}},
+        "train.max_steps: expected at least 1, at most 1000000000, found -1 (null is no limit, and "
+        "the default)",
     ),
     "a switch": ({"finished_only": 1}, "finished_only: expected bool, found 1"),
     "one of several kinds": ({"data": 5}, "data: expected str, or list of str, found 5"),

@@ -102,7 +102,6 @@ def assert_equal_to_memory(corpus, findings, sources, tokenizer=CHAT, **options)
             assert ids.dtype == expected.dtype and ids.flags.writeable
         assert corpus.prompt(place) == query.row.prompt
         assert corpus.where(place) == query.row.where
-        assert corpus.index["is_text"][place] == isinstance(query.row.prompt, str)
     index = {
         "forest_tokens": map(forest_tokens, queries),
         "num_responses": (len(query.response_ids) for query in queries),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from rrhf_fast import ExportConfig, RRHFTrainer, TrainConfig, demo, export, train
-from rrhf_fast.train.best import best_step, has_stalled
+from rrhf_fast.train.best import best_step, has_stalled, worse_than_before
 from tests.train.test_trainer import HELD_OUT, ROWS, Wishes, records
 
 OPTIONS = {"train_batch_size": 4, "max_steps": 6, "eval_steps": 1, "learning_rate": 1e-4}
@@ -55,6 +55,17 @@ def test_it_decides_as_the_callback_of_transformers(values, patience, higher):
         finite = any(value is not None for value in values[:step])
         assert best_step(found, config) == (state.best_global_step if finite else None)
         assert has_stalled(found, config) == control.should_training_stop
+
+
+def test_a_best_that_is_worse_than_no_training_is_warned_of(tmp_path, capsys):
+    trainer(tmp_path, max_steps=2, learning_rate=0.3, load_best_model_at_end=True).train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith("warning: loss was ") and "never as good again, at best" in line
+    config, higher = TrainConfig(), TrainConfig(metric_for_best_model="eval_rewards/accuracies")
+    assert worse_than_before({"loss": 2.0}, {"loss": 2.0}, config) is None
+    assert worse_than_before({"loss": 2.0}, {}, config) is None
+    low, high = {"rewards/accuracies": 0.4}, {"rewards/accuracies": 0.5}
+    assert worse_than_before(low, high, higher) is None and worse_than_before(high, low, higher)
 
 
 class Remember(TrainerCallback):

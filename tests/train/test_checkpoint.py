@@ -275,8 +275,17 @@ def test_the_oldest_checkpoints_are_removed(tmp_path, data):
 
 def test_a_finished_run_without_checkpoints_is_not_resumed(tmp_path, data):
     run(tmp_path, data, max_steps=1)
-    with pytest.raises(ValueError, match="holds a finished run, and no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="holds a model, and no checkpoint to resume from"):
         run(tmp_path, data, resume_from_checkpoint="latest")
+
+
+def test_a_resumed_run_keeps_its_batches(tmp_path, data, unharmed):
+    """Its place in the rows is a number of steps."""
+    stopped_at(4, unharmed, tmp_path / "out")
+    problem = r"train_batch_size: expected 5, as in .*checkpoint-4, found 3 \(a resumed run keeps"
+    with pytest.raises(ValueError, match=problem):
+        run(tmp_path / "out", data, resume_from_checkpoint="latest", train_batch_size=3)
+    assert complete_checkpoints(tmp_path / "out")
 
 
 def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
@@ -291,7 +300,7 @@ def test_what_a_resume_refuses(tmp_path, data, unharmed, capsys):
         ValueError, match="resume_from_checkpoint: .*checkpoint-5 is not a complete"
     ):
         run(tmp_path / "new", data, resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "config.json"):
         (tmp_path / "out" / name).unlink()
     with pytest.raises(ValueError, match="already holds checkpoint-. of another run"):
         run(tmp_path / "out", data)

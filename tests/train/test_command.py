@@ -176,6 +176,25 @@ def test_the_python_interface_checks_types_too(option):
         TrainConfig(**option).validate()
 
 
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"lora_r": 8}, "lora_r: needs use_peft, without which all weights are trained"),
+        ({"use_dora": True}, "use_dora: needs use_peft"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: needs use_peft"),
+        ({"use_peft": True, "lora_target_modules": "all"}, "lora_target_modules: expected a list"),
+        ({"use_peft": True, "lora_target_modules": "q_proj, v_proj"}, "lora_target_modules: exp"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint: expected str, found True (lat"),
+        ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: expected a checkpoint's f"),
+    ],
+    ids=str,
+)
+def test_what_would_be_another_run_than_was_meant(options, problem):
+    with pytest.raises(ValueError) as raised:
+        TrainConfig(**options).validate()
+    assert str(raised.value).startswith(problem)
+
+
 def test_the_command_as_a_process(tmp_path):
     done = python("-m", "rrhf_fast.train", "--max_step", "3", cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout

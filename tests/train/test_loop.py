@@ -23,13 +23,13 @@ from rrhf_fast.model import layers
 from rrhf_fast.model.decoder import UnsupportedModel
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.model.save import SaveFailed
+from rrhf_fast.stages.parse import parse_config
 from rrhf_fast.stages.run_folder import complete_checkpoints, read_state
 from rrhf_fast.train import evaluate
 from rrhf_fast.train.backward import OutOfMemory
 from rrhf_fast.train.metrics import MetricsLog
 from rrhf_fast.train.plot import plot_training
 from rrhf_fast.train.step import NotFinite
-from rrhf_fast.train.summary import warn_of_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +80,8 @@ def test_the_saved_model_gives_the_log_probs_that_training_reported(tmp_path, da
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "samples.jsonl"}
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert not [name for name in names if name.startswith(".") or name.endswith(".bin")]
+    again = parse_config(TrainConfig, ["--config", str(tmp_path / "options.yaml")])
+    assert (again.learning_rate, again.train_data) == (1e-3, data["train_data"])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.metrics
     assert result.steps == 3 and [r["step"] for r in result.metrics] == [0, 1, 2, 3, 3]
@@ -277,12 +279,6 @@ def test_what_was_left_out_or_not_used_is_in_the_summary(tmp_path, data, capsys)
     run(tmp_path / "out", {"train_data": str(path)}, on_bad_rows="skip")
     out = capsys.readouterr().out
     assert ", 1 left out: empty response" in out and "id (2 rows)" in out
-
-
-def test_text_beside_messages_is_warned_of():
-    assert warn_of_text(2, 2, False) is warn_of_text(0, 2, True) is None
-    assert "warning: 2 of 3 are text" in warn_of_text(2, 3, True)
-    assert "warning: all are text" in warn_of_text(2, 2, True)
 
 
 def test_no_prompt_is_trained_on_and_held_out(tmp_path, data, capsys):

@@ -4,6 +4,7 @@ import json
 
 from rrhf_fast import TrainConfig, demo, train
 from rrhf_fast.train.__main__ import main
+from tests import jsonl
 
 
 def test_rows_are_shown_and_nothing_is_trained(tmp_path, capsys):
@@ -36,13 +37,46 @@ def test_tabs_and_persian_stay_readable(tmp_path, capsys):
     assert "\n    \tمی\u200cخواهم\n" in capsys.readouterr().out
 
 
+def warned(rows, folder, model, capsys, *words):
+    """The warnings of --show_tokens and of training on these rows, which are the same."""
+    jsonl.write(folder / "rows.jsonl", rows)
+    options = {"model_name_or_path": model, "train_data": folder / "rows.jsonl", "max_length": 512}
+    options = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main([*options, *words, "--show_tokens", "9"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    assert main([*options, *words, "--max_steps", "1", "--output_dir", str(folder / "out")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning: " in line]
+    texts = [line.partition("warning: ")[2] for line in said]
+    assert sorted(line.partition("warning: ")[2] for line in shown) == sorted(texts)
+    return texts
+
+
+def test_rows_that_can_be_used_though_hardly_as_they_are_meant(tmp_path, capsys):
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [2, 1, 0]}
+    rows = [row, row | {"finish_reasons": ["stop", "length", None]}]
+    rows += [row | {"finish_reasons": ["length", "length", "stop"]}]
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows += [pair | {"score_chosen": c, "score_rejected": r} for c, r in ((1, 5), (5, 1), (2, 2))]
+    cut, pairs = warned([*rows, pair], tmp_path, demo.MODEL_DIR, capsys)
+    assert cut.startswith("3 responses were cut off by a limit of length, and the model learns to")
+    assert pairs.startswith("1 of 7 pairs have scores that prefer the rejected response")
+
+
+def test_texts_that_a_template_has_rendered(chat_model, tmp_path, capsys):
+    row = {"prompt": "user: q</s>assistant: ", "responses": ["a", "b"], "scores": [1, 0]}
+    assert warned([row], tmp_path, chat_model, capsys) == []
+    (tmp_path / "again").mkdir()
+    (text,) = warned([row], tmp_path / "again", chat_model, capsys, "--apply_chat_template")
+    assert text.startswith("1 of 1 prompts hold tokens of the chat template, which renders them a")
+
+
 def test_texts_that_bypass_a_chat_template(chat_model, tmp_path, capsys):
     rows = [{"prompt": prompt, "responses": ["a", "b"], "scores": [1, 0]} for prompt in "pq"]
     rows[1]["prompt"] = [{"role": "user", "content": "q"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model_name_or_path", str(chat_model), "--train_data", str(tmp_path / "rows.jsonl")]
     assert main([*words, "--show_tokens", "2"]) == 0
-    warning = "\n\nprompts: warning: 1 of 2 are text, which bypasses the model's chat template"
+    warning = "\n\ntrain_data: warning: 1 of 2 are text, which bypasses the model's chat template"
     assert warning in capsys.readouterr().out
     assert main([*words, "--show_tokens", "2", "--apply_chat_template", "true"]) == 0
     assert "warning" not in capsys.readouterr().out

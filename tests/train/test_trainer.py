@@ -350,7 +350,7 @@ def test_paths_frames_and_names(tmp_path, by_name):
         ({"train_dataset": {"train": ROWS}}, "train_dataset: expected rows, found the keys train"),
         ({"train_dataset": 7}, "train_dataset: expected rows or the name of a file, found a int"),
         ({"train_dataset": [{"prompt": "a"}]}, r"train_dataset\[0\]"),
-        ({"train_dataset": []}, "train_dataset: no usable row among the 0 read"),
+        ({"train_dataset": []}, "train_dataset: no rows"),
         ({"train_dataset": None}, "train_data: missing"),
         ({"callbacks": [print]}, "callbacks: expected transformers' TrainerCallback"),
         ({"callbacks": TrainerCallback()}, "callbacks: expected a list of callbacks"),

@@ -251,7 +251,7 @@ def _note(prompt: str | list[dict], marks: list[str]) -> str | None:
     this, `text`, or that messages hold tokens of it, `rendered twice`."""
     if isinstance(prompt, str):
         return None if any(mark in prompt for mark in marks) else "text"
-    asked = [str(message["content"]) for message in prompt if message["role"] != "assistant"]
+    asked = [str(message.get("content")) for message in prompt if message["role"] != "assistant"]
     return "rendered twice" if any(mark in text for text in asked for mark in marks) else None
 
 

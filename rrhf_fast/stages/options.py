@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from functools import wraps
 from operator import is_
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -112,6 +113,23 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
                 check_names(kind, item, f"{where}{path}.", dotted=dotted and path == name)
     if unknown:
         raise ValueError(where + "; ".join(unknown))
+
+
+def with_hints(config_class: type) -> type:
+    """The same dataclass, whose TypeError for an argument that it has not says what was meant."""
+    init = config_class.__init__
+
+    @wraps(init)
+    def hinting(self, *args, **options) -> None:
+        if unknown := options.keys() - config_class.__dataclass_fields__.keys():
+            try:
+                check_names(config_class, dict.fromkeys(sorted(unknown)), "", dotted=False)
+            except ValueError as error:
+                raise TypeError(f"{config_class.__name__}: {error}") from None
+        init(self, *args, **options)
+
+    config_class.__init__ = hinting
+    return config_class
 
 
 def as_config(config_class: type, options: object, name: str) -> object:

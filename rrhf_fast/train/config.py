@@ -11,7 +11,7 @@ from rrhf_fast.data.checks import printed
 from rrhf_fast.data.options import RowsConfig
 from rrhf_fast.model.config import LossConfig
 from rrhf_fast.stages.hub import HubConfig
-from rrhf_fast.stages.options import check, check_magnitudes
+from rrhf_fast.stages.options import check, check_magnitudes, with_hints
 
 
 @dataclass
@@ -264,6 +264,7 @@ class SeedConfig:
     """Give the same bits in every run on the same machine, also on a GPU, where it is slower."""
 
 
+@with_hints
 @dataclass
 class TrainConfig(
     DataConfig,

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +193,14 @@ def test_what_would_be_another_run_than_was_meant(options, problem):
     with pytest.raises(ValueError) as raised:
         TrainConfig(**options).validate()
     assert str(raised.value).startswith(problem)
+
+
+def test_arguments_of_another_trainers_config():
+    with pytest.raises(TypeError) as raised:
+        TrainConfig(seeed=1, bf16=True)
+    problem = "bf16: no such option (here: dtype); seeed: no such option (did you mean seed?)"
+    assert str(raised.value) == f"TrainConfig: {problem}"
+    assert replace(TrainConfig(), seed=3) == TrainConfig(seed=3)
 
 
 def test_the_command_as_a_process(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import islice
 
 from rrhf_fast.data.checks import listed
 from rrhf_fast.data.messages import from_cell
@@ -51,8 +52,8 @@ def fields_hint(record: dict) -> str:
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if len(record) == 1 and any(mark in next(iter(record)) for mark in ";\t"):
         hint = "is it a CSV file with another delimiter than the comma?"
-    for name in record:
-        near = get_close_matches(name, _KNOWN - record.keys(), 1, 0.8)
+    for name in islice(record, 50):  # a hostile row may have any number, of any length
+        near = get_close_matches(name[:50], _KNOWN - record.keys(), 1, 0.8)
         if near and name not in _KNOWN:
             hint = f"is {listed([name])} {near[0]}? {hint}"
             break

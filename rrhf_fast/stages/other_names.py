@@ -75,8 +75,8 @@ OTHER_VALUES = {
 
 
 def hint_for_name(name: str, options: Set[str]) -> str | None:
-    """What is said of an unknown option, if another trainer has it; "" if there is nothing to
-    say but that."""
+    """What is said of an unknown option, if another trainer has it and what stands for it is among
+    `options`; else None."""
     ours = OTHER_NAMES.get(name)
     if ours is None or not options >= set(ours):
         return None

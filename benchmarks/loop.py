@@ -4,6 +4,7 @@ what the first step costs beside the third.
 Each run is a process of its own, with threads bound to cores, and trains for a few steps.
 """
 
+import os
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -45,7 +46,7 @@ def run(
     with recorded(case):
         for _ in range(rounds):
             with isolated() as process:
-                case["runs"].append(process.submit(_train, options).result())
+                case["runs"].append(process.submit(_train, options, device).result())
             case |= _summary(case["runs"])
             save(figures)
     return figures
@@ -71,8 +72,10 @@ class _Clock(TrainerCallback):
         self._idle = time.perf_counter()
 
 
-def _train(options: dict) -> dict:
+def _train(options: dict, device: str) -> dict:
     """Seconds of each step, and that it waited for its packs before."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="loop-") as name, redirect_stdout(StringIO()):
         options |= {"output_dir": f"{name}/out", "data_cache_dir": f"{name}/cache"}

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
@@ -16,7 +15,7 @@ COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_rea
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
 # Fields whose names are often misspelt.
 _KNOWN = {"prompt", "responses", "scores", "chosen", "rejected", "instruction", "completions"}
-_PROMPT_NAMES = {"prompt", "query", "id", "prompt_id"}
+_PROMPTS = {"prompt", "query"}
 SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 
 
@@ -33,18 +32,7 @@ class Canonical:
     names: list[str] | None = None  # per response, for errors; by default responses[i]
     score_names: list[str] | None = None  # per score; by default scores[i]
     common: dict = field(default_factory=dict)  # the fields in COMMON
-
-
-def notes(canon: Canonical) -> Counter:
-    """What is worth a warning in a record that can be used: `cut off`, its responses that a limit
-    of length ended; `contradicted`, 1 for a pair whose own scores prefer the rejected side."""
-    reasons, counts = canon.common.get("finish_reasons"), Counter()
-    if isinstance(reasons, list) and (cut := reasons.count("length")):
-        counts["cut off"] = cut
-    if canon.score_names is not None and canon.names == ["chosen", "rejected"]:
-        with suppress(TypeError):  # scores that are no numbers are refused elsewhere
-            counts["contradicted"] = int(canon.scores[0] < canon.scores[1])
-    return +counts
+    noted: Counter = field(default_factory=Counter)  # what is worth a warning, though it is used
 
 
 def fields_hint(record: dict) -> str:
@@ -52,18 +40,21 @@ def fields_hint(record: dict) -> str:
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if len(record) == 1 and any(mark in next(iter(record)) for mark in ";\t"):
         hint = "is it a CSV file with another delimiter than the comma?"
+    typo = ""
     for name in islice(record, 50):  # a hostile row may have any number, of any length
         near = get_close_matches(name[:50], _KNOWN - record.keys(), 1, 0.8)
-        if near and name not in _KNOWN:
-            hint = f"is {listed([name])} {near[0]}? {hint}"
+        if near and name not in _KNOWN | {*RESPONSE_NAMES}:
+            typo = f" (is {listed([name])} {near[0]}?)"
             break
     if record.get("responses") is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
-    elif record and record.keys() - set(COMMON) <= _PROMPT_NAMES:
+    elif {*record} & _PROMPTS and record.keys() - {*COMMON} <= _PROMPTS | {"id", "prompt_id"}:
         hint = f"sample responses with python -m rrhf_fast.sample, or {hint}"
     elif any(name in record for name in RESPONSE_NAMES):
         hint = f"for one response per row say --group_by prompt, else {hint}"
-    return f"; found the fields {listed(list(record))}: {hint}" if record else "; found no fields"
+    if not record:
+        return "; found no fields"
+    return f"; found the fields {listed(list(record))}{typo}: {hint}"
 
 
 def prompt_of(record: dict, names: Iterable[str]) -> tuple[object, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from rrhf_fast.data.canonical import Canonical, notes
+from rrhf_fast.data.canonical import Canonical
 from rrhf_fast.data.checks import BadRow, check_object, one_line
 from rrhf_fast.data.columns import Columns
 from rrhf_fast.data.files import Records
@@ -83,8 +83,8 @@ class RowReport:
             )
         if twice := self.noted["rendered twice"]:
             lines["messages"] = (
-                f"warning: {twice} of {self.kept} prompts hold tokens of the chat template, which "
-                "renders them again (texts that are rendered need no --apply_chat_template)"
+                f"warning: {twice} of {self.kept} prompts hold what the chat template renders, and "
+                "it renders them again (texts that are rendered need no --apply_chat_template)"
             )
         return lines
 
@@ -224,7 +224,7 @@ def parsed(
             if unused is not None:
                 unused.update(unused_fields(canon, record))
             row, bad = parse(canon, record, where)
-            report.noted.update(notes(canon))
+            report.noted.update(canon.noted)
         except BadRow as error:
             report.skip(error, on_bad_rows)
             continue

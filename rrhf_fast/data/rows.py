@@ -9,7 +9,9 @@ Records of other layouts are first converted to it (layouts.py).
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -196,6 +198,7 @@ def row_of(
         which = "" if use_responses == "all" else f" that are {use_responses}"
         problem = f"responses: ranking needs at least 2, found {len(keep)}{which}"
         raise BadRow("fewer than 2 responses", where, problem)
+    canon.noted = _notes(canon, keep, rewards, where)
     row = Row(
         prompt=canon.prompt,
         responses=texts,
@@ -207,6 +210,19 @@ def row_of(
         as_generated=_at(keep, as_generated),
     )
     return row, bad
+
+
+def _notes(canon: Canonical, keep: list[int], rewards: list[float], where: str) -> Counter:
+    """What is worth a warning in a row that is used: `cut off`, its responses that a limit of
+    length ended; `contradicted`, 1 for a pair whose own scores prefer the rejected side."""
+    counts = Counter()
+    with suppress(BadRow):  # training needs no reasons
+        reasons = check_reasons(canon.common["finish_reasons"], "finish_reasons", where) or []
+        counts["cut off"] = sum(reasons[i] == "length" for i in keep if i < len(reasons))
+    is_pair = canon.score_names is not None and canon.names == ["chosen", "rejected"]
+    if is_pair and len(rewards) == 2:
+        counts["contradicted"] = int(rewards[0] < rewards[1])
+    return +counts
 
 
 def draft_of(

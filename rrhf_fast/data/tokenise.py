@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rrhf_fast.data.chat import RENDERING, ChatTemplate, Conversation, refuse_reserved
+from rrhf_fast.data.chat import RENDERING, ChatTemplate, Conversation, refuse_reserved, render
 from rrhf_fast.data.encode import Endings, added_prefix, encode, encode_responses
 from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.rows import BadRow, Row
@@ -122,7 +122,7 @@ def tokenise_some(
     refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
     prefix, endings = added_prefix(tokenizer), Endings(tokenizer)
-    marks, queries, counts = _template_tokens(tokenizer), [], TokenCounts()
+    opening, queries, counts = _generation_prompt(tokenizer), [], TokenCounts()
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         # Render the texts of each row.
         batch = []
@@ -151,7 +151,7 @@ def tokenise_some(
             response_ids = [_fit_response(ids, texts.end, limit, counts) for ids in responses]
             rewards = _float32_rewards(row.rewards)
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
-            if tokenizer.chat_template and (note := _note(row.prompt, marks)):
+            if tokenizer.chat_template and (note := _note(row.prompt, opening)):
                 report.noted[note] += 1
     return queries, counts
 
@@ -216,7 +216,9 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
     """Render a row. Returns the texts of its good responses, and the errors of the others."""
     tokenizer = template.tokenizer
     if isinstance(row.prompt, str):
-        responses = [_without_ends(text, (tokenizer.eos_token,)) for text in row.responses]
+        responses = row.responses
+        if not getattr(tokenizer, "split_special_tokens", False):  # there end tokens are texts
+            responses = [_without_ends(text, (tokenizer.eos_token,)) for text in responses]
         return _Texts(row, row.prompt, responses, tokenizer.eos_token_id), []
     opening = template.open(row)
     end = endings.token(opening.suffix)
@@ -238,21 +240,28 @@ def _texts(row: Row, template: ChatTemplate, endings: Endings) -> tuple[_Texts, 
     return _Texts(row, opening.text, list(good.values()), end), bad
 
 
-def _template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The tokens that a text has if the chat template rendered it."""
-    template = str(tokenizer.chat_template)
-    tokens = [token.content.strip() for token in tokenizer.added_tokens_decoder.values()]
-    marks = [token for token in tokens if token and token in template]
-    return marks + ([tokenizer.eos_token] if "eos_token" in template else [])
+def _generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The first line of what the chat template renders in front of an answer, which a text has if
+    the template rendered it; None if it has none."""
+    asked = [{"role": "user", "content": "Why?"}]
+    try:
+        without, text = (
+            render(tokenizer, asked, add_generation_prompt=adds) for adds in (False, True)
+        )
+    except Exception:  # a template may reject anything, in any way
+        return None
+    added = text.removeprefix(without).strip() if text.startswith(without) else ""
+    return added.splitlines()[0] if added else None
 
 
-def _note(prompt: str | list[dict], marks: list[str]) -> str | None:
+def _note(prompt: str | list[dict], opening: str | None) -> str | None:
     """What is worth a warning in a prompt for a tokenizer with a chat template: that it bypasses
-    this, `text`, or that messages hold tokens of it, `rendered twice`."""
+    this, `text`, or that a message holds what this renders, `rendered twice`."""
     if isinstance(prompt, str):
-        return None if any(mark in prompt for mark in marks) else "text"
+        return None if opening is not None and opening in prompt else "text"
     asked = [str(message.get("content")) for message in prompt if message["role"] != "assistant"]
-    return "rendered twice" if any(mark in text for text in asked for mark in marks) else None
+    is_in = opening is not None and any(opening in text for text in asked)
+    return "rendered twice" if is_in else None
 
 
 def _without_ends(response: str, ends: tuple[str, ...]) -> str:

@@ -251,8 +251,10 @@ class RRHFModel(nn.Module):
 
     def _head_grad(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """The `grad` of the head's weight, if sums of the sweep can be added to it: FSDP makes
-        gradients of its own."""
-        grad = None if self._is_sharded else self.head.linear.weight.grad
+        gradients of its own, and hooks must see each."""
+        weight = self.head.linear.weight
+        has_hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        grad = None if self._is_sharded or has_hooks else weight.grad
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return grad if grad is not None and grad.dtype == wide else None
 

@@ -35,7 +35,8 @@ def _run(config: SampleConfig) -> int:
     totals = {name: count for name, count in counts.items() if count and ":" not in name}
     say(", ".join(f"{count} {name}" for name, count in totals.items()))
     say(f"rows are in {config.output}")
-    if counts["rows"] and counts["unrankable"] == counts["rows"]:
+    has_lost = any(counts[name] for name in ("unfinished", "empty", "duplicates"))
+    if has_lost and counts["unrankable"] == counts["rows"]:
         say("next: sample again, longer or more: no row has two responses to rank")
     elif not config.push_to_hub:
         say(after_sampling(config.output))

@@ -100,7 +100,11 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
             if name == "hub_token":  # of transformers
                 hint = " (set HF_TOKEN, or log in by hf auth login: options are written to files)"
             unknown.append(f"{name}: no such option{hint}")
-            continue
+    if unknown:
+        path = where.rpartition(" ")[2]  # of options; before it may be the name of a file
+        raise ValueError(where + f"; {path}".join(unknown))
+    for key, value in options.items():
+        name, _, rest = str(key).partition(".") if dotted else (str(key), "", "")
         kind, value = kinds.get(name), {rest: value} if rest else value
         if get_origin(kind) is list and isinstance(value, list):
             within = [(get_args(kind)[0], f"{name}[{i}]", item) for i, item in enumerate(value)]
@@ -111,8 +115,6 @@ def check_names(config_class: type, options: dict, where: str, *, dotted: bool) 
         for kind, path, item in within:
             if is_dataclass(kind) and isinstance(item, dict):
                 check_names(kind, item, f"{where}{path}.", dotted=dotted and path == name)
-    if unknown:
-        raise ValueError(where + "; ".join(unknown))
 
 
 def with_hints(config_class: type) -> type:

@@ -56,7 +56,7 @@ def parse_config(
     missing = [name for name in needed if options.get(name) is None]
     if ("print_config", None) in words:
         config = config_class(**dict.fromkeys(missing) | options)
-        print(as_yaml(config), end="")
+        print(_as_yaml(config), end="")
         raise SystemExit(0)
     if missing:
         raise ValueError(f"{missing[0]}: missing")
@@ -217,8 +217,7 @@ def _file_of_options(file: str, config_class: type, where: str) -> dict:
     return options
 
 
-def as_yaml(config: object) -> str:
-    """A config in YAML, as `--config` reads it."""
+def _as_yaml(config: object) -> str:
     dump = partial(yaml.safe_dump, _in_order(config), sort_keys=False)
     text = dump(allow_unicode=True)
     return text if visible_lines(text) == text else dump(allow_unicode=False)

@@ -5,6 +5,8 @@ The evaluation before the first step does not count: no training made that model
 metric is not finite, but it is no better than others.
 """
 
+import math
+
 from rrhf_fast.train.config import TrainConfig
 
 
@@ -48,7 +50,7 @@ def worse_than_before(
     if not {name} <= before.keys() & best.keys():
         return None
     old, new = before[name], best[name]
-    if new >= old if higher else new <= old:
+    if not math.isfinite(new) or (new >= old if higher else new <= old):
         return None
     return f"{name} was {old:.4g} before the first step and never as good again, at best {new:.4g}"
 

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class MetricsLog:
                 if disk_problem(error):
                     raise
                 del self._trackers[name]
+                with suppress(Exception):
+                    tracker.finish()
                 problem = f"{name} failed ({one_line(error)}) and gets no more of this run"
                 left = f"{self._path} has everything"
                 print(f"warning: report_to: {problem}; {left}", file=sys.stderr, flush=True)

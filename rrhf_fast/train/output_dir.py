@@ -10,8 +10,9 @@ from rrhf_fast.stages.run_folder import is_ours, new_folder
 from rrhf_fast.train.config import TrainConfig
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+MODEL_FILES += ("config.json",)
 # Files that a run replaces: an earlier one's, or a user's of the same name.
-RUN_FILES = ("metrics.jsonl", "samples.jsonl", "config.json", *MODEL_FILES)
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", *MODEL_FILES)
 
 
 def check_output_dir(config: TrainConfig, lock: ExitStack) -> None:

@@ -103,8 +103,8 @@ def warnings(report: RowReport) -> dict[str, str]:
         )
     if contradicted := noted["contradicted"]:
         lines["pairs"] = (
-            f"warning: {contradicted} of {report.kept} pairs have scores that prefer the rejected "
-            "response, and the scores decide"
+            f"warning: {contradicted} pairs have scores that prefer the rejected response, and the "
+            "scores decide"
         )
     return lines
 

@@ -16,10 +16,9 @@ from rrhf_fast.data.packs import Batch, ahead, batches
 from rrhf_fast.model.layers import count_given_up, count_graphs
 from rrhf_fast.stages.cards import write_card
 from rrhf_fast.stages.ending import is_on_all_ranks
-from rrhf_fast.stages.files import append, naming, to_json, write_text
+from rrhf_fast.stages.files import append, naming, to_json
 from rrhf_fast.stages.hub import pushed_files
 from rrhf_fast.stages.outlet import say
-from rrhf_fast.stages.parse import as_yaml
 from rrhf_fast.stages.reward_fn import RewardFn
 from rrhf_fast.stages.terminal import say_pairs
 from rrhf_fast.train.best import best_step, has_stalled, worse_than_before
@@ -341,9 +340,8 @@ class RRHFTrainer:
         return record
 
     def _announce(self) -> None:
-        """Write and print what the run is about to do; on a GPU measure what it can do at best."""
+        """Print what the run is about to do; on a GPU measure what it can do at best."""
         world, run = self.world, self.run
-        world.once(lambda: write_text(run.output_dir / "options.yaml", as_yaml(run.config)))
         say_pairs(run.summary)
         if run.warning is not None and world.is_first:
             print(run.warning, file=sys.stderr, flush=True)

@@ -84,8 +84,8 @@ BAD = {
     "a misspelt field": (
         {"prompt": "p", "choosen": "a", "rejected": "b"},
         "missing field",
-        "responses: missing (expected a list); found the fields prompt, choosen, rejected: is "
-        "choosen chosen? name yours",
+        "responses: missing (expected a list); found the fields prompt, choosen, rejected (is "
+        "choosen chosen?): name yours",
     ),
     "another delimiter": (
         {"prompt;chosen;rejected": "p;a;b"},

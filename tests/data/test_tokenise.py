@@ -87,6 +87,9 @@ def test_an_end_token_before_white_space_is_the_end():
     tokenizer = make_tokenizer()
     (query,), _, _ = tokenise(tokenizer, row(responses=("ab</s>\n", "cd\n")))
     assert [text(tokenizer, ids) for ids in query.response_ids] == ["ab</s>", "cd\n</s>"]
+    tokenizer.split_special_tokens = True  # so that it is a text
+    (query,), _, _ = tokenise(tokenizer, row(responses=("ab</s>", "ab")))
+    assert [len(ids) for ids in query.response_ids] == [7, 3]
 
 
 def test_the_end_token_is_learned_even_if_it_pads():

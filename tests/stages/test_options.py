@@ -203,8 +203,8 @@ WRONG = {
     ),
     "several": (
         {"train": {"do_train": True, "seeed": 1, "warmup_ratio": 0.1}},
-        "train.do_train: no such option (nothing takes its place here); seeed: no such option "
-        "(did you mean seed?); warmup_ratio: no such option (here: warmup_steps)",
+        "train.do_train: no such option (nothing takes its place here); train.seeed: no such "
+        "option (did you mean seed?); train.warmup_ratio: no such option (here: warmup_steps)",
     ),
     "of another trainer": (
         {"train": {"warmup_ratio": 0.1}}, "train.warmup_ratio: no such option (here: warmup_steps)",

@@ -80,6 +80,17 @@ def test_both_ways_give_the_same_step(lm, options):
     assert fractions[0] == pytest.approx(fractions[1], abs=0.02) and 0.2 < fractions[0] < 0.95
 
 
+def test_hooks_see_the_gradient_of_the_head(lm):
+    """Of every pack, so that one which freezes rows, say, does."""
+    head = lm.get_output_embeddings().weight
+    handle = head.register_hook(torch.zeros_like)
+    try:
+        step(lm, backward_whole, TrainConfig())
+        assert not head.grad.any()
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("options", [{}, {"rank_weight": 3.0, "sft_weight": 0.5}], ids=str)
 def test_a_step_is_the_mean_over_its_queries_however_they_are_packed(lm, monkeypatch, options):
     """Also in its metrics. Shares of packs are part of the loss, so its upstream gradient is 1."""

@@ -64,6 +64,7 @@ def test_a_best_that_is_worse_than_no_training_is_warned_of(tmp_path, capsys):
     config, higher = TrainConfig(), TrainConfig(metric_for_best_model="eval_rewards/accuracies")
     assert worse_than_before({"loss": 2.0}, {"loss": 2.0}, config) is None
     assert worse_than_before({"loss": 2.0}, {}, config) is None
+    assert worse_than_before({"loss": 2.0}, {"loss": float("nan")}, config) is None
     low, high = {"rewards/accuracies": 0.4}, {"rewards/accuracies": 0.5}
     assert worse_than_before(low, high, higher) is None and worse_than_before(high, low, higher)
 

@@ -55,11 +55,12 @@ def test_rows_that_can_be_used_though_hardly_as_they_are_meant(tmp_path, capsys)
     row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [2, 1, 0]}
     rows = [row, row | {"finish_reasons": ["stop", "length", None]}]
     rows += [row | {"finish_reasons": ["length", "length", "stop"]}]
+    rows += [row | {"finish_reasons": odd} for odd in (7, ["length"] * 5, [{}])]
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     rows += [pair | {"score_chosen": c, "score_rejected": r} for c, r in ((1, 5), (5, 1), (2, 2))]
     cut, pairs = warned([*rows, pair], tmp_path, demo.MODEL_DIR, capsys)
-    assert cut.startswith("3 responses were cut off by a limit of length, and the model learns to")
-    assert pairs.startswith("1 of 7 pairs have scores that prefer the rejected response")
+    assert cut.startswith("6 responses were cut off by a limit of length, and the model learns to")
+    assert pairs.startswith("1 pairs have scores that prefer the rejected response, and")
 
 
 def test_texts_that_a_template_has_rendered(chat_model, tmp_path, capsys):
@@ -67,7 +68,10 @@ def test_texts_that_a_template_has_rendered(chat_model, tmp_path, capsys):
     assert warned([row], tmp_path, chat_model, capsys) == []
     (tmp_path / "again").mkdir()
     (text,) = warned([row], tmp_path / "again", chat_model, capsys, "--apply_chat_template")
-    assert text.startswith("1 of 1 prompts hold tokens of the chat template, which renders them a")
+    assert text.startswith("1 of 1 prompts hold what the chat template renders, and it renders th")
+    asked = {"role": "user", "content": "What is </s> between <think> and </think>?"}
+    (tmp_path / "asked").mkdir()
+    assert warned([row | {"prompt": [asked]}], tmp_path / "asked", chat_model, capsys) == []
 
 
 def test_texts_that_bypass_a_chat_template(chat_model, tmp_path, capsys):

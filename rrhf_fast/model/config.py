@@ -28,8 +28,9 @@ class LossConfig:
     hinge: max(0, margin - d), the paper's. logistic: log(1 + exp(margin - d)), as in DPO and SimPO.
     squared: (margin - d)**2, as in IPO."""
     margin: Annotated[float, Ge(0)] = 0.0
-    """By how much the better response of a pair should score higher, in units of d. 0 suits
-    good provided responses, 1 a model's own samples, whose pairs are close."""
+    """By how much the better response of a pair should score higher, in units of d. 0 suits good
+    provided responses and scores of right or wrong, 1 other samples of the model's own, whose pairs
+    are close."""
     beta: Annotated[float, Gt(0)] = 1.0
     """Factor of the scores that pairs compare."""
     reference: Literal["none", "initial"] = "none"

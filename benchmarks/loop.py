@@ -39,6 +39,7 @@ def run(
         "train_batch_size": 4 if data else 16,
         "max_steps": STEPS[preset],
         "max_tokens_per_pack": 2048,
+        "on_bad_rows": "skip",
     }
     case = {"model": Path(model).name if model else "the demo's", "runs": []}
     figures = {"steps": STEPS[preset], "prompts_per_step": options["train_batch_size"]}

@@ -238,5 +238,5 @@ def test_clipped_steps_equal_those_after_clip_grad_norm(options, max_norm, shard
 
 def test_eight_bits_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ValueError, match="^optim: adamw_8bit needs torchao.*lowbit"):
+    with pytest.raises(ValueError, match="^optim: adamw_8bit needs torchao.*; pip install torchao"):
         build_optimizer(nn.Linear(3, 2), TrainConfig(optim="adamw_8bit"), 10)

@@ -1,7 +1,8 @@
 """The steps of whole runs: how long each waits for its packs, which a thread plans and builds, and
 what the first step costs beside the third.
 
-Each run is a process of its own, with threads bound to cores, and trains for a few steps.
+Each run is a process of its own, with threads bound to cores, and trains for a few steps. Those of
+real rows differ in size, so there the first over the third says little.
 """
 
 import os

@@ -13,10 +13,10 @@ from rrhf_fast.data.messages import from_cell
 COMMON = ("system", "tools", "chat_template_kwargs", "as_generated", "finish_reasons")
 # Fields of the response and its score in rows of one response, which `--group_by` joins.
 RESPONSE_NAMES = ("response", "completion", "answer", "output")
+SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 # Fields whose names are often misspelt.
 _KNOWN = {"prompt", "responses", "scores", "chosen", "rejected", "instruction", "completions"}
 _PROMPTS = {"prompt", "query"}
-SCORE_NAMES = ("score", "rating", "reward", "helpfulness")
 
 
 @dataclass

@@ -9,8 +9,12 @@ from rrhf_fast.stages.lock import locked
 from rrhf_fast.stages.run_folder import is_ours, new_folder
 from rrhf_fast.train.config import TrainConfig
 
-MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-MODEL_FILES += ("config.json",)
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "config.json",
+)
 # Files that a run replaces: an earlier one's, or a user's of the same name.
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", *MODEL_FILES)
 

@@ -149,7 +149,7 @@ def _prepare(config: TrainConfig, world: World, given: Given, lock: ExitStack) -
         held_out=held_out,
         reward_fn=reward_fn,
         num_steps=num_steps,
-        summary=describe(config, model, data, max_length, has_template),
+        summary=describe(config, model, data, max_length),
         warning=warn_of_rate(config, model, has_template),
         lock=lock,
         nameable=world.once(lambda: _nameable(config)),

@@ -18,7 +18,7 @@ HIGH_RATE = 5e-6
 
 
 def describe(
-    config: TrainConfig, model: RRHFModel, data: Corpora, max_length: int, has_template: bool
+    config: TrainConfig, model: RRHFModel, data: Corpora, max_length: int
 ) -> dict[str, str]:
     """Lines by name: model, rows, k, ties, duplicates, dropped and cut rows, packed versus padded
     tokens."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -182,22 +183,46 @@ def _in_order(
     context, others = multiprocessing.get_context("fork"), set(multiprocessing.active_children())
     options = {"initializer": _begin, "initargs": (work, os.getpid(), _cores())}
     with ProcessPoolExecutor(num_proc, context, **options) as pool:
-        waiting = deque()
+        waiting, is_done = deque(), False
         try:
-            for chunk in itertools.chain([following], chunks):
+            with _signals_held():  # starts the processes
+                waiting.append(pool.submit(_work, following))
+            for chunk in chunks:
                 waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > 2 * num_proc:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+            is_done = True
         except BrokenProcessPool as error:
             problem = "a process that tokenises was killed; lower --dataset_num_proc"
             raise MemoryError(problem) from error
         finally:
-            if waiting:  # something failed, and what the others do is of no use
+            if not is_done:  # something failed, and what the processes do is of no use
                 for process in set(multiprocessing.active_children()) - others:
                     process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that arrive inside are handled at the end. What a handler raises while a process is
+    forked, in Python's own hooks of os.fork, is dropped, and Ctrl-C would do nothing."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main one
+        numbers = []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    arrived: list[int] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: arrived.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 _job: Callable[[Chunk], Any] | None = None  # of a worker process

@@ -50,6 +50,9 @@ def fields_hint(record: dict) -> str:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
     elif {*record} & _PROMPTS and record.keys() - {*COMMON} <= _PROMPTS | {"id", "prompt_id"}:
         hint = f"sample responses with python -m rrhf_fast.sample, or {hint}"
+    elif "messages" in record and not {*record} & _PROMPTS:
+        hint = "for messages as prompts say --columns '{prompt: messages}', or messages[:-1] where "
+        hint += "they end with an answer"
     elif any(name in record for name in RESPONSE_NAMES):
         hint = f"for one response per row say --group_by prompt, else {hint}"
     if not record:

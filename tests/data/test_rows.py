@@ -93,6 +93,12 @@ BAD = {
         "prompt: missing (expected a string or a list of messages); found the fields "
         "prompt;chosen;rejected: is it a CSV file with another delimiter",
     ),
+    "messages under their usual name": (
+        {"messages": [{"role": "user", "content": "p"}], "id": 1},
+        "missing field",
+        "prompt: missing (expected a string or a list of messages); found the fields messages, id: "
+        "for messages as prompts say --columns '{prompt: messages}', or messages[:-1] where",
+    ),
     "no scores": (without("scores"), "missing field", "scores: missing"),
     "number as prompt": (GOOD | {"prompt": 7}, "wrong type", "prompt: expected a string or mess"),
     "no messages": (GOOD | {"prompt": []}, "wrong type", "prompt: an empty list"),

@@ -74,7 +74,7 @@ def _sound(result: dict) -> dict:
 def _step(figures: dict) -> str:
     (case,) = figures["cases"]
     worst = max(way["gradient_error"] for way in case["contenders"].values())
-    weights = f" Its weights: {figures['weights']}." if "weights" in figures else ""
+    weights = f" The model's weights: {figures['weights']}." if "weights" in figures else ""
     return f"""\
 Loss and gradient of {case["queries"]} queries, spread by size over the human-judged rows of PandaLM
 (`{case["workload"]}`), {case["model"]}, {_plain(case["dtype"])}, {_rounds(figures)}
@@ -82,7 +82,8 @@ Loss and gradient of {case["queries"]} queries, spread by size over the human-ju
 rows per query, repeats the prompt in each, and takes a log-softmax over the whole vocabulary. The
 rows after rrhf_fast change one thing each. On the two shortest queries every gradient is within
 {worst:.0e} of float64. The model is HuggingFaceTB/{case["model"]}; the rows are the test set of
-WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into the format above.{weights}
+WeOpenML/PandaLM, and below lm-sys/FastChat's GPT-4 reviews, brought into
+[our format](data.md).{weights}
 
 {_contenders(case)}
 

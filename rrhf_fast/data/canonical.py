@@ -35,8 +35,9 @@ class Canonical:
     noted: Counter = field(default_factory=Counter)  # what is worth a warning, though it is used
 
 
-def fields_hint(record: dict) -> str:
-    """Return the end of an error about a missing field: the record's fields, and what to do."""
+def fields_hint(record: dict, missing: str = "") -> str:
+    """Return the end of an error about a missing field (its name may be given): the record's
+    fields, and what to do."""
     hint = "name yours with --columns, or see the table of layouts in docs/data.md"
     if len(record) == 1 and any(mark in next(iter(record)) for mark in ";\t"):
         hint = "is it a CSV file with another delimiter than the comma?"
@@ -50,11 +51,11 @@ def fields_hint(record: dict) -> str:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
     elif {*record} & _PROMPTS and record.keys() - {*COMMON} <= _PROMPTS | {"id", "prompt_id"}:
         hint = f"sample responses with python -m rrhf_fast.sample, or {hint}"
-    elif "messages" in record and not {*record} & _PROMPTS:
-        hint = "for messages as prompts say --columns '{prompt: messages}', or messages[:-1] where "
-        hint += "they end with an answer"
     elif any(name in record for name in RESPONSE_NAMES):
         hint = f"for one response per row say --group_by prompt, else {hint}"
+    elif missing == "prompt" and record.get("messages") is not None:
+        hint = "for messages as prompts say --columns '{prompt: messages}', or messages[:-1] where "
+        hint += "they end with an answer"
     if not record:
         return "; found no fields"
     return f"; found the fields {listed(list(record))}{typo}: {hint}"

@@ -185,10 +185,9 @@ def _in_order(
     with ProcessPoolExecutor(num_proc, context, **options) as pool:
         waiting, is_done = deque(), False
         try:
-            with _signals_held():  # starts the processes
-                waiting.append(pool.submit(_work, following))
-            for chunk in chunks:
-                waiting.append(pool.submit(_work, chunk))
+            for chunk in itertools.chain([following], chunks):
+                with _signals_held():
+                    waiting.append(pool.submit(_work, chunk))  # the first one forks
                 if len(waiting) > 2 * num_proc:
                     yield waiting.popleft().result()
             while waiting:
@@ -207,22 +206,33 @@ def _in_order(
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals that arrive inside are handled at the end. What a handler raises while a process is
-    forked, in Python's own hooks of os.fork, is dropped, and Ctrl-C would do nothing."""
+    forked, in Python's own hooks of os.fork, is dropped, and Ctrl-C would do nothing; what it raises
+    while a queue takes an item may leave the queue's lock taken."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     if threading.current_thread() is not threading.main_thread():  # handlers run in the main one
         numbers = []
     handlers = {number: signal.getsignal(number) for number in numbers}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     arrived: list[int] = []
+    is_held = True
+
+    def hold(number: int, frame: object) -> None:
+        if is_held:
+            arrived.append(number)
+        else:
+            handlers[number](number, frame)
+
     try:
         for number in handlers:
-            signal.signal(number, lambda number, _: arrived.append(number))
+            signal.signal(number, hold)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        is_held = False
+        with contextlib.ExitStack() as last:  # each is done, whatever others raise
+            for number in reversed(arrived):
+                last.callback(signal.raise_signal, number)
+            for number, handler in handlers.items():  # before those above
+                last.callback(signal.signal, number, handler)
 
 
 _job: Callable[[Chunk], Any] | None = None  # of a worker process

@@ -133,7 +133,7 @@ def complete(
         canon.used |= paths.fields
     if canon.prompt is None:
         problem = "prompt: missing (expected a string or a list of messages)"
-        raise BadRow("missing field", where, problem + fields_hint(record))
+        raise BadRow("missing field", where, problem + fields_hint(record, "prompt"))
     if isinstance(canon.prompt, str):
         prompt = check_text(canon.prompt, canon.prompt_name, where)
     elif isinstance(canon.prompt, list):

@@ -99,6 +99,12 @@ BAD = {
         "prompt: missing (expected a string or a list of messages); found the fields messages, id: "
         "for messages as prompts say --columns '{prompt: messages}', or messages[:-1] where",
     ),
+    "messages of one response": (
+        {"messages": [{"role": "user", "content": "p"}], "response": "a", "rating": 1},
+        "missing field",
+        "prompt: missing (expected a string or a list of messages); found the fields messages, "
+        "response, rating: for one response per row say --group_by prompt",
+    ),
     "no scores": (without("scores"), "missing field", "scores: missing"),
     "number as prompt": (GOOD | {"prompt": 7}, "wrong type", "prompt: expected a string or mess"),
     "no messages": (GOOD | {"prompt": []}, "wrong type", "prompt: an empty list"),

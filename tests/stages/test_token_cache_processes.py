@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rrhf_fast import demo
+from rrhf_fast.data import fill
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="processes are forked on Linux"
@@ -65,7 +66,21 @@ def start_slow(source, folder, seconds, signal_in_fork=0):
     options = [source, folder, str(seconds), str(int(signal_in_fork))]
     command = [sys.executable, "-c", textwrap.dedent(SLOW), *options]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    STARTED.append(process)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()  # its workers end with it
+        process.wait()
 
 
 def until(condition):
@@ -131,5 +146,25 @@ def test_a_signal_while_a_process_is_forked_is_not_lost(tmp_path, folder, number
     source = write(tmp_path)
     process = start_slow(source, folder, 999, signal_in_fork=number)
     process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 143)
+    assert process.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143}[number]
     assert not entries(folder)
+
+
+def test_each_held_signal_is_handled_though_another_raises():
+    got = []
+
+    def stop(number, _):
+        got.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        with pytest.raises(KeyboardInterrupt), fill._signals_held():
+            for number in before:
+                signal.raise_signal(number)
+            assert not got
+        assert got == list(before)
+        assert all(signal.getsignal(number) is stop for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

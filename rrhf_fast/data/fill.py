@@ -206,8 +206,8 @@ def _in_order(
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals that arrive inside are handled at the end. What a handler raises while a process is
-    forked, in Python's own hooks of os.fork, is dropped, and Ctrl-C would do nothing; what it raises
-    while a queue takes an item may leave the queue's lock taken."""
+    forked, in Python's own hooks of os.fork, is dropped, and Ctrl-C would do nothing; what it
+    raises while a queue takes an item may leave the queue's lock taken."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     if threading.current_thread() is not threading.main_thread():  # handlers run in the main one
         numbers = []

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -62,16 +61,16 @@ def folder(tmp_path):
     return str(tmp_path / "cache")
 
 
+STARTED = []  # processes, by the test that runs
+
+
 def start_slow(source, folder, seconds, signal_in_fork=0):
     options = [source, folder, str(seconds), str(int(signal_in_fork))]
-    command = [sys.executable, "-c", textwrap.dedent(SLOW), *options]
+    command = [sys.executable, "-c", SLOW, *options]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     STARTED.append(process)
     return process
-
-
-STARTED = []
 
 
 @pytest.fixture(autouse=True)

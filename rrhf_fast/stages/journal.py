@@ -28,6 +28,7 @@ from typing import Any
 
 from rrhf_fast.stages.ending import is_on_all_ranks
 from rrhf_fast.stages.files import append, disk_problem, naming, sync_folder, write_rows
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.ranks import Ranks
 
 try:
@@ -111,6 +112,9 @@ class Journal:
             sync_folder(self.path.parent)
         for path in _shards(self.path):
             self._absorb(path, drop=overwrite)
+        if self.done:
+            parts = "part" if len(self.done) == 1 else "parts"
+            say(f"resuming: {self.path} holds {len(self.done):,} finished {parts} of the work")
 
     def _open(self, overwrite: bool) -> FileIO:
         """Create or open the first rank's journal and lock it."""

@@ -34,6 +34,16 @@ def work(output, results):
     return done
 
 
+def test_a_resumed_run_says_so(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    with Journal(output, "f") as journal:
+        journal.write("a", 1)
+    assert capsys.readouterr().out == ""
+    work(output, {"a": 1, "b": 2})
+    said = f"resuming: {output}.journal holds 1 finished part of the work\n"
+    assert capsys.readouterr().out == said
+
+
 @given(st.dictionaries(st.text(), JSON, max_size=6), st.lists(st.floats(0, 1), max_size=3))
 def test_a_cut_anywhere_ends_with_the_same_file(results, cuts):
     with TemporaryDirectory() as folder:

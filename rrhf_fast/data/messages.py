@@ -66,6 +66,21 @@ def plain_content(message: dict) -> str:
     return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
+def transcript(prompt: str | list[dict]) -> str:
+    """Return a prompt as a text for readers and judges: messages after their roles, with the tools
+    that they call; a lone message of the user as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    if [message["role"] for message in prompt] == ["user"]:
+        return plain_content(prompt[0])
+    parts = []
+    for message in prompt:
+        calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+        text = "\n".join(filter(None, [plain_content(message), calls]))
+        parts.append(f"{message['role']}: {text}")
+    return "\n\n".join(parts)
+
+
 def answer_text(answer: object, name: str, where: str) -> object:
     """Return a text answer unchanged, or the content of an assistant message, alone or in a list.
     Raises BadRow if the message holds more than content."""

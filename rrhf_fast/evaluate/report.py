@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from rrhf_fast.data.messages import transcript
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.plot import plot_evaluation
 from rrhf_fast.evaluate.run import BASELINE, MODEL, Evaluation, Side
-from rrhf_fast.score.reward_model import plain_text
 from rrhf_fast.stages import page
 from rrhf_fast.stages.cards import counted
 from rrhf_fast.stages.terminal import Table
@@ -98,7 +98,7 @@ def side_by_side(sides: dict[str, Side]) -> Table:
     """The first sample of each side for the same prompts, the baseline's first."""
     names = [name for name in (BASELINE, MODEL) if name in sides]
     rows = [
-        [plain_text(sides[MODEL].prompts[i])] + [_sample(sides[name], i, 0) for name in names]
+        [transcript(sides[MODEL].prompts[i])] + [_sample(sides[name], i, 0) for name in names]
         for i in range(min(SHOWN, len(sides[MODEL].prompts)))
     ]
     return ["prompt", *(f"{name} (reward)" for name in names)], rows
@@ -110,9 +110,9 @@ def extremes(title: str, side: Side) -> list[str]:
     by_worst = sorted(range(len(side.rewards)), key=lambda i: side.rewards[i].min())
     rows = [
         [
-            plain_text(side.prompts[best]),
+            transcript(side.prompts[best]),
             _sample(side, best, int(side.rewards[best].argmax())),
-            plain_text(side.prompts[worst]),
+            transcript(side.prompts[worst]),
             _sample(side, worst, int(side.rewards[worst].argmin())),
         ]
         for best, worst in zip(by_best[:EXTREMES], by_worst[:EXTREMES], strict=True)

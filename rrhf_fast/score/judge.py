@@ -3,8 +3,9 @@
 import json
 import re
 
+from rrhf_fast.data.messages import transcript
 from rrhf_fast.score.config import ScorerConfig
-from rrhf_fast.score.reward_model import Prompt, plain_text
+from rrhf_fast.score.reward_model import Prompt
 from rrhf_fast.stages.answer import Answer, EndedThinking, Refused
 from rrhf_fast.stages.endpoint import Endpoint
 
@@ -55,7 +56,7 @@ class Judge:
         """Return {"score", "criteria", "usage"}; or {"error", "usage"}, with "answer" if there is
         one, if the request is refused or its answer has no text or stays malformed over all
         retries. Raises EndpointDown."""
-        text = RUBRIC.format(prompt=plain_text(prompt), response=response)
+        text = RUBRIC.format(prompt=transcript(prompt), response=response)
         usage: dict[str, int] = {}
         for attempt in range(self.config.max_retries + 1):
             if usage.get("requests", 0) > self.config.max_retries:

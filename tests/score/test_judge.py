@@ -120,6 +120,24 @@ def test_requests_to_the_judge_follow_the_options(judged, openai_server):
         assert {name: asked[name] for name in body} == body
 
 
+def test_the_judge_sees_who_said_what(judged, openai_server):
+    call = {"function": {"name": "look_up", "arguments": {"word": "sky"}}, "type": "function"}
+    prompt = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": {"colour": "blue"}},
+        {"role": "user", "content": "So?"},
+    ]
+    chat = write(Path(judged.output).with_name("chat.jsonl"), [ROW | {"prompt": prompt}])
+    scored(replace(judged, data=chat))
+    for asked in openai_server.answered:
+        shown = asked["text"].split("<request>\n")[1].split("\n</request>")[0]
+        user, assistant, tool, last = shown.split("\n\n")
+        assert (user, last) == ("user: Why?", "user: So?")
+        assert assistant.startswith("assistant: I look.\n") and "look_up" in assistant
+        assert tool == 'tool: {"colour": "blue"}'
+
+
 def test_parameters_suit_a_newer_judge(judged, openai_server):
     judged.judge_model = "newer"
     with pytest.raises(ValueError, match=r"judge_temperature: .*\(set it to null\)"):

@@ -144,6 +144,16 @@ def _until_end(ids: np.ndarray, end_token_ids: list[int]) -> np.ndarray:
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
+def own_end_token_ids(generation_config: GenerationConfig | None) -> list[int]:
+    """The tokens at which a checkpoint's generation_config.json ends a response; its tokenizer
+    knows one of them. A single one that only repeats the model's config does not count, where it
+    may be a default that nobody chose."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    if isinstance(ends, int):
+        ends = [] if generation_config._from_model_config else [ends]
+    return [token for token in ends or [] if token >= 0]  # -1: none
+
+
 def sample_responses(
     lm: PreTrainedModel,
     prompts: Sequence[np.ndarray],

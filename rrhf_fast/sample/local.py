@@ -11,7 +11,7 @@ from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.rows import Draft, cut_at
 from rrhf_fast.data.tokenise import end_token_ids, tokenise_rows
 from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
-from rrhf_fast.model.generate import batches_by_length, generate_batch
+from rrhf_fast.model.generate import batches_by_length, generate_batch, own_end_token_ids
 from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.stages.journal import fingerprint
@@ -35,9 +35,10 @@ class LocalModel:
         with loading(name, option):
             check_forward(self.lm)
         self.max_length = max_positions(self.lm)
-        self.prompts, self.end_token_ids = tokenise_prompts(
+        self.prompts, ends = tokenise_prompts(
             self.tokenizer, drafts, config, self.report, self.max_length
         )
+        self.end_token_ids = sorted({*ends, *own_end_token_ids(self.lm.generation_config)})
         check_vocabulary([*self.prompts.values(), self.end_token_ids], self.lm, name, option)
         usable = list(self.prompts)
         self.batches = [

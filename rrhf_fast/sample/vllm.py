@@ -13,7 +13,8 @@ from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.load import RowReport
 from rrhf_fast.data.rows import Draft
 from rrhf_fast.model.decoder import inference_dtype, load_tokenizer
-from rrhf_fast.model.generate import batches_by_length
+from rrhf_fast.model.generate import batches_by_length, own_end_token_ids
+from rrhf_fast.model.pretrained import check_generation_config
 from rrhf_fast.sample.config import Policy, SampleConfig
 from rrhf_fast.sample.local import as_response, seed_of, tokenise_prompts
 from rrhf_fast.stages.endpoint import EndpointDown
@@ -89,9 +90,10 @@ class VllmModel:
             [sys.executable, "-c", _REAPER, *engines], stdin=subprocess.PIPE, start_new_session=True
         )
         self.max_length = self._llm.llm_engine.model_config.max_model_len
-        self.prompts, self.end_token_ids = tokenise_prompts(
+        self.prompts, ends = tokenise_prompts(
             self.tokenizer, drafts, config, self.report, self.max_length
         )
+        self.end_token_ids = sorted({*ends, *own_end_token_ids(check_generation_config(name))})
         rows = list(self.prompts)
         size = config.batch_size * _BATCHES_PER_CALL
         self.batches = [

@@ -16,7 +16,7 @@ from rrhf_fast.data.forest import Pack, PackedForest
 from rrhf_fast.losses import RRHFLoss
 from rrhf_fast.model.decoder import max_positions
 from rrhf_fast.model.flops import Flops
-from rrhf_fast.model.generate import sample_responses
+from rrhf_fast.model.generate import own_end_token_ids, sample_responses
 from rrhf_fast.model.pretrained import padding_id
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.stages.reward_fn import RewardFn, call_reward_fn
@@ -177,7 +177,8 @@ def evaluate_samples(
     places = [place for place in range(len(queries)) for _ in range(config.eval_samples)]
     prompts = list(map(queries.prompt, places))
     prompt_ids = [queries[place].prompt_ids for place in places]
-    end_tokens = sorted({tokenizer.eos_token_id, *queries.end_ids})
+    own = own_end_token_ids(model.lm.generation_config)
+    end_tokens = sorted({tokenizer.eos_token_id, *queries.end_ids, *own})
     with model.generation(), model.autocast(), gathered(model, config):
         share = sample_responses(
             model.lm,

@@ -28,8 +28,9 @@ class Cell(str):
 
 
 _VIRAMA = 9  # the combining class of such signs
-# How messages begin when Python prints them.
-PRINTED = tuple(f"{{'{key}':" for key in ("role", "content", "from", "value"))
+# How messages begin when Python prints them: with a name and, in the same object, the other.
+_PAIRS = (("role", "content"), ("content", "role"), ("from", "value"), ("value", "from"))
+_PRINTED = re.compile("|".join(rf"[ \[]*\{{'{a}': .*'{b}': " for a, b in _PAIRS), re.DOTALL)
 
 
 def check_text(text: object, name: str, where: str) -> str:
@@ -37,7 +38,7 @@ def check_text(text: object, name: str, where: str) -> str:
     printed list of messages, as pandas writes it to CSV, is refused too."""
     if not isinstance(text, str):
         raise BadRow("wrong type", where, f"{name}: expected a string, found {show(text)}")
-    if text.lstrip(" [").startswith(PRINTED):
+    if _PRINTED.match(text):
         problem = f"{name}: messages as Python prints them, expected JSON (json.dumps, or Parquet)"
         raise BadRow("wrong type", where, problem)
     check_json(text, name, where)
@@ -134,7 +135,8 @@ def check_score(score: object, name: str, where: str) -> float:
             score = score.strip() or None
     if isinstance(score, bool) or not isinstance(score, int | float):
         kind = "missing score" if score is None else "wrong type"
-        raise BadRow(kind, where, f"{name}: expected a number, found {show(score)}")
+        hint = " (write 1 for true, 0 for false)" if isinstance(score, bool) else ""
+        raise BadRow(kind, where, f"{name}: expected a number, found {show(score)}{hint}")
     try:
         score = float(score)
     except OverflowError:  # an integer of more than 308 digits

@@ -20,6 +20,9 @@ from rrhf_fast.data.checks import NO_ARRAY, BadRow, Cell, is_unicode, one_line
 
 KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 PACKED = (".gz", ".zst")
+# What files of rows are called whose kind is not read.
+_UNREAD = (".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".pkl")
+_UNREAD += (".pickle", ".npy", ".npz", ".xls", ".xlsx")
 
 
 class _Twice(ValueError):
@@ -103,7 +106,15 @@ def chunked(records: Records) -> Iterator[Chunk]:
 
 def kind_of(path: Path) -> str:
     """Return the suffix that names the format, ignoring compression."""
-    return Path(path.stem if path.suffix in PACKED else path.name).suffix
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
+
+
+def may_hold_rows(path: Path) -> bool:
+    """Return whether a file in a folder of rows is one of them, by its name: it is read, or refused
+    if it is packed in a way that is not."""
+    return kind_of(path) in KINDS or (
+        path.suffix.lower() in _UNREAD and kind_of(Path(path.stem)) in KINDS
+    )
 
 
 def read_file(path: Path) -> Iterator[Chunk]:
@@ -116,6 +127,9 @@ def read_file(path: Path) -> Iterator[Chunk]:
     kind = kind_of(path)
     if path.is_char_device() or path.is_block_device():
         raise ValueError(f"{path}: expected a file, found a device")  # which may have no end
+    if path.suffix.lower() in _UNREAD:
+        read = f"{', '.join(KINDS)}, also as {' or '.join(PACKED)}"
+        raise ValueError(f"{path}: files of this kind are not read (expected {read})")
     with _readable(path):
         if kind == ".parquet":
             yield from chunked(_parquet(path))
@@ -141,9 +155,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _open(path: Path) -> BinaryIO:
     """Open a file for reading bytes, decompressed according to its name."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix != ".zst":
+    if path.suffix.lower() != ".zst":
         return path.open("rb")
     import pyarrow  # slow to import and needed only here
 
@@ -248,6 +262,8 @@ def _parquet(path: Path) -> Records:
     index = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            if len(set(names := file.schema_arrow.names)) < len(names):
+                raise ValueError(f"{path}: two columns have the same name")
             for batch in file.iter_batches(batch_size=1024):
                 for record in _records_of(batch):
                     where = f"{path}[{index}]"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, fields_hint
+from rrhf_fast.data.canonical import COMMON, RESPONSE_NAMES, SCORE_NAMES, fields_hint, number
 from rrhf_fast.data.checks import (
     BadRow,
     Cell,
@@ -80,12 +80,12 @@ def _add(
         problem = f"{group_by}: missing (the field of --group_by){fields_hint(record)}"
         raise BadRow("missing field", where, problem)
     # Read the response, its score and what describes it.
-    name = next((name for name in RESPONSE_NAMES if record.get(name) is not None), None)
+    name = _the_one(record, RESPONSE_NAMES, "response", where)
     if name is None or name == group_by:
         problem = "response: missing (--group_by joins rows of one response each)"
         raise BadRow("missing field", where, problem + fields_hint(record))
     response = check_text(answer_text(from_cell(record[name]), name, where), name, where)
-    score_name = next((name for name in SCORE_NAMES if record.get(name) is not None), None)
+    score_name = _the_one(record, SCORE_NAMES, "score", where)
     score = None
     if unused is not None:
         if not response.strip():
@@ -94,7 +94,7 @@ def _add(
         if score_name is None:
             problem = f"score: missing (expected a number){fields_hint(record)}"
             raise BadRow("missing score", where, problem)
-        score = check_score(record[score_name], score_name, where)
+        score = check_score(number(record[score_name]), score_name, where)
     source = _single(record, "sources", where)
     source = record.get("model") if source is None else source
     flag, reason = (_single(record, name, where) for name in ("as_generated", "finish_reasons"))
@@ -118,6 +118,9 @@ def _add(
     parts = [key, *(record.get(part) for part in _PARTS_OF_PROMPT)]
     id_ = json.dumps(parts, sort_keys=True, default=str)
     if group := groups.get(id_):
+        if group.record["prompt"] != rest["prompt"]:
+            problem = f"prompt: differs from that of {group.where}, which has the same {group_by}"
+            raise BadRow("unequal prompts", where, problem)
         group.record = {k: v for k, v in group.record.items() if k in rest and rest[k] == v}
     else:
         group = groups[id_] = _Group(where, record=rest)
@@ -126,6 +129,17 @@ def _add(
     group.sources.append(source)
     group.flags.append(flag)
     group.reasons.append(reason)
+
+
+def _the_one(record: dict, names: tuple[str, ...], what: str, where: str) -> str | None:
+    """Return the field that holds the response or the score, if any: the first of `names`, or the
+    only other one. Raises BadRow if it may be any of several, such as a reference answer."""
+    found = [name for name in names if record.get(name) is not None]
+    if len(found) > 1 and found[0] != names[0]:
+        choice = f"--columns '{{{what}: {found[-1]}}}'"
+        problem = f"{what}: expected one field, found {' and '.join(found)} (say which: {choice})"
+        raise BadRow("two candidates", where, problem)
+    return found[0] if found else None
 
 
 def _single(record: dict, name: str, where: str) -> object:

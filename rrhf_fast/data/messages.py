@@ -16,7 +16,10 @@ ROLES = {
     "observation": "tool",
 }
 # Parts of an answer that cannot be trained; they are refused rather than silently lost.
-UNTRAINED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+UNTRAINED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought")
+UNTRAINED += ("tool_plan", "refusal")
+# Role names of other formats, which templates would write out as they are.
+_OTHER_ROLES = ("human", "prompter", "gpt", "model", "bot", "chatbot", "ai")
 
 
 def check_messages(messages: object, name: str, where: str) -> list[dict]:
@@ -51,7 +54,7 @@ def check_message(message: object, name: str, where: str) -> dict:
     needs_no_text = role == "tool" or (calls_tools and content is None)
     if not isinstance(role, str) or not (isinstance(content, str) or needs_no_text):
         raise _not_a_message(message, name, where)
-    if role != role.lower() or role in ("human", "gpt"):  # which templates do not know
+    if role != role.lower() or role in _OTHER_ROLES:
         problem = f"{name}.role: expected user, assistant, system or tool, found {show(role)}"
         raise BadRow("wrong role", where, problem)
     for key, value in message.items():
@@ -148,6 +151,7 @@ def check_kwargs(kwargs: object, where: str) -> dict | None:
     return kwargs
 
 
+_NAMES = {"role", "content", "from", "value"}
 _OBJECTS = re.compile(r'\s*(\[\s*)?\{\s*"')
 
 
@@ -161,8 +165,9 @@ def from_cell(value: object) -> object:
     except (ValueError, RecursionError):
         return value
     items = parsed if isinstance(parsed, list) else [parsed]
-    if isinstance(value, Cell) and isinstance(parsed, list):
-        return parsed if all(isinstance(item, dict) for item in items) else value
+    if isinstance(value, Cell) and isinstance(parsed, list):  # messages, though perhaps wrong ones
+        named = (isinstance(item, dict) and not _NAMES.isdisjoint(item) for item in items)
+        return parsed if all(named) else value
     return parsed if all(map(_is_message, items)) else value
 
 

@@ -17,6 +17,7 @@ PAIR_SCORES = tuple(
 QUESTIONS = ("messages", "conversation", "conversations", "dialog", "dialogue", "history")
 QUESTIONS += ("context", "instruction", "question", "query", "input", "input_text", "text", "post")
 QUESTIONS += ("article",)
+ANSWERING = ("assistant", "gpt")  # roles
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -154,12 +155,30 @@ def _split_texts(
 
 
 def _split_transcripts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    """Split two transcripts into (prompt, answer, answer) after the last line of their common
-    beginning that starts with "Assistant:"; the prompt is None if there is no such line."""
+    """Split two transcripts into (prompt, answer, answer) after the last "Assistant:" of their
+    common beginning that follows an empty line or, if there is none, that begins a line; the prompt
+    is None if there is no such line."""
     shared = chosen[: _shared_length(chosen, rejected)]
-    marks = [mark.end() for mark in re.finditer(f"^{ASSISTANT.strip()}", shared, re.MULTILINE)]
+    marks = [mark.end() for mark in re.finditer(ASSISTANT, shared)]
+    if not marks:
+        marks = [mark.end() for mark in re.finditer(f"^{ASSISTANT.strip()}", shared, re.MULTILINE)]
     at = marks[-1] if marks else 0
     return chosen[:at] or None, chosen[at:], rejected[at:]
+
+
+def as_turns(canon: Canonical) -> None:
+    """Make messages of a pair's transcript, and take the space that follows its "Assistant:" from
+    the answers; other records stay as they are."""
+    if not isinstance(canon.prompt, str) or not canon.prompt.startswith(HUMAN):
+        return
+    _, *parts = re.split(f"({HUMAN}|{ASSISTANT})", canon.prompt)
+    roles = ["user" if mark == HUMAN else "assistant" for mark in parts[::2]]
+    texts = [text.strip() for text in parts[1::2]]
+    if texts.pop() or roles.pop() != "assistant" or not all(texts):
+        return
+    canon.prompt = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    if isinstance(canon.responses, list):
+        canon.responses = [a.strip() if isinstance(a, str) else a for a in canon.responses]
 
 
 def _repeats(answer: str, prompt: str) -> bool:
@@ -182,7 +201,11 @@ def _no_prompt(record: dict, where: str) -> BadRow:
     problem = f"prompt: missing, and the texts have no {ASSISTANT.strip()!r} in common to end it"
     other = next((name for name in QUESTIONS if record.get(name)), None)
     if other is not None:
-        problem = f"prompt: missing, and {other} may be it (--columns '{{prompt: {other}}}')"
+        turns = from_cell(record[other])
+        last = turns[-1] if isinstance(turns, list) else None
+        is_answered = isinstance(last, dict) and last.get("role", last.get("from")) in ANSWERING
+        path = f"{other}[:-1]" if is_answered else other
+        problem = f"prompt: missing, and {path} may be it (--columns '{{prompt: {path}}}')"
     return BadRow("missing field", where, problem + fields_hint(record))
 
 

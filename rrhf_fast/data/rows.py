@@ -40,6 +40,7 @@ from rrhf_fast.data.messages import (
     check_tools,
     with_system,
 )
+from rrhf_fast.data.pairs import as_turns
 
 T = TypeVar("T")
 
@@ -141,6 +142,9 @@ def complete(
     else:
         problem = f"{canon.prompt_name}: expected a string or messages, found {show(canon.prompt)}"
         raise BadRow("wrong type", where, problem)
+    if apply_chat_template and isinstance(canon.prompt, str):
+        as_turns(canon)
+        prompt = canon.prompt
     common = canon.common
     common["tools"] = check_tools(common["tools"], where)
     common["chat_template_kwargs"] = check_kwargs(common["chat_template_kwargs"], where)
@@ -192,6 +196,7 @@ def row_of(
         keep.append(i)
         texts.append(text)
         rewards.append(reward)
+    _check_unanswered(canon, texts, where)
     if len(keep) < 2 and bad:
         raise bad[0]
     if len(keep) < 2:
@@ -210,6 +215,17 @@ def row_of(
         as_generated=_at(keep, as_generated),
     )
     return row, bad
+
+
+def _check_unanswered(canon: Canonical, texts: list[str], where: str) -> None:
+    """Raise BadRow if the prompt ends with one of the responses. Responses continue a last message
+    of the assistant, so that they would follow themselves."""
+    last = canon.prompt[-1] if isinstance(canon.prompt, list) else {}
+    content = last.get("content") if last.get("role") == "assistant" else None
+    if content and content.strip() in [text.strip() for text in texts]:
+        problem = f"{canon.prompt_name}: its last message is one of the responses, which would "
+        problem += "continue it (leave it out, as by --columns '{prompt: messages[:-1]}')"
+        raise BadRow("answered prompt", where, problem)
 
 
 def _notes(canon: Canonical, keep: list[int], rewards: list[float], where: str) -> Counter:

@@ -26,6 +26,7 @@ from rrhf_fast.data.files import (
     Records,
     chunked,
     kind_of,
+    may_hold_rows,
     plain_record,
     read_file,
 )
@@ -34,6 +35,7 @@ from rrhf_fast.data.files import (
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= {"eval": "test", "evaluation": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.")
 # Files that `datasets` writes next to the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json")
 
@@ -125,7 +127,7 @@ def _find(source: str | InMemory) -> list[Path] | InMemory:
         return _folder(path, parts, source)
     if not path.exists() and glob.has_magic(name):
         files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        files = [file for file in files if file.is_file()]
+        files = [file for file in files if _is_found(file)]
         if not files:
             raise ValueError(f"{source}: no file matches this pattern")
         return files
@@ -164,8 +166,11 @@ def _folder(path: Path, parts: list[str], source: str) -> list[Path] | InMemory:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved(path, parts, source)
     readme = path / "README.md"
-    files = sorted(file for file in path.rglob("*") if _holds_rows(file.relative_to(path)))
-    files = [file for file in files if file.is_file()]
+    paths = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+    if linked := next((file for file in paths if file.is_symlink() and file.is_dir()), None):
+        problem = "a link to a folder, which is not followed (name its files by a pattern)"
+        raise ValueError(f"{linked}: {problem}")
+    files = [file for file in paths if _holds_rows(file) and _is_found(file)]
     # A dataset card may assign files to splits.
     is_described = readme.exists() and re.search(
         r"^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
@@ -175,18 +180,32 @@ def _folder(path: Path, parts: list[str], source: str) -> list[Path] | InMemory:
     return _files_of_split(path, files, parts, source)
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
 def _holds_rows(path: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return not hidden and path.name not in _NOT_ROWS and kind_of(path) in KINDS
+    return path.name not in _NOT_ROWS and may_hold_rows(path)
+
+
+def _is_found(path: Path) -> bool:
+    """Whether this is a file. Raises ValueError for a link to nothing, which would be missed."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path}: a link to a file that is not there")
+    return path.is_file()
 
 
 def _files_of_split(path: Path, files: list[Path], parts: list[str], source: str) -> list[Path]:
     """Return the files of the requested split. Without a request, return all files, or those of
-    "train" if file names mention several splits or held-out ones."""
+    "train" if file names mention several splits or held-out ones.
+
+    Of a folder from the hub, files data/SPLIT-00000-of-00001.parquet name the split."""
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
         split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        if file.parent.name == "data" and (shard := _SHARD.match(file.name)):
+            split = shard[1]
         by_split.setdefault(split, []).append(file)
     splits = sorted(by_split.keys() - {None})
     if not parts and (not splits or splits == ["train"] or len(by_split) == 1):

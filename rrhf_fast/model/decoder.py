@@ -51,7 +51,7 @@ class UnsupportedModel(ValueError):
     def __init__(self, model: PreTrainedModel, reason: str):
         super().__init__(
             f"{model.config.model_type}: the packed forest cannot serve this model: {reason}. "
-            "Use --packing none, which pads instead and is correct for every causal model"
+            "Use --packing none, which pads instead"
         )
 
     def __reduce__(self):
@@ -172,15 +172,24 @@ def check_forest_support(model: PreTrainedModel, max_length: int) -> None:
         raise UnsupportedModel(
             model, "its attention does not go through transformers' AttentionInterface"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
+    if rope := rope_of_longest(model, max_length):
+        kind, window = rope
+        reason = f"its {kind} RoPE depends on the longest row beyond {window} tokens"
+        raise UnsupportedModel(model, f"{reason} (or lower --max_length to {window})")
+    read_head(model)
+
+
+def rope_of_longest(model: PreTrainedModel, max_length: int) -> tuple[str, int] | None:
+    """The kind of RoPE that rotates by the longest row of a batch, and the length in tokens beyond
+    which it does, if rows may be longer: "longrope" has two rotations, "dynamic" stretches its one,
+    and remembers the longest of earlier batches."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     by_layer_type = all(isinstance(value, dict) for value in rope.values())
     for parameters in rope.values() if by_layer_type else [rope]:
         window = parameters.get("original_max_position_embeddings") or max_positions(model)
         if parameters.get("rope_type") in ("dynamic", "longrope") and max_length > window:
-            kind = parameters["rope_type"]
-            reason = f"its {kind} RoPE depends on the longest row beyond {window} tokens"
-            raise UnsupportedModel(model, f"{reason} (or lower --max_length to {window})")
-    read_head(model)
+            return parameters["rope_type"], window
+    return None
 
 
 def check_queries(model: PreTrainedModel) -> list[TokenisedQuery]:

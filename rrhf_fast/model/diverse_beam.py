@@ -119,7 +119,12 @@ def _encode_prompts(model, input_ids: Tensor, attention_mask: Tensor, num_beams:
         use_cache=True,
         logits_to_keep=1,
     )
-    out.past_key_values.batch_repeat_interleave(num_beams)
+    try:
+        out.past_key_values.batch_repeat_interleave(num_beams)
+    except (AttributeError, IndexError) as error:  # layers with a recurrent state have none
+        kind = model.config.model_type
+        problem = f"diverse_beam: the cache of {kind} cannot be copied for beams (use sample)"
+        raise ValueError(problem) from error
     last = (out.logits[:, -1], mask, positions[:, -1:])
     logits, mask, position = (tensor.repeat_interleave(num_beams, 0) for tensor in last)
     return logits, out.past_key_values, mask, position

@@ -11,6 +11,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -101,12 +104,14 @@ def generate_batch(
             num_return_sequences=policy.count,
             eos_token_id=end_token_ids,
             pad_token_id=pad_token_id,
-            stop_strings=None if policy.method == "beam" else stop_strings or None,
             use_cache=True,
         )
         copies = num_beams if policy.method == "beam" else policy.count
         cache = _encode_once(lm, **inputs, copies=copies) if copies > 1 and width > 1 else None
-        options = {"generation_config": settings, "tokenizer": tokenizer}
+        options = {"generation_config": settings}
+        if stop_strings and policy.method != "beam":
+            stop = _StopStrings(StopStringCriteria(tokenizer, stop_strings), width)
+            options["stopping_criteria"] = StoppingCriteriaList([stop])
         # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
         own, lm.generation_config = lm.generation_config, GenerationConfig()
         try:
@@ -115,6 +120,16 @@ def generate_batch(
             lm.generation_config = own
     responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
     return [[_until_end(ids, end_token_ids) for ids in row] for row in responses]
+
+
+class _StopStrings(StoppingCriteria):
+    """Stops a response that contains a stop string; one that its prompt begins does not count."""
+
+    def __init__(self, criteria: StopStringCriteria, prompt_length: int):
+        self.criteria, self.prompt_length = criteria, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.criteria(input_ids[:, self.prompt_length :], scores, **kwargs)
 
 
 def _encode_once(

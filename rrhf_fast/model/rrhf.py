@@ -26,6 +26,7 @@ from rrhf_fast.model.decoder import (
     check_queries,
     decode_forest,
     read_head,
+    rope_of_longest,
     self_check,
 )
 from rrhf_fast.model.flops import Costs, decoder_flops
@@ -114,6 +115,7 @@ class RRHFModel(nn.Module):
             lm.set_attn_implementation(FOREST)
         else:
             check_causal(runnable)
+            self._rows_alone = self._checked_rope(max_length)
         has_copies = compute_dtype != torch.float32 and not is_sharded
         self.copied = copy_weights(lm, compute_dtype) if has_copies else []
         self.compiled = compiles_by_default(self.device) if compile is None else compile
@@ -143,6 +145,17 @@ class RRHFModel(nn.Module):
         # Around compilation, so that the backward pass runs compiled layers too.
         if activation_checkpointing != "none":
             checkpoint_layers(lm, activation_checkpointing)
+
+    def _checked_rope(self, max_length: int) -> bool:
+        """Whether rows must not be batched, since the longest would decide for all. Raises
+        ValueError where that cannot be helped: a row depends on those before it, or ranks that
+        share a model would have different numbers of rows."""
+        kind, window = rope_of_longest(self.lm, max_length) or (None, None)
+        if kind == "dynamic" or (kind and self._is_sharded):
+            problem = f"its {kind} RoPE depends on the longest row beyond {window} tokens"
+            kind = self.lm.config.model_type
+            raise ValueError(f"max_length: {kind}: {problem} (lower it to {window})")
+        return kind is not None
 
     def _compile(self, *, is_optional: bool) -> None:
         """Compile the layers and run them once, so that a failing compiler shows before the run."""
@@ -283,13 +296,24 @@ class RRHFModel(nn.Module):
                 )  # fmt: skip
         assert isinstance(pack, PaddedBatch)
         with self.autocast():
-            logits = self.lm(
-                input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
-            ).logits
+            logits = self._padded_logits(pack.input_ids, pack.attention_mask)
         keep_gradients(self.copied, logits)
         logits = logits.flatten(0, 1).index_select(0, pack.edge_rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, pack.edge_targets, reduction="none")
+
+    def _padded_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[S, T, V]"""
+        if not self._rows_alone:
+            return self.lm(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).logits
+        width, lengths = input_ids.shape[1], attention_mask.sum(1).tolist()
+        rows = [
+            self.lm(input_ids=row[None, :length], use_cache=False).logits[0]
+            for row, length in zip(input_ids, lengths, strict=True)
+        ]
+        return torch.stack([nn.functional.pad(r, (0, 0, 0, width - len(r))) for r in rows])
 
     @torch.no_grad()
     def response_logps(self, pack: Pack) -> torch.Tensor:

@@ -90,7 +90,8 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The same architecture on `device`, with random weights and the fewest layers that include
-    each kind of layer: stands in for an empty model in checks."""
+    each kind of layer: stands in for an empty model in checks. No weight is left as it begins: at
+    zeros and ones, what a layer does with them would not show."""
     config = copy.deepcopy(lm.config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -102,6 +103,9 @@ def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
         code = {"trust_remote_code": lm.is_remote_code()}
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **code)
+        with torch.no_grad():
+            for weight in twin.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.02 if weight.dim() > 1 else 0.2)
     return twin.eval()
 
 

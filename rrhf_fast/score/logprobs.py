@@ -14,6 +14,7 @@ from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer,
 from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.score.config import ScorerConfig
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.ranks import local_device
 
 # Tokens of prompt and response, if the model's config has no window.
@@ -33,6 +34,7 @@ class LogProbs:
             check_forward(lm)
         self.max_length = max_positions(lm) or DEFAULT_WINDOW
         self.config, self._name, self._option = config, name, option
+        self._has_cut = False
         self.model = RRHFModel(
             lm,
             LossConfig(),
@@ -47,7 +49,8 @@ class LogProbs:
         `--on_bad_rows skip`, the reason if there are none (the chat template changes the response,
         for example).
 
-        A prompt keeps its last half window of tokens, a response the room left.
+        A response is cut to the room that its prompt leaves in the model's window, as in training,
+        which is said once. A prompt that fills the window is bad.
         """
         rows = [draft.as_row() if isinstance(draft, Draft) else draft for draft in drafts]
         results: list[list[np.ndarray | str]] = [[""] * len(row.responses) for row in rows]
@@ -81,14 +84,18 @@ class LogProbs:
     def _tokenise(self, rows: Sequence[Row]) -> list[TokenisedQuery]:
         if not rows:
             return []
-        queries, _ = tokenise_rows(
+        queries, counts = tokenise_rows(
             rows,
             self.tokenizer,
             RowReport(),
             max_length=self.max_length,
-            max_prompt_length=self.max_length // 2,
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
+        if counts.cut and not self._has_cut:
+            self._has_cut = True
+            say(
+                f"note: {self._option}: responses are cut to its window of {self.max_length} tokens"
+            )
         ids = (ids for query in queries for ids in (query.prompt_ids, *query.response_ids))
         check_vocabulary(ids, self.model.lm, self._name, self._option)
         return queries

@@ -256,20 +256,33 @@ def test_padding_supports_every_model(kind):
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_refuses_rope_that_depends_on_the_pack_only_beyond_its_window(rope_type):
-    factors = (
-        {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4} if rope_type == "longrope" else {}
-    )
-    rope = {
-        "rope_type": rope_type,
-        "rope_theta": 1e4,
-        "factor": 2.0,
-        "original_max_position_embeddings": 64,
-        **factors,
-    }
-    lm = tiny_model("llama", SIZES | {"rope_parameters": rope})
+    lm = with_rope(rope_type, 64)
     RRHFModel(lm, LossConfig(), max_length=64)
     with pytest.raises(UnsupportedModel, match=f"{rope_type} RoPE .* lower --max_length to 64"):
         RRHFModel(lm, LossConfig(), max_length=65)
+
+
+def with_rope(rope_type: str, window: int):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    rope["original_max_position_embeddings"] = window
+    if rope_type == "longrope":
+        rope |= {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    return tiny_model("llama", SIZES | {"rope_parameters": rope})
+
+
+def test_padding_does_not_let_the_longest_row_rotate_the_others():
+    """Some of the rows are longer than the window of 21 tokens, others shorter."""
+    lm = with_rope("longrope", 21)
+    wrapped = RRHFModel(lm, LossConfig(), max_length=64, packing="none")
+    assert_equal_to_unpacked(lm, wrapped, build_padded(queries(), pad_token_id=2), 2e-5)
+
+
+@pytest.mark.parametrize("rope_type, is_sharded", [("dynamic", False), ("longrope", True)])
+def test_padding_refuses_rope_that_would_depend_on_other_rows(rope_type, is_sharded):
+    lm, more = with_rope(rope_type, 64), {"packing": "none", "is_sharded": is_sharded}
+    RRHFModel(lm, LossConfig(), max_length=64, **more)
+    with pytest.raises(ValueError, match=f"llama: its {rope_type} RoPE .*lower it to 64"):
+        RRHFModel(lm, LossConfig(), max_length=65, **more)
 
 
 @pytest.mark.parametrize("kind", ["stablelm", "gptj"])

@@ -144,6 +144,12 @@ class Odd(LlamaMLP):
         return super().forward(x) * 1.01
 
 
+class Clamped(LlamaMLP):
+    def forward(self, x):
+        up = self.up_proj(x).clamp(-10, 10)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+
 class WithBias(LlamaRMSNorm):
     def __init__(self, size):
         super().__init__(size)
@@ -158,7 +164,7 @@ class Needy(LlamaMLP):
         return super().forward(x) * gates
 
 
-@pytest.mark.parametrize("kind", [Odd, Relu, WithBias, Needy])
+@pytest.mark.parametrize("kind", [Odd, Relu, Clamped, WithBias, Needy])
 def test_modules_that_compute_something_else_are_left_alone(kind):
     module = kind(24) if kind is WithBias else kind(LlamaConfig(**SIZES))
     holder = nn.Module()

@@ -67,3 +67,5 @@ def test_a_twin_has_each_kind_of_layer():
     assert len(twin.model.layers) == 6
     assert set(twin.config.layer_types) == set(lm.config.layer_types)
     assert lm.config.num_hidden_layers == 12
+    # What multiplies by one or adds zero could be left out, and nobody would see.
+    assert all(len(weight.unique()) > 1 for weight in twin.parameters())

@@ -261,6 +261,23 @@ def test_a_checkpoints_own_ends_stop_a_response(tmp_path, config, lm, ends):
     assert num_stopped
 
 
+def test_a_stop_string_that_the_prompt_begins_does_not_count(config, lm):
+    """The last letters of a prompt and the first of an answer are no stop string of the answer."""
+    config.policies = [Policy(method="greedy", max_new_tokens=12)]
+    sample(config)
+    before = [row["responses"] for row in read(config.output)]
+    (first,) = before[0]
+    config.stop_strings = [PROMPTS[0][-2:] + first[:1]]
+    assert config.stop_strings[0] not in first
+    sample(replace(config, overwrite=True))
+    assert [row["responses"] for row in read(config.output)] == before
+    config.stop_strings = [first[3:6]]
+    sample(replace(config, overwrite=True))
+    (row, *_) = read(config.output)
+    assert row["responses"] == [first[: first.index(first[3:6])]]
+    assert row["finish_reasons"] == ["stop"]
+
+
 def test_several_models_in_one_yaml(tmp_path, config, lm):
     model, tokenizer = lm
     folder = tmp_path / "other"

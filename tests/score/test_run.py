@@ -374,6 +374,26 @@ def test_the_policy_scores_by_its_length_normalised_log_prob(config, packing):
             )
 
 
+def test_a_prompt_of_most_of_the_window_is_read_whole(config, capsys):
+    """And a response beyond the window is cut, which is said."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompt = " ".join(["Why is the sky blue today?"] * 40)
+    while len(tokenizer(prompt).input_ids) > 200:  # of 256
+        prompt = prompt[8:]
+    rows = [{"prompt": prompt, "responses": ["Because.", "A man who came by."]}]
+    config = replace(config, data=write(Path(config.data), rows), policy_as_reward=True)
+    config.model_name_or_path = MODEL
+    score(config)
+    (row,) = read(config.output)
+    for response, p in zip(row["responses"], row["scores"], strict=True):
+        assert p == pytest.approx(reference.score(oracle(prompt, response)).item(), abs=1e-5)
+    assert "cut" not in capsys.readouterr().out
+    rows[0]["responses"][1] *= 40
+    score(replace(config, data=write(Path(config.data), rows), overwrite=True))
+    said = "note: model_name_or_path: responses are cut to its window of 256 tokens"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_the_penalty_is_the_log_ratio_of_the_sampled_tokens(tmp_path, config):
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

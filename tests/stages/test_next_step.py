@@ -1,6 +1,7 @@
 """The last line of each command can be run: its options exist, and its paths are those written."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def test_rows_that_cannot_be_ranked_are_left_out_of_training(tmp_path, monkeypat
     assert score(["--data", "rows.jsonl", "--output", "out.jsonl", *REWARD]) == 0
     words = words_of(capsys.readouterr().out.splitlines()[-1], "train")
     assert words[-2:] == ["--on_bad_rows", "skip"]
+
+
+def test_a_model_that_scored_is_not_trained_over_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo.MODEL_DIR, "trained")
+    write(tmp_path / "rows.jsonl", [{"prompt": "a", "responses": ["b", "c"]}])
+    itself = ["--policy_as_reward", "true", "--model_name_or_path", "trained"]
+    assert score(["--data", "rows.jsonl", "--output", "out.jsonl", *itself]) == 0
+    words = words_of(capsys.readouterr().out.splitlines()[-1], "train")
+    assert words[words.index("--output_dir") + 1] == "trained-again"
 
 
 def test_options_of_rows_are_passed_on():

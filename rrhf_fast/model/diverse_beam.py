@@ -21,6 +21,7 @@ finished. A group's choices are the tokens of its running beams: a group that is
 nothing, and since finished hypotheses leave the beam, end tokens are never penalised.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -98,8 +99,8 @@ def diverse_beam_search(
             input_ids=beams.tokens[..., step].reshape(-1, 1),
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(model): cache},
         ).logits[:, -1]
 
     scores, best = beams.done_scores.flatten(1).sort(dim=1, descending=True, stable=True)
@@ -119,15 +120,23 @@ def _encode_prompts(model, input_ids: Tensor, attention_mask: Tensor, num_beams:
         use_cache=True,
         logits_to_keep=1,
     )
+    cache = getattr(out, cache_name(model))
     try:
-        out.past_key_values.batch_repeat_interleave(num_beams)
+        cache.batch_repeat_interleave(num_beams)
     except (AttributeError, IndexError) as error:  # layers with a recurrent state have none
         kind = model.config.model_type
         problem = f"diverse_beam: the cache of {kind} cannot be copied for beams (use sample)"
         raise ValueError(problem) from error
     last = (out.logits[:, -1], mask, positions[:, -1:])
     logits, mask, position = (tensor.repeat_interleave(num_beams, 0) for tensor in last)
-    return logits, out.past_key_values, mask, position
+    return logits, cache, mask, position
+
+
+def cache_name(model) -> str:
+    """What the model calls its cache: `cache` from transformers 5.24 on, `past_key_values` before
+    and in code that models bring along."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rrhf_fast.model.diverse_beam import diverse_beam_search
+from rrhf_fast.model.diverse_beam import cache_name, diverse_beam_search
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def generate_batch(
         # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
         own, lm.generation_config = lm.generation_config, GenerationConfig()
         try:
-            out = lm.generate(**inputs, **options, past_key_values=cache)[:, width:]
+            options[cache_name(lm)] = cache
+            out = lm.generate(**inputs, **options)[:, width:]
         finally:
             lm.generation_config = own
     responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
@@ -146,7 +147,7 @@ def _encode_once(
         input_ids=input_ids[:, :-1],
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
+        **{cache_name(lm): cache},
         use_cache=True,
         logits_to_keep=1,
     )

@@ -105,7 +105,8 @@ def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **code)
         with torch.no_grad():
             for weight in twin.parameters():
-                weight.add_(torch.randn_like(weight), alpha=0.02 if weight.dim() > 1 else 0.2)
+                spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
+                weight.add_(torch.randn_like(weight), alpha=spread)
     return twin.eval()
 
 

@@ -3,9 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+)
 
 from rrhf_fast import demo
+from rrhf_fast.model.decoder import UnsupportedModel, self_check
 from rrhf_fast.model.sharded import (
     empty_model,
     fill_weights,
@@ -69,3 +76,16 @@ def test_a_twin_has_each_kind_of_layer():
     assert lm.config.num_hidden_layers == 12
     # What multiplies by one or adds zero could be left out, and nobody would see.
     assert all(len(weight.unique()) > 1 for weight in twin.parameters())
+
+
+def test_a_twin_shows_what_initial_weights_hide():
+    """Doge's own mask, which the forest cannot follow, does nothing before its weights are trained;
+    one process, which has the weights, refuses the model."""
+    config = DogeConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        lm = DogeForCausalLM(config)
+    with pytest.raises(UnsupportedModel, match="away from unpacked runs"):
+        self_check(small_twin(lm, torch.device("cpu")), max_length=64)

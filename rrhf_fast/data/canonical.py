@@ -47,7 +47,11 @@ def fields_hint(record: dict, missing: str = "") -> str:
         if near and name not in _KNOWN | {*RESPONSE_NAMES}:
             typo = f" (is {listed([name])} {near[0]}?)"
             break
-    if record.get("responses") is not None and record.get("scores") is None:
+    items = record.get("responses")
+    if isinstance(items, list) and items and isinstance(items[0], dict):
+        hint = "for a list of objects say --columns '{responses: responses[].TEXT, scores: "
+        hint += f"responses[].SCORE}}', of the names {listed(list(items[0]))}"
+    elif items is not None and record.get("scores") is None:
         hint = f"score them with python -m rrhf_fast.score, {hint}"
     elif {*record} & _PROMPTS and record.keys() - {*COMMON} <= _PROMPTS | {"id", "prompt_id"}:
         hint = f"sample responses with python -m rrhf_fast.sample, or {hint}"

@@ -16,6 +16,7 @@ from rrhf_fast.data.checks import (
     check_text,
     check_texts,
     from_json,
+    listed,
 )
 from rrhf_fast.data.messages import answer_text, from_cell
 
@@ -82,8 +83,10 @@ def _add(
     # Read the response, its score and what describes it.
     name = _the_one(record, RESPONSE_NAMES, "response", where)
     if name is None or name == group_by:
-        problem = "response: missing (--group_by joins rows of one response each)"
-        raise BadRow("missing field", where, problem + fields_hint(record))
+        found = f"found the fields {listed(list(record))}"
+        hint = "name yours with --columns '{response: FIELD}'"
+        problem = f"response: missing (--group_by joins rows of one response each); {found}: {hint}"
+        raise BadRow("missing field", where, problem)
     response = check_text(answer_text(from_cell(record[name]), name, where), name, where)
     score_name = _the_one(record, SCORE_NAMES, "score", where)
     score = None
@@ -92,8 +95,9 @@ def _add(
             problem = f"{name}: empty, expected at least one visible character"
             raise BadRow("empty response", where, problem)
         if score_name is None:
-            problem = f"score: missing (expected a number){fields_hint(record)}"
-            raise BadRow("missing score", where, problem)
+            found = f"found the fields {listed(list(record))}"
+            hint = "name yours with --columns '{score: FIELD}'"
+            raise BadRow("missing score", where, f"score: missing; {found}: {hint}")
         score = check_score(number(record[score_name]), score_name, where)
     source = _single(record, "sources", where)
     source = record.get("model") if source is None else source

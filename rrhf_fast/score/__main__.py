@@ -36,7 +36,9 @@ def _run(config: ScoreConfig) -> int:
     totals = {name: count for name, count in counts.items() if count and ":" not in name}
     say(", ".join(f"{count} {name}" for name, count in totals.items()))
     say(f"rows are in {config.output}")
-    if not config.push_to_hub:
+    if counts["unrankable"] == counts["rows"]:
+        say("next: sample more, or other, responses: no row has two with different scores")
+    elif not config.push_to_hub:
         model, has_unrankable = config.model_name_or_path, counts["unrankable"] > 0
         say(after_scoring(config.output, model, has_unrankable=has_unrankable))
     return 0

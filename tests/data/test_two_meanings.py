@@ -49,6 +49,17 @@ def test_scores_of_two_kinds_are_not_mixed_up():
     assert row.rewards == [1, 0]
 
 
+def test_hints_name_what_helps():
+    kto = {"prompt": "a", "completion": "b", "label": 1}
+    with pytest.raises(BadRow, match=r"score: missing; found .*label: name yours .*'\{score: FI"):
+        rows_of([kto], group_by="prompt")
+    with pytest.raises(BadRow, match=r"response: missing .*: name yours .*'\{response: FIELD"):
+        rows_of([{"prompt": "a", "text": "b", "score": 1}], group_by="prompt")
+    objects = [{"text": "b", "score": 1}, {"text": "c", "score": 0}]
+    with pytest.raises(BadRow, match=r"responses: responses\[\].TEXT, .* of the names text, score"):
+        rows_of([{"prompt": "a", "responses": objects}])
+
+
 def test_prompts_of_a_group_that_differ_are_named():
     records = [
         {"id": 1, "prompt": prompt, "response": prompt + "!", "score": 1} for prompt in ("a", "b")

@@ -302,7 +302,9 @@ def test_overwriting_is_possible_when_asked(tmp_path, data):
     run(tmp_path, data, max_steps=1)
     with pytest.raises(ValueError, match="already holds"):
         run(tmp_path, data, max_steps=1)
+    (tmp_path / "samples.jsonl").write_text("{}\n")  # of a run with a reward function
     assert run(tmp_path, data, max_steps=2, overwrite_output_dir=True).steps == 2
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 def test_a_run_that_blows_up_keeps_the_last_good_weights(tmp_path, data):

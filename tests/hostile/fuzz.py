@@ -360,6 +360,9 @@ def _check_output(case: Case, written: Written, path: Path, outcome: Outcome) ->
 def _check_row(case: Case, number: int, rows: list[dict]) -> None:
     """An intact row is there, whole, with its own scores."""
     item = case.items[number]
+    if case.layout == "transcripts" and case.options.get("apply_chat_template") == "true":
+        text = item.prompt.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
+        item = replace(item, prompt=text, responses=[text.strip() for text in item.responses])
     if case.layout == "grouped":
         found = [row for row in rows if item.responses[0] in row["responses"]]
     else:

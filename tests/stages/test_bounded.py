@@ -18,7 +18,8 @@ def spin():
 def settings():
     return (
         signal.getsignal(signal.SIGVTALRM),
-        signal.getitimer(signal.ITIMER_VIRTUAL),
+        # In seconds; the clock ticks in steps of 4 ms, and may begin with one.
+        [round(seconds, 1) for seconds in signal.getitimer(signal.ITIMER_VIRTUAL)],
         resource.getrlimit(resource.RLIMIT_AS),
     )
 

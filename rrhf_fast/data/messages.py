@@ -151,7 +151,6 @@ def check_kwargs(kwargs: object, where: str) -> dict | None:
     return kwargs
 
 
-_NAMES = {"role", "content", "from", "value"}
 _OBJECTS = re.compile(r'\s*(\[\s*)?\{\s*"')
 
 
@@ -166,14 +165,18 @@ def from_cell(value: object) -> object:
         return value
     items = parsed if isinstance(parsed, list) else [parsed]
     if isinstance(value, Cell) and isinstance(parsed, list):  # messages, though perhaps wrong ones
-        named = (isinstance(item, dict) and not _NAMES.isdisjoint(item) for item in items)
-        return parsed if all(named) else value
+        return parsed if all(map(_is_like_message, items)) else value
     return parsed if all(map(_is_message, items)) else value
 
 
 def _is_message(item: object) -> bool:
     keys = item.keys() if isinstance(item, dict) else ()
     return {"role", "content"} <= set(keys) or {"from", "value"} <= set(keys)
+
+
+def _is_like_message(item: object) -> bool:
+    """Whether this is a message, or one that lacks something."""
+    return isinstance(item, dict) and ("role" in item or "from" in item or set(item) == {"content"})
 
 
 def _from_sharegpt(message: dict, name: str, where: str) -> dict:

@@ -1,8 +1,9 @@
 """The padded layout: one row per response, each after its own copy of the prompt, padded on the
 right.
 
-It costs k copies of the prompt and the padding, and is correct for every causal model, because a
-token never sees the padding to its right.
+It costs k copies of the prompt and the padding, and is correct for causal models, because a token
+never sees the padding to its right. Where the longest row decides how all are rotated (longrope
+beyond its window), `RRHFModel` takes the rows one by one.
 """
 
 from collections.abc import Sequence

@@ -167,9 +167,6 @@ def _folder(path: Path, parts: list[str], source: str) -> list[Path] | InMemory:
         return _saved(path, parts, source)
     readme = path / "README.md"
     paths = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
-    if linked := next((file for file in paths if file.is_symlink() and file.is_dir()), None):
-        problem = "a link to a folder, which is not followed (name its files by a pattern)"
-        raise ValueError(f"{linked}: {problem}")
     files = [file for file in paths if _holds_rows(file) and _is_found(file)]
     # A dataset card may assign files to splits.
     is_described = readme.exists() and re.search(
@@ -177,6 +174,9 @@ def _folder(path: Path, parts: list[str], source: str) -> list[Path] | InMemory:
     )
     if is_described or not files or len(parts) > 1:
         return _hub(str(path), parts, source)
+    if linked := next((file for file in paths if file.is_symlink() and file.is_dir()), None):
+        problem = "a link to a folder, which is not followed (name its files by a pattern)"
+        raise ValueError(f"{linked}: {problem}")
     return _files_of_split(path, files, parts, source)
 
 

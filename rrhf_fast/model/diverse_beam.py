@@ -120,10 +120,10 @@ def _encode_prompts(model, input_ids: Tensor, attention_mask: Tensor, num_beams:
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = getattr(out, cache_name(model))
     try:
+        cache = getattr(out, cache_name(model))
         cache.batch_repeat_interleave(num_beams)
-    except (AttributeError, IndexError) as error:  # layers with a recurrent state have none
+    except (AttributeError, IndexError) as error:  # of recurrent states
         kind = model.config.model_type
         problem = f"diverse_beam: the cache of {kind} cannot be copied for beams (use sample)"
         raise ValueError(problem) from error

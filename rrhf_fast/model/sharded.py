@@ -103,10 +103,9 @@ def small_twin(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
         code = {"trust_remote_code": lm.is_remote_code()}
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **code)
-        with torch.no_grad():
-            for weight in twin.parameters():
-                spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
-                weight.add_(torch.randn_like(weight), alpha=spread)
+        for weight in twin.parameters():
+            spread = weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
+            weight.add_(torch.randn_like(weight), alpha=spread)
     return twin.eval()
 
 

@@ -25,7 +25,7 @@ def after_scoring(output: str, model: str | None, *, has_unrankable: bool) -> st
     """Train on the rows, and leave out those that cannot be ranked; not over the model itself."""
     skip = {"on_bad_rows": "skip"} if has_unrankable else {}
     folder = str(Path(output).with_name("trained"))
-    while model is not None and Path(folder).absolute() == Path(model).absolute():
+    if model is not None and Path(folder).absolute() == Path(model).absolute():
         folder += "-again"
     return _command(
         "train", model_name_or_path=model or "MODEL", train_data=output, output_dir=folder, **skip

@@ -21,8 +21,8 @@ def start(run: Run, checkpoints: Checkpoints, log: MetricsLog) -> Progress:
         elif is_resumed:
             world.print(f"resume     no checkpoint in {run.output_dir} yet: starting afresh")
         checkpoints.clear(keep_complete=False)
-        if world.is_first:
-            (run.output_dir / "samples.jsonl").unlink(missing_ok=True)  # an earlier run's
+        earlier = run.output_dir / "samples.jsonl"  # another run's
+        world.once(lambda: earlier.unlink(missing_ok=True))
         attach_reference(run)
         return Progress()
     before = read_state(folder)["config"]["train_batch_size"]

@@ -126,11 +126,12 @@ def test_what_python_prints_may_be_an_answer(text):
             parse_row(PAIR | {"chosen": messages}, "f:1")
 
 
-def test_an_answer_in_csv_may_be_json(tmp_path):
-    path = tmp_path / "rows.csv"
-    answer = json.dumps([{"name": "Ann"}]).replace('"', '""')
-    path.write_text(f'prompt,chosen,rejected\nWho?,"{answer}",No.\n')
-    assert load_rows(str(path))[0][0].responses[0] == '[{"name": "Ann"}]'
+@pytest.mark.parametrize("answer", [[{"name": "Ann"}], [{"name": "a", "value": 1}], [{}]])
+def test_an_answer_in_csv_may_be_json(tmp_path, answer):
+    path, text = tmp_path / "rows.csv", json.dumps(answer)
+    cell = text.replace('"', '""')
+    path.write_text(f'prompt,chosen,rejected\nWho?,"{cell}",No.\n')
+    assert load_rows(str(path))[0][0].responses[0] == text
 
 
 @pytest.mark.parametrize("key", ["function_call", "tool_plan", "thought", "refusal"])

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -237,45 +236,6 @@ def test_messages_go_through_the_chat_template(tmp_path, lm):
     sample(config)
     one, other = read(config.output)
     assert one["responses"] == other["responses"] and one["prompt"] == rows[0]["prompt"]
-
-
-@pytest.mark.parametrize("ends", [[1, 3], 3])
-def test_a_checkpoints_own_ends_stop_a_response(tmp_path, config, lm, ends):
-    """As they stop plain transformers: many models have several, of which a tokenizer names one."""
-    model, tokenizer = lm
-    folder = tmp_path / "own"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (policy,) = config.policies = [Policy(method="greedy", max_new_tokens=40)]
-    config.model_name_or_path = str(folder)
-    GenerationConfig(eos_token_id=ends, pad_token_id=2).save_pretrained(folder)
-    sample(config)
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    num_stopped = 0
-    for row in read(config.output):
-        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
-        out = plain.generate(ids, max_new_tokens=policy.max_new_tokens)[0, ids.shape[1] :].tolist()
-        text = list(takewhile(lambda token: token not in (1, 3), out))
-        num_stopped += out[len(text) : len(text) + 1] == [3]
-        assert row["responses"] == [tokenizer.decode(text)]
-    assert num_stopped
-
-
-def test_a_stop_string_that_the_prompt_begins_does_not_count(config, lm):
-    """The last letters of a prompt and the first of an answer are no stop string of the answer."""
-    config.policies = [Policy(method="greedy", max_new_tokens=12)]
-    sample(config)
-    before = [row["responses"] for row in read(config.output)]
-    (first,) = before[0]
-    config.stop_strings = [PROMPTS[0][-2:] + first[:1]]
-    assert config.stop_strings[0] not in first
-    sample(replace(config, overwrite=True))
-    assert [row["responses"] for row in read(config.output)] == before
-    config.stop_strings = [first[3:6]]
-    sample(replace(config, overwrite=True))
-    (row, *_) = read(config.output)
-    assert row["responses"] == [first[: first.index(first[3:6])]]
-    assert row["finish_reasons"] == ["stop"]
 
 
 def test_several_models_in_one_yaml(tmp_path, config, lm):

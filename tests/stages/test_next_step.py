@@ -81,6 +81,13 @@ def test_a_model_that_scored_is_not_trained_over_itself(tmp_path, monkeypatch, c
     assert words[words.index("--output_dir") + 1] == "trained-again"
 
 
+def test_rows_that_cannot_be_ranked_at_all_are_not_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [{"prompt": "a", "responses": ["b"]}])
+    assert score(["--data", "rows.jsonl", "--output", "out.jsonl", *REWARD]) == 0
+    assert "next: sample more" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_options_of_rows_are_passed_on():
     columns = {"prompt": "q", "responses": '"it\'s"'}
     options = {"model_name_or_path": "M", "eval_data": ["a b.jsonl", "c.jsonl"]}

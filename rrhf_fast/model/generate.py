@@ -1,10 +1,13 @@
 """Generate responses in batches: greedy, beam, diverse beam and random sampling."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import (
     Cache,
     DynamicCache,
@@ -16,8 +19,14 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
 
 from rrhf_fast.model.diverse_beam import cache_name, diverse_beam_search
+
+# How far padding may move a prompt's logits, as a share of their size. By rounding it moves them by
+# 1e-6 in float32 and up to 3e-3 in bfloat16, where it counts as text by 0.1 to 1.
+_MOVED = 0.02
+_can_pad: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,17 @@ def generate_batch(
         Per prompt, int64 arrays [R], up to and including the end token, if any.
     """
     width = max(len(ids) for ids in prompts)
+    if any(len(ids) < width for ids in prompts) and not _ignores_padding(lm, max_length):
+        options = {"max_length": max_length, "end_token_ids": end_token_ids}
+        options |= {"pad_token_id": pad_token_id}
+        options |= {"stop_strings": stop_strings, "tokenizer": tokenizer}
+        responses = [[] for _ in prompts]
+        for length in sorted({len(ids) for ids in prompts}):
+            places = [place for place, ids in enumerate(prompts) if len(ids) == length]
+            equal = generate_batch(lm, [prompts[place] for place in places], policy, **options)
+            for place, some in zip(places, equal, strict=True):
+                responses[place] = some
+        return responses
     tokens = torch.full((len(prompts), width), pad_token_id)
     mask = torch.zeros_like(tokens)
     for row, ids in enumerate(prompts):  # padded on the left: generation continues on the right
@@ -112,15 +132,45 @@ def generate_batch(
         if stop_strings and policy.method != "beam":
             stop = _StopStrings(StopStringCriteria(tokenizer, stop_strings), width)
             options["stopping_criteria"] = StoppingCriteriaList([stop])
-        # Only the policy decides how to decode, not the checkpoint (temperature, penalties).
-        own, lm.generation_config = lm.generation_config, GenerationConfig()
-        try:
+        if cache is not None:
             options[cache_name(lm)] = cache
-            out = lm.generate(**inputs, **options)[:, width:]
-        finally:
-            lm.generation_config = own
+        out = _generate(lm, **inputs, **options)[:, width:]
     responses = out.reshape(len(prompts), policy.count, -1).cpu().numpy()
     return [[_until_end(ids, end_token_ids) for ids in row] for row in responses]
+
+
+def _generate(lm: PreTrainedModel, **options) -> torch.Tensor | ModelOutput:
+    """`lm.generate` as these options say, not the checkpoint (temperature, penalties)."""
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        return lm.generate(**options)
+    finally:
+        lm.generation_config = own
+
+
+def _ignores_padding(lm: PreTrainedModel, max_length: int | None) -> bool:
+    """Whether the model continues a prompt in the same way with padding on its left. Some count
+    padding as text, whatever the attention mask says, as RWKV and RecurrentGemma do."""
+    if lm not in _can_pad:
+        tokens = torch.arange(4, device=lm.device) % lm.get_input_embeddings().num_embeddings
+        most = 8 if max_length is None else max(0, min(8, max_length - len(tokens) - 2))
+        settings = GenerationConfig(
+            max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        )
+        alone, padded = (
+            _generate(
+                lm,
+                input_ids=F.pad(tokens, (left, 0))[None],
+                attention_mask=F.pad(torch.ones_like(tokens), (left, 0))[None],
+                generation_config=settings,
+            ).logits
+            for left in (0, most)
+        )
+        _can_pad[lm] = all(
+            (one - other).norm() <= _MOVED * (one - one.mean()).norm()
+            for one, other in zip(alone, padded, strict=True)
+        )
+    return _can_pad[lm]
 
 
 class _StopStrings(StoppingCriteria):
@@ -137,8 +187,10 @@ def _encode_once(
     lm: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, copies: int
 ) -> Cache | None:
     """The cache of each prompt without its last token, repeated for its responses: `generate`
-    alone would encode the prompt once per response. None for models whose cache is not one of keys
-    and values only, such as those with a recurrent state."""
+    alone would encode the prompt once per response. None for models without a cache, or whose cache
+    is not one of keys and values only, such as those with a recurrent state."""
+    if cache_name(lm) not in inspect.signature(lm.forward).parameters:
+        return None
     mask = attention_mask[:, :-1]
     cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
     if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:

@@ -1,6 +1,7 @@
 """A reward model of Hugging Face transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -17,6 +18,7 @@ from rrhf_fast.model.pretrained import (
 )
 from rrhf_fast.score.config import ScorerConfig
 from rrhf_fast.stages.bounded import TooMuch
+from rrhf_fast.stages.outlet import say
 from rrhf_fast.stages.ranks import local_device
 
 Prompt = str | list[dict]
@@ -50,19 +52,27 @@ class RewardModel:
             offset = (model.config.pad_token_id or 0) + 1 if _counts_from_padding(model) else 0
             self.max_length = min(self.max_length, window - offset)
         self._input = config.reward_input
-        self._check_forward()
+        self._sees_padding = self._check_forward()
+        if self._sees_padding:
+            problem = "its scores depend on padding, so responses are scored by length"
+            say(f"note: {OPTION}: {name}: {problem}")
 
-    def _check_forward(self) -> None:
-        """Score any text, to fail early."""
-        row = self.tokenizer("a", truncation=True, max_length=self.max_length)
+    def _check_forward(self) -> bool:
+        """Score any text, to fail early; returns whether padding changes its score."""
+        row = dict(self.tokenizer("a", truncation=True, max_length=self.max_length))
         check_vocabulary([row["input_ids"]], self.model, self._name, OPTION)
+        width = min(len(row["input_ids"]) + 8, self.max_length)
         with loading(self._name, OPTION):
             try:
-                self.score([dict(row)])
+                one, *other = (
+                    self._logits([row], pad, width) for pad in islice(self._paddings([row]), 2)
+                )
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # any type, for a config that fits no code
                 raise ValueError(f"it cannot compute ({one_line(error)})") from error
+        near = {"rtol": 1e-2, "atol": 1e-3, "equal_nan": True}
+        return not all(torch.allclose(one, another, **near) for another in other)
 
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[dict]:
         """The inputs of each response: input_ids, and token_type_ids if the tokenizer has them.
@@ -143,11 +153,22 @@ class RewardModel:
             rows.append({"input_ids": ids[-self.max_length :]})
         return rows
 
-    @torch.no_grad()
     def score(self, rows: Sequence[dict]) -> list[float]:
         """The logits of one batch of encoded rows."""
-        width = max(len(row["input_ids"]) for row in rows)
-        pad = self._padding(rows)
+        by_length: dict[int, list[int]] = {}
+        for number, row in enumerate(rows):
+            by_length.setdefault(len(row["input_ids"]) * self._sees_padding, []).append(number)
+        scores = [0.0] * len(rows)
+        for numbers in by_length.values():
+            some = [rows[number] for number in numbers]
+            width, pad = max(len(row["input_ids"]) for row in some), next(self._paddings(some))
+            for number, score in zip(numbers, self._logits(some, pad, width).tolist(), strict=True):
+                scores[number] = score
+        return scores
+
+    @torch.no_grad()
+    def _logits(self, rows: Sequence[dict], pad: int, width: int) -> torch.Tensor:
+        """[B] float32, of rows filled up to `width` tokens with the token `pad`."""
         # A decoder's classifier reads the last token that is not padding.
         self.model.config.get_text_config().pad_token_id = pad
         batch = {"attention_mask": [[1] * len(row["input_ids"]) for row in rows]}
@@ -158,18 +179,18 @@ class RewardModel:
             for name, values in batch.items()
         }
         inputs = {name: values.to(self.model.device) for name, values in inputs.items()}
-        return self.model(**inputs).logits[:, 0].float().tolist()
+        return self.model(**inputs).logits[:, 0].float()
 
-    def _padding(self, rows: Sequence[dict]) -> int:
-        """The tokenizer's padding token, or any other token, that no row contains (many tokenizers
+    def _paddings(self, rows: Sequence[dict]) -> Iterator[int]:
+        """The tokenizer's padding token, then other tokens, that no row contains (many tokenizers
         have no padding token, or use EOS): the classifier must not take a row's own token for
         padding."""
         used = set().union(*(row["input_ids"] for row in rows))
-        pad = self.tokenizer.pad_token_id
         known = range(self.model.get_input_embeddings().num_embeddings)
+        pad = self.tokenizer.pad_token_id
         if pad in known and pad not in used:
-            return pad
-        return next(token for token in known if token not in used)
+            yield pad
+        yield from (token for token in known if token not in used and token != pad)
 
 
 def plain_text(prompt: Prompt) -> str:

@@ -3,15 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rrhf_fast.model.generate import Decoding, generate_batch
-from tests.model.test_families import REFUSED, SUPPORTED, VOCAB, tiny_model
+from tests.model.test_families import REFUSED, SIZES, SUPPORTED, VOCAB, tiny_model
 
 COUNT, NEW = 3, 6
 # Of unequal lengths, one longer than the families' windows, one without anything to encode early.
 LENGTHS = (11, 1, 7)
 FAMILIES = SUPPORTED | {kind: sizes for kind, (sizes, _) in REFUSED.items()}
+# They count padding as text.
+BLIND_TO_MASKS = {
+    "rwkv": {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+    "recurrent_gemma": SIZES | {"lru_width": 32, "head_dim": 8},
+    "xlnet": {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+}
 FAMILIES["qwen3_next"] = FAMILIES["qwen3_next"] | {"num_hidden_layers": 4}  # the last attends
 
 
@@ -63,9 +69,43 @@ def test_responses_equal_those_of_generate(family, method):
     assert responses == plain(lm, method, prompts())
 
 
+@pytest.mark.parametrize("family", FAMILIES | BLIND_TO_MASKS)
+def test_a_response_does_not_depend_on_the_batch(family):
+    """Greedily, by transformers alone, one prompt after another, without any padding."""
+    lm = tiny_model(family, (FAMILIES | BLIND_TO_MASKS)[family])
+    policy, settings = Decoding(NEW, "greedy"), GenerationConfig(max_new_tokens=NEW)
+    batch = generate_batch(lm, prompts(), policy, end_token_ids=[2], pad_token_id=0)
+    for prompt, (response,) in zip(prompts(), batch, strict=True):
+        ids = torch.from_numpy(prompt)[None]
+        alone = lm.generate(ids, generation_config=settings, eos_token_id=2, pad_token_id=0)
+        assert response.tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_prompts_of_unequal_lengths_share_a_batch():
+    """Where padding changes nothing, in a window without room for more."""
+    lm = tiny_model("gpt2", SUPPORTED["gpt2"] | {"n_positions": max(LENGTHS) + NEW})
+    batches = []
+    lm.register_forward_pre_hook(
+        lambda _, args, kw: batches.append(len(kw["input_ids"])), with_kwargs=True
+    )
+    limit = {"max_length": max(LENGTHS) + NEW}
+    policy = Decoding(NEW, "greedy")
+    generate_batch(lm, prompts(), policy, end_token_ids=[2], pad_token_id=0, **limit)
+    assert batches[-1] == len(LENGTHS)
+
+
+@pytest.mark.parametrize("method", ["sample", "beam"])
+def test_a_model_without_a_cache_gives_several_responses(method):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **sizes)).eval()
+    assert [len(many) for many in generate(lm, method, prompts())] == [COUNT] * len(LENGTHS)
+
+
 @pytest.mark.parametrize("method", ["sample", "beam", "diverse_beam"])
 def test_a_prompt_is_encoded_once(method):
     lm = tiny_model("llama", SUPPORTED["llama"])
+    generate(lm, method, prompts())  # the first batch tries what padding does
     counter = Counter(lm)
     generate(lm, method, prompts())
     padded, decoded = len(LENGTHS) * max(LENGTHS), len(LENGTHS) * COUNT * NEW

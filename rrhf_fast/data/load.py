@@ -73,7 +73,8 @@ class RowReport:
         return lines + [f"{name}: {text}" for text in self.warnings().values()]
 
     def warnings(self) -> dict[str, str]:
-        """Lines by name about prompts that the chat template does not render, or renders twice."""
+        """Lines by name about prompts that the chat template does not render, or renders twice, and
+        about answers that are continued."""
         lines = {}
         if texts := self.noted["text"]:
             which = "all" if texts == self.kept else f"{texts} of {self.kept}"
@@ -85,6 +86,11 @@ class RowReport:
             lines["messages"] = (
                 f"warning: {twice} of {self.kept} prompts hold what the chat template renders, and "
                 "it renders them again (texts that are rendered need no --apply_chat_template)"
+            )
+        if continued := self.noted["continued"]:
+            lines["continued"] = (
+                f"note: {continued} of {self.kept} prompts end with a message of the assistant, "
+                "which responses continue; to leave it out say --columns '{prompt: messages[:-1]}'"
             )
         return lines
 

@@ -287,6 +287,9 @@ def draft_of(
     others = _passed_on(others, "the name of a field", where)
     named = {name: canon.common[name] for name in ("tools", "chat_template_kwargs")}
     others |= {name: value for name, value in named.items() if value is not None}
+    last = canon.prompt[-1] if isinstance(canon.prompt, list) else {}
+    if raw is None and last.get("role") == "assistant":
+        canon.noted["continued"] = 1
     draft = Draft(
         prompt=canon.prompt,
         responses=None if raw is None else texts,

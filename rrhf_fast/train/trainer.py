@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from io import FileIO
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -377,6 +378,9 @@ class RRHFTrainer:
         """Held-out metrics, and the fresh samples with their rewards."""
         run = self.run
         measures = evaluate_ranking(run.model, run.held_out_packs, self.world)
+        if self.step == 0 and run.config.reference == "initial":  # ties, but for rounding
+            tied = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}
+            measures |= {name: tie for name, tie in tied.items() if not isnan(measures[name])}
         if run.reward_fn is None:
             return measures, []
         rewards, samples = evaluate_samples(

@@ -355,3 +355,17 @@ def test_a_draft_needs_only_a_prompt():
     assert (draft.prompt, draft.responses, draft.others) == ("a", None, {"id": 7})
     draft = parse_draft({"prompt": "a", "responses": ["", "b"], "scores": None}, "here")
     assert draft.responses == ["", "b"] and draft.others == {}
+
+
+def test_prompts_that_end_with_an_answer_are_noted(tmp_path):
+    """Samples continue it, which is meant for a prefix and an accident for whole conversations."""
+    chats = [{"messages": answered("Because.")}, {"messages": MESSAGES}]
+    source = write(tmp_path / "chats.jsonl", *chats)
+    _, report = load_drafts(source, columns={"prompt": "messages"})
+    (line,) = report.lines("data")
+    assert "note: 1 of 2 prompts end with a message of the assistant" in line
+    _, report = load_drafts(source, columns={"prompt": "messages[:-1]"})
+    assert not report.lines("data")
+    row = {"prompt": answered("Be"), "responses": ["cause.", "fore."]}
+    _, report = load_drafts(write(tmp_path / "row.jsonl", row), needs_responses=True)
+    assert not report.lines("data")

@@ -451,3 +451,10 @@ def test_a_log_prob_that_is_not_finite_names_its_row(data, tmp_path, monkeypatch
     problem = r"reference: .*train.jsonl:3: a response has the log-prob -inf under the initial"
     with pytest.raises(ValueError, match=problem):
         train(config(tmp_path, data))
+
+
+def test_the_initial_model_ties_in_every_pair(data, tmp_path):
+    """What its scores differ by is rounding, of which an accuracy says nothing."""
+    result = train(config(tmp_path, data, max_steps=1, packing="none", max_tokens_per_pack=900))
+    assert result.before["rewards/accuracies"] == 0.5 and result.before["rewards/margins"] == 0
+    assert result.after["rewards/margins"] > 0

@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 # The two sides, as named in `sources`.
 MODEL, BASELINE = "model", "baseline"
+_OPTIONS = {MODEL: "model_name_or_path", BASELINE: "baseline"}
 # Everything that an evaluation writes, complete or not, as patterns; in the order of its removal.
 # The options go last: while there is anything else, they say whose it is.
 FILES = ("report.html", "evaluation.png", "evaluation.json", "by_prompt.json", "scored.jsonl")
@@ -188,7 +189,14 @@ def _scored_samples(
         policies = [config.sampling(model, name) for name, model in models.items()]
         # Empty and repeated samples count too.
         options = {"output": str(samples), "policies": policies, "keep_all": True}
-        sample(pass_on(config, SampleConfig, **options))
+        try:
+            sample(pass_on(config, SampleConfig, **options))
+        except ValueError as error:  # of options of `sample`, which nobody gave here
+            for number, name in enumerate(models):
+                option, mine = f"policies[{number}].model: ", f"{_OPTIONS[name]}: "
+                if str(error).startswith(option):
+                    raise ValueError(mine + str(error).removeprefix(option)) from error
+            raise
     score(pass_on(config, ScoreConfig, data=str(samples), output=str(scored), **OWN_FORMAT))
     return scored
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 
 from rrhf_fast import reference
 from rrhf_fast.data.checks import one_line
@@ -37,6 +38,7 @@ from rrhf_fast.model.pretrained import (
     check_weights,
     load_pretrained,
     loading,
+    of_checkpoints,
     refuse_adapters,
 )
 
@@ -122,9 +124,12 @@ def load_tokenizer(
             )
             check_tokenizer(tokenizer)
         except Exception as error:  # as damaged and foreign folders raise any type
-            if Path(name_or_path).exists():
-                raise ValueError(f"no tokenizer ({one_line(error)})") from error
-            raise
+            if not (folder := Path(name_or_path)).exists():
+                raise
+            problem = f"no tokenizer ({one_line(error)})"
+            if not (folder / CONFIG_NAME).exists():
+                problem = of_checkpoints(folder) or problem
+            raise ValueError(problem) from error
         return tokenizer
 
 

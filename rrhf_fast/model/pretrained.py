@@ -214,6 +214,17 @@ def make_empty(
         )
 
 
+def of_checkpoints(folder: Path) -> str | None:
+    """What to do with a folder that is a checkpoint of a run, or holds nothing else; None if it is
+    another one."""
+    inner = [] if (folder / CONFIG_NAME).exists() else list(folder.glob("checkpoint-[0-9]*"))
+    last = max(inner, key=lambda path: (len(path.name), path.name), default=folder)
+    if next(last.glob("*.distcp"), None) is not None:
+        export = f"python -m rrhf_fast.export --checkpoint {last} --output_dir FOLDER"
+        return f"no model, but a checkpoint of a run ({export} makes a model of it)"
+    return f"no model, but checkpoints (name one of them, as {last})" if inner else None
+
+
 def stored_tensors(name_or_path: str, config: PretrainedConfig) -> dict[str, Stored]:
     """The tensors in the safetensors files of a model, by their names there; empty if only the hub
     knows where they are. Raises ValueError if a folder has none, a file is damaged, or an index
@@ -225,7 +236,8 @@ def stored_tensors(name_or_path: str, config: PretrainedConfig) -> dict[str, Sto
         if index is None and not Path(name_or_path).exists():
             return {}  # transformers may find weights that the hub converted
         if index is None:
-            raise ValueError(f"it holds no {SAFE_WEIGHTS_NAME} (and pickled weights are not read)")
+            problem = f"it holds no {SAFE_WEIGHTS_NAME} (and pickled weights are not read)"
+            raise ValueError(of_checkpoints(Path(name_or_path)) or problem)
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME}: weight_map: expected files by tensor")

@@ -78,3 +78,41 @@ def test_adapters_are_not_a_model(command, rows, tmp_path, capsys):
     assert f"model_name_or_path: {folder} holds LoRA adapters, not a model" in error
     assert f"python -m rrhf_fast.export --checkpoint {folder} --merge true" in error
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder that holds checkpoints of a run, and no model."""
+    folder = tmp_path_factory.mktemp("run")
+    run("train", "--output_dir", folder, "--max_steps", 2, "--save_steps", 1)
+    for file in folder.glob("*.*"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "score", "evaluate"])
+def test_checkpoints_are_not_a_model(command, checkpoints, rows, tmp_path, capsys):
+    for folder in (checkpoints, checkpoints / "checkpoint-2"):
+        assert run(command, *commands(folder, rows, tmp_path / "out")[command]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        export = f"python -m rrhf_fast.export --checkpoint {checkpoints}/checkpoint-2"
+        assert (
+            f"model_name_or_path: {folder}: no model, but a checkpoint of a run ({export}" in error
+        )
+    written = [path.name for path in tmp_path.rglob("out/*")]
+    assert not set(written) - {"options.json"}
+
+
+def test_evaluate_names_its_own_options(checkpoints, rows, tmp_path, capsys):
+    """Not those of `sample`, through which it reads the weights."""
+    arguments = commands(demo.MODEL_DIR, rows, tmp_path / "out")["evaluate"]
+    assert run("evaluate", *arguments, "--baseline", checkpoints / "checkpoint-2") == 2
+    assert f"error: baseline: {checkpoints}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_checkpoints_of_other_programs_are_named(rows, tmp_path, capsys):
+    for step in ("9", "10"):
+        shutil.copytree(demo.MODEL_DIR, tmp_path / "run" / f"checkpoint-{step}")
+    assert run("train", *commands(tmp_path / "run", rows, tmp_path / "out")["train"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"(name one of them, as {tmp_path}/run/checkpoint-10)" in error

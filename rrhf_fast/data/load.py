@@ -74,7 +74,7 @@ class RowReport:
 
     def warnings(self) -> dict[str, str]:
         """Lines by name about prompts that the chat template does not render, or renders twice, and
-        about answers that are continued."""
+        about those that end with a space, or with an answer, which is continued."""
         lines = {}
         if texts := self.noted["text"]:
             which = "all" if texts == self.kept else f"{texts} of {self.kept}"
@@ -86,6 +86,11 @@ class RowReport:
             lines["messages"] = (
                 f"warning: {twice} of {self.kept} prompts hold what the chat template renders, and "
                 "it renders them again (texts that are rendered need no --apply_chat_template)"
+            )
+        if spaces := self.noted["ends with a space"]:
+            lines["spaces"] = (
+                f"warning: {spaces} of {self.kept} prompts end with a space, which the tokenizer "
+                "else joins with the word that follows; let the response begin with it"
             )
         if continued := self.noted["continued"]:
             lines["continued"] = (

@@ -122,7 +122,8 @@ def tokenise_some(
     refuse_reserved(template.kwargs)
     _check_tokenizer(tokenizer, rows, template)
     prefix, endings = added_prefix(tokenizer), Endings(tokenizer)
-    opening, queries, counts = _generation_prompt(tokenizer), [], TokenCounts()
+    opening, joins_spaces = _generation_prompt(tokenizer), _joins_spaces(tokenizer)
+    queries, counts = [], TokenCounts()
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         # Render the texts of each row.
         batch = []
@@ -153,6 +154,8 @@ def tokenise_some(
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
             if tokenizer.chat_template and (note := _note(row.prompt, opening)):
                 report.noted[note] += 1
+            if joins_spaces and is_text and row.prompt.endswith(" "):
+                report.noted["ends with a space"] += 1
     return queries, counts
 
 
@@ -252,6 +255,15 @@ def _generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         return None
     added = text.removeprefix(without).strip() if text.startswith(without) else ""
     return added.splitlines()[0] if added else None
+
+
+def _joins_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a space and the word after it are one token."""
+    try:
+        whole, before = encode(tokenizer, ["a a", "a "])
+        return whole != before + encode_responses(tokenizer, ["a"])[0]
+    except ValueError:  # it has no such letter
+        return False
 
 
 def _note(prompt: str | list[dict], opening: str | None) -> str | None:

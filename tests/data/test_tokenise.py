@@ -262,3 +262,14 @@ def test_rewards_are_finite_and_keep_their_order(rewards):
     for a, reward in enumerate(rewards):
         for b, other in enumerate(rewards):
             assert (query.rewards[a] < query.rewards[b]) == (reward < other)
+
+
+def test_prompts_that_end_with_a_space_are_noted():
+    """Where the tokenizer joins spaces with words, so that models hardly know a space alone."""
+    rows = row("Who? "), row("Who?"), row([{"role": "user", "content": "Who? "}])
+    tokenizer = make_sentencepiece("prepend")
+    tokenizer.chat_template = TEMPLATE
+    *_, report = tokenise(tokenizer, *rows)
+    assert "warning: 1 of 3 prompts end with a space" in report.warnings()["spaces"]
+    *_, report = tokenise(make_tokenizer(template=TEMPLATE), *rows)  # joins nothing
+    assert "spaces" not in report.warnings()

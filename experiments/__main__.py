@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from experiments.recipe import CONFIGS, load_experiment, read_text
-from experiments.report import collect, failed_checks, write_index, write_results
+from experiments.report import collect, failed_checks, update, write_index, write_results
 from experiments.runner import StageFailed, all_stages, run_stages
 from rrhf_fast.data.checks import one_line
 
@@ -106,6 +106,7 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"{experiment.name}: no {path.name}, left out")
                 continue
             figures = json.loads(path.read_text())
+            update(figures, experiment)
         else:
             _print_skipped(experiment)
             if not experiment.results():

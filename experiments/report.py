@@ -45,6 +45,18 @@ def collect(experiment: Experiment, work: Path) -> dict:
     return figures
 
 
+def update(figures: dict, experiment: Experiment) -> None:
+    """Compare the arms of earlier figures anew if the recipe now compares others."""
+    arms = {arm["name"]: arm for arm in figures["arms"] if arm["measures"]}
+    wanted = {
+        arm.name: [name for name in experiment.baselines_of(arm) if name in arms]
+        for arm in experiment.arms
+        if arm.name in arms
+    }
+    if any(sorted(_baselines(arms[name])) != sorted(names) for name, names in wanted.items()):
+        _measure(figures, {name: wanted.get(name, []) for name in arms})
+
+
 def _by_prompt(arm: Arm, names: list[str], work: Path, prompts: list[list[str]]) -> dict:
     """{measure: {"prompts": [an index into `prompts` per seed], "numerators": [[...] per seed],
     "denominators": likewise, or None for ones}}. Adds missing lists to `prompts`."""
@@ -126,7 +138,7 @@ def _measure(figures: dict, baselines: dict[str, list[str]]) -> None:
     }
     arms = {arm["name"]: arm for arm in figures["arms"]}
     for name in figures["measures"]:
-        compared, p_values = [], []
+        compared, p_values, pairs = [], [], []
         for arm in figures["arms"]:
             table = tables[arm["name"]].get(name)
             if table is None or not table.denominators.any():
@@ -143,11 +155,13 @@ def _measure(figures: dict, baselines: dict[str, list[str]]) -> None:
                 compared.append({"arm": against, **_record(estimate(table, baseline))})
                 record["against"].append(compared[-1])
                 p_values.append(seeds_test(table, baseline))
-        # Arms that are the same at each seed test nothing.
-        tested = [i for i, p in enumerate(p_values) if p < 1]
-        adjusted = dict(zip(tested, holm([p_values[i] for i in tested]), strict=True))
-        for i, record in enumerate(compared):
-            p = adjusted.get(i, 1.0)
+                pairs.append(frozenset((table.numerators.tobytes(), baseline.numerators.tobytes())))
+        # Arms that are the same at each seed test nothing. A test counts once: two names may stand
+        # for the same models, and two rows for both directions of one comparison.
+        tested = {pair: p for pair, p in zip(pairs, p_values, strict=True) if p < 1}
+        adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+        for pair, record in zip(pairs, compared, strict=True):
+            p = adjusted.get(pair, 1.0)
             record["p"] = round(p, 5)
             # Both must agree: the test over seeds, the interval over seeds and prompts.
             record["differs"] = p < 0.05 and not record["low"] <= 0 <= record["high"]
@@ -213,8 +227,8 @@ def _page(figures: dict, text: dict, tables: list[str]) -> str:
         f"Values are means over {len(figures['seeds'])} seeds and the held-out prompts, with 95 % "
         "intervals over both, which are symmetric and so may exceed a bound. Differences are "
         "paired by seed and prompt; **bold** ones differ from 0 by their interval and by a paired "
-        "t-test whose units are seeds (p < 0.05 after Holm's correction, over all rows of a "
-        "column; the intervals are not corrected). Seeds share the initial model "
+        "t-test whose units are seeds (p < 0.05 after Holm's correction, over the distinct rows of "
+        "a column; the intervals are not corrected). Seeds share the initial model "
         "and, where a set of rows is nearly used up, most rows: other ones may differ more.",
         *_on_temperatures(figures),
         *([f"Left out: {'; '.join(skipped)}."] if skipped else []),

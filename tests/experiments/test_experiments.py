@@ -362,3 +362,50 @@ def test_the_smallest_experiment_passes_its_check(tmp_path):
     figures = json.loads((tmp_path / "results" / "smallest.json").read_text())
     assert all(arm["measures"] for arm in figures["arms"])
     assert (tmp_path / "results" / "smallest.png").stat().st_size > 10_000
+
+
+def noisy() -> dict:
+    """Figures of noisy arms, of which `again` repeats `b`."""
+    rng = np.random.default_rng(0)
+    means = {"a": 0, "b": 2, "c": 3}
+    rewards = {name: rng.normal(mean, size=(3, 4)).tolist() for name, mean in means.items()}
+    figures = figures_of(rewards | {"again": rewards["b"]})
+    for arm in figures["arms"]:
+        arm["measures"] = {}
+    return figures | {"measures": ["reward"]}
+
+
+def compared(against: dict[str, list[str]]) -> Experiment:
+    arms = [Arm(name, None, None, names) for name, names in against.items()]
+    return Experiment("test", {}, [0, 1, 2], arms)
+
+
+def test_a_comparison_counts_once_in_the_correction():
+    """Whichever way it is written, and under however many names."""
+    p_values = {}
+    for kind, against in {
+        "once": {"a": [], "b": ["a"], "c": ["a"], "again": []},
+        "twice": {"a": ["b", "c"], "b": ["a"], "c": ["a"], "again": ["a"]},
+    }.items():
+        figures = noisy()
+        report._measure(figures, against)
+        p_values[kind] = {
+            (arm["name"], row["arm"]): row["p"]
+            for arm in figures["arms"]
+            for row in arm["measures"]["reward"]["against"]
+        }
+    once, twice = p_values["once"], p_values["twice"]
+    assert twice.items() > once.items()
+    assert twice["a", "b"] == twice["again", "a"] == once["b", "a"] < 1
+
+
+def test_a_page_of_earlier_figures_compares_what_the_recipe_does_now():
+    figures = noisy()
+    report._measure(figures, {"a": [], "b": ["a"], "c": ["a"], "again": []})
+    before = json.dumps(figures)
+    report.update(figures, compared({"a": [], "b": ["a"], "c": ["a"], "new": ["a"]}))
+    assert json.dumps(figures) == before
+    report.update(figures, compared({"a": [], "b": ["a"], "c": ["b", "new"]}))
+    rows = {arm["name"]: arm["measures"]["reward"]["against"] for arm in figures["arms"]}
+    found = {name: [row["arm"] for row in found] for name, found in rows.items()}
+    assert found == {"a": [], "b": ["a"], "c": ["b"], "again": []}

@@ -95,7 +95,7 @@ class RowReport:
         if continued := self.noted["continued"]:
             lines["continued"] = (
                 f"note: {continued} of {self.kept} prompts end with a message of the assistant, "
-                "which responses continue; to leave it out say --columns '{prompt: messages[:-1]}'"
+                "which responses continue; to leave it out say --columns '{prompt: FIELD[:-1]}'"
             )
         return lines
 

@@ -224,7 +224,7 @@ def _check_unanswered(canon: Canonical, texts: list[str], where: str) -> None:
     content = last.get("content") if last.get("role") == "assistant" else None
     if content and content.strip() in [text.strip() for text in texts]:
         problem = f"{canon.prompt_name}: its last message is one of the responses, which would "
-        problem += "continue it (leave it out, as by --columns '{prompt: messages[:-1]}')"
+        problem += "continue it (leave it out, as by --columns '{prompt: FIELD[:-1]}')"
         raise BadRow("answered prompt", where, problem)
 
 

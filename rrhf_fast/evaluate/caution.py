@@ -2,10 +2,24 @@
 
 from collections.abc import Mapping
 
+from rrhf_fast.data.checks import one_line
+from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import Estimate
 
 # Below so many prompts a report says that its intervals are wide.
 _FEW = 50
+# Options without which two evaluations compare no models: how samples are scored, and drawn.
+_SCORED_BY = ("reward_fn", "reward_model_name_or_path", "judge_model", "reward_input")
+_DRAWN_BY = ("num_samples", "max_new_tokens", "temperature", "top_p", "stop_strings")
+_DRAWN_BY += ("max_prompt_length",)
+
+
+def cautions(
+    before: Mapping[str, Estimate], after: Mapping[str, Estimate], than: str, number: int
+) -> list[str]:
+    """`signs_of_harm` over this number of prompts, and a sentence if there are few."""
+    harm = signs_of_harm(before, after, than) if number > 1 else []
+    return harm + few_prompts(number)
 
 
 def signs_of_harm(
@@ -46,6 +60,25 @@ def few_prompts(number: int) -> list[str]:
         f"There are only {number} prompts, so that the intervals are wide, and a difference within "
         "them may be chance."
     ]
+
+
+def drawn_otherwise(baseline: str, options: Mapping, config: EvaluateConfig) -> list[str]:
+    """A sentence if the samples of an earlier evaluation with these options were drawn in another
+    way than this one's. Raises ValueError if they were scored in another way."""
+
+    def others(names: tuple[str, ...]) -> list[str]:
+        return [
+            f"{name} {one_line(options[name])}, here {one_line(getattr(config, name))}"
+            for name in names
+            if name in options and options[name] != getattr(config, name)
+        ]
+
+    if found := others(_SCORED_BY):
+        raise ValueError(f"baseline: {baseline} was scored otherwise ({'; '.join(found)})")
+    if found := others(_DRAWN_BY):
+        how = f"The baseline's samples were drawn otherwise ({'; '.join(found)})"
+        return [f"warning: {how}: differences are not of the models alone."]
+    return []
 
 
 def _is_above(name: str, first: Mapping[str, Estimate], second: Mapping[str, Estimate]) -> bool:

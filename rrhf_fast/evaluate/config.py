@@ -24,6 +24,10 @@ class EvaluationOptions(ScorerConfig, ServeConfig):
     """Divides the logits of the model that samples."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Sample from the likeliest tokens that hold this share of the probability."""
+    max_prompt_length: Annotated[int, Ge(1)] | None = None
+    """Tokens; a longer prompt keeps its tail when it is sampled for. Default: never cut."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Cut each new response before the first of these. Default: never."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """What draws these samples here. vllm (pip install vllm) is made for many prompts. With
     serve_command, the server that it starts draws them."""
@@ -38,6 +42,8 @@ class EvaluationOptions(ScorerConfig, ServeConfig):
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         check_temperature(self.temperature)
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty text would cut every response to nothing")
         self.check_serving()
         self.sampling("model").validate()
         if self.policy_as_reward:

@@ -14,7 +14,7 @@ from rrhf_fast.data.options import OWN_FORMAT
 from rrhf_fast.data.rows import Draft, Row
 from rrhf_fast.data.sources import read_records
 from rrhf_fast.evaluate.about import about
-from rrhf_fast.evaluate.caution import few_prompts, signs_of_harm
+from rrhf_fast.evaluate.caution import cautions, drawn_otherwise
 from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.measures import (
     Bootstrap,
@@ -32,7 +32,7 @@ from rrhf_fast.score import score
 from rrhf_fast.score.config import ScoreConfig
 from rrhf_fast.score.logprobs import LogProbs, generated
 from rrhf_fast.score.run import check_scorer
-from rrhf_fast.stages.files import to_json, write_text
+from rrhf_fast.stages.files import read_json, to_json, write_text
 from rrhf_fast.stages.identity import identity, refuse_pipes
 from rrhf_fast.stages.journal import is_finished
 from rrhf_fast.stages.outlet import say
@@ -103,7 +103,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     models = {MODEL: config.model_name_or_path}
     if config.baseline is not None and not config.baseline.endswith(".jsonl"):
         models[BASELINE] = config.baseline
-    prompts, earlier = _check_inputs(config, models)
+    prompts, earlier, notes = _check_inputs(config, models)
 
     # Draw and score the samples, unless an interrupted run already has.
     replaces = FILES if config.overwrite else ()
@@ -147,21 +147,30 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         prompts=len(keep),
         dropped=total - len(keep),
         about=about(config, scored),
-        warnings=signs_of_harm(estimates.get(BASELINE, {}), estimates[MODEL], "with the baseline")
-        + few_prompts(len(keep)),
+        warnings=[
+            *notes,
+            *cautions(
+                estimates.get(BASELINE, {}), estimates[MODEL], "with the baseline", len(keep)
+            ),
+        ],
     )
     ranks.first(lambda: _write(evaluation, folder))
     return evaluation
 
 
-def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> tuple[list, Side | None]:
+def _check_inputs(
+    config: EvaluateConfig, models: dict[str, str]
+) -> tuple[list, Side | None, list[str]]:
     """Fail on unreadable data, functions or models before anything is written; returns the prompts,
-    and the samples of an earlier evaluation if the baseline is one."""
+    and if the baseline is an earlier evaluation, its samples and what to be careful of in them."""
     refuse_pipes(config)
     drafts, _ = load_drafts(config.data, **config.reading())  # `sample` says what it skips
-    prompts, earlier = [draft.prompt for draft in drafts], None
+    prompts, earlier, notes = [draft.prompt for draft in drafts], None, []
     if config.baseline is not None and BASELINE not in models:
         earlier = _earlier(config.baseline, prompts)
+        options = Path(config.baseline).with_name("options.json")
+        if options.is_file():
+            notes = drawn_otherwise(config.baseline, read_json(options), config)
     if config.ranking_data is not None:
         _, report = load_rows(config.ranking_data, **config.reading())
         for line in report.lines("ranking_data"):
@@ -171,7 +180,7 @@ def _check_inputs(config: EvaluateConfig, models: dict[str, str]) -> tuple[list,
     for option in options + ["baseline"] * (BASELINE in models):
         if (name := getattr(config, option)) is not None:
             load_tokenizer(name, trust_remote_code=config.trust_remote_code, option=option)
-    return prompts, earlier
+    return prompts, earlier, notes
 
 
 def _scored_samples(

@@ -45,7 +45,8 @@ class IterateConfig(RowsConfig, EvaluationOptions):
     be given more."""
     steps_per_round: Annotated[int, Ge(1), Le(10**9)] | None = None
     """Make a round this many optimizer steps over fresh prompts (OP-k in the paper), at a constant
-    learning rate; the optimizer's state is carried on. Default: a round passes over all rows."""
+    learning rate; the optimizer's state is carried on, except that of LoRA, whose adapters are
+    merged and drawn anew. Default: a round passes over all rows."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: stop at the first bad row. skip: leave out bad responses and rows. Training always
     leaves out rows with fewer than two scored responses."""
@@ -53,10 +54,6 @@ class IterateConfig(RowsConfig, EvaluationOptions):
     """Where responses come from, such as '[{method: sample, num_responses: 4}]'; without a model,
     from that of the round. Default: four diverse beams at temperature 0.8, and the responses that
     the rows provide."""
-    max_prompt_length: Annotated[int, Ge(1)] | None = None
-    """Tokens; a longer prompt keeps its tail when it is sampled for. Default: never cut."""
-    stop_strings: list[str] = field(default_factory=list)
-    """Cut each new response before the first of these. Default: never."""
     finished_only: bool = False
     """Leave responses that max_new_tokens cut off out of training."""
     kl_coef: Annotated[float, Ge(0)] = 0.0
@@ -74,8 +71,6 @@ class IterateConfig(RowsConfig, EvaluationOptions):
         """Raise ValueError, with the option's name, for values that cannot work, also together."""
         super().validate()
         self.reading()
-        if "" in self.stop_strings:
-            raise ValueError("stop_strings: an empty text would cut every response to nothing")
         for name in ("model_name_or_path", "data", "eval_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing")
@@ -127,7 +122,9 @@ class IterateConfig(RowsConfig, EvaluationOptions):
             options |= {"max_steps": steps, "save_steps": steps, "save_total_limit": 1}
             # A schedule that decays would end with every round.
             options |= {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}}
-            if number > 1:
+            if number > 1 and self.train.use_peft:  # each round draws adapters of its own
+                options |= {"warmup_steps": 0.0}
+            elif number > 1:
                 before = folder.parent / f"round-{number - 1}" / "model" / f"checkpoint-{steps}"
                 options |= {"warmup_steps": 0.0, "init_optimizer_from": str(before)}
         return replace(self.train, **options)

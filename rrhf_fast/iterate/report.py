@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rrhf_fast.evaluate.caution import few_prompts, signs_of_harm
+from rrhf_fast.evaluate.caution import cautions
 from rrhf_fast.evaluate.measures import Estimate
 from rrhf_fast.evaluate.plot import MEASURES, SHARES, spread
 from rrhf_fast.evaluate.report import (
@@ -57,8 +57,7 @@ def write_rounds(folder: Path, records: list[dict], about: Mapping) -> tuple[Tab
     plot_rounds(records, folder / "rounds.png")
     table, last = rounds_table(records), records[-1]["round"]
     sides = _sides(folder, last)
-    notes = signs_of_harm(records[0], records[-1], "in round 0")
-    notes += few_prompts(len(sides[MODEL].prompts))
+    notes = cautions(records[0], records[-1], "in round 0", len(sides[MODEL].prompts))
     prompts = counted(len(sides[MODEL].prompts), "held-out prompt")
     lead = f"Rounds 0 ({about['model']} before training) to {last}, on {prompts} of "
     parts = [

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -147,9 +148,9 @@ def read_head(model: PreTrainedModel) -> Head:
     )
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
+def max_positions(model: PreTrainedModel | PretrainedConfig) -> int | None:
     """The longest sequence the model supports, in tokens; None if its config does not say."""
-    config = model.config.get_text_config()
+    config = getattr(model, "config", model).get_text_config()
     names = ("max_position_embeddings", "n_positions")
     sizes = (getattr(config, name, None) for name in names)
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)  # XLNet: -1

@@ -21,12 +21,14 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
+from rrhf_fast.model.decoder import rope_of_longest
 from rrhf_fast.model.diverse_beam import cache_name, diverse_beam_search
 
-# How far padding may move a prompt's logits, as a share of their size. By rounding it moves them by
-# 1e-6 in float32 and up to 3e-3 in bfloat16, where it counts as text by 0.1 to 1.
-_MOVED = 0.02
-_can_pad: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# How far rounding may move logits, as a share of their size: 1e-6 in float32 and up to .01 in
+# bfloat16. Padding that counts as text moves them by .1 to 1, rows that change each other by .6.
+_BY_PADDING, _BY_ROWS = {torch.float32: 0.01}, 0.3
+_LEFT = 8  # tokens of padding to try
+_batchings: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,26 @@ def generate_batch(
         Per prompt, int64 arrays [R], up to and including the end token, if any.
     """
     width = max(len(ids) for ids in prompts)
-    if any(len(ids) < width for ids in prompts) and not _ignores_padding(lm, max_length):
-        options = {"max_length": max_length, "end_token_ids": end_token_ids}
-        options |= {"pad_token_id": pad_token_id}
-        options |= {"stop_strings": stop_strings, "tokenizer": tokenizer}
+    batching = "padding"
+    if policy.count * len(prompts) > 1 or policy.num_beams:
+        batching = _batching(lm, max_length)
+    options = {"max_length": max_length, "end_token_ids": end_token_ids}
+    options |= {"pad_token_id": pad_token_id, "stop_strings": stop_strings, "tokenizer": tokenizer}
+    if batching == "nothing" and policy.method in ("sample", "greedy"):
+        names = ("max_new_tokens", "method", "temperature", "top_p", "top_k")
+        one = Decoding(**{name: getattr(policy, name) for name in names})
+        return [
+            [generate_batch(lm, [ids], one, **options)[0][0] for _ in range(policy.count)]
+            for ids in prompts
+        ]
+    if batching == "nothing":
+        kind = lm.config.model_type
+        raise ValueError(
+            f"{policy.method}: the rows of a batch of {kind} change each other (use sample)"
+        )
+    if any(len(ids) < width for ids in prompts) and (
+        batching == "equal" or rope_of_longest(lm, width + policy.max_new_tokens)
+    ):
         responses = [[] for _ in prompts]
         for length in sorted({len(ids) for ids in prompts}):
             places = [place for place, ids in enumerate(prompts) if len(ids) == length]
@@ -117,6 +135,9 @@ def generate_batch(
             options = {"do_sample": True, "temperature": policy.temperature}
             options |= {"top_p": policy.top_p, "top_k": policy.top_k}
         elif policy.method == "beam":
+            if hasattr(lm, "_setup_cache"):  # in its layers, where no beam search reorders it
+                kind = lm.config.model_type
+                raise ValueError(f"beam: the cache of {kind} cannot follow beams (use sample)")
             options = {"num_beams": num_beams}
         settings = GenerationConfig(
             **options,
@@ -148,29 +169,45 @@ def _generate(lm: PreTrainedModel, **options) -> torch.Tensor | ModelOutput:
         lm.generation_config = own
 
 
-def _ignores_padding(lm: PreTrainedModel, max_length: int | None) -> bool:
-    """Whether the model continues a prompt in the same way with padding on its left. Some count
-    padding as text, whatever the attention mask says, as RWKV and RecurrentGemma do."""
-    if lm not in _can_pad:
-        tokens = torch.arange(4, device=lm.device) % lm.get_input_embeddings().num_embeddings
-        most = 8 if max_length is None else max(0, min(8, max_length - len(tokens) - 2))
-        settings = GenerationConfig(
-            max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=0
-        )
-        alone, padded = (
-            _generate(
-                lm,
-                input_ids=F.pad(tokens, (left, 0))[None],
-                attention_mask=F.pad(torch.ones_like(tokens), (left, 0))[None],
-                generation_config=settings,
-            ).logits
-            for left in (0, most)
-        )
-        _can_pad[lm] = all(
-            (one - other).norm() <= _MOVED * (one - one.mean()).norm()
-            for one, other in zip(alone, padded, strict=True)
-        )
-    return _can_pad[lm]
+def _batching(lm: PreTrainedModel, max_length: int | None) -> str:
+    """What rows of a batch may have without changing each other: any "padding" on the left, "equal"
+    lengths, or "nothing". RecurrentGemma and XLNet count padding as text, whatever the attention
+    mask says; the states of RWKV's second row and on are wrong."""
+    if max_length is not None and max_length < 6:
+        return "equal"  # no room to try
+    if lm not in _batchings:
+        vocab = lm.get_input_embeddings().num_embeddings
+        rows = torch.arange(8, device=lm.device).reshape(2, 4) % vocab
+        alone = [_trial(lm, row[None], 0)[0] for row in rows]
+        moved = [_distance(*pair) for pair in zip(alone, _trial(lm, rows, 0), strict=True)]
+        if max(moved) > _BY_ROWS:
+            _batchings[lm] = "nothing"
+        elif max_length is not None and max_length < 6 + _LEFT:
+            return "equal"
+        else:
+            kind = torch.bfloat16 if torch.is_autocast_enabled(lm.device.type) else lm.dtype
+            moved = _distance(alone[0], _trial(lm, rows[:1], _LEFT)[0])
+            _batchings[lm] = "equal" if moved > _BY_PADDING.get(kind, 0.05) else "padding"
+    return _batchings[lm]
+
+
+def _trial(lm: PreTrainedModel, tokens: torch.Tensor, left: int) -> torch.Tensor:
+    """[B, 2, V]: the logits of two greedy tokens after these [B, T], with padding on the left."""
+    settings = GenerationConfig(
+        max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    found = _generate(
+        lm,
+        input_ids=F.pad(tokens, (left, 0)),
+        attention_mask=F.pad(torch.ones_like(tokens), (left, 0)),
+        generation_config=settings,
+    )
+    return torch.stack(found.logits, 1)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Between two rows of logits, as a share of their size."""
+    return float((one - other).norm() / (one - one.mean()).norm())
 
 
 class _StopStrings(StoppingCriteria):

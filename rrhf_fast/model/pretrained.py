@@ -8,6 +8,7 @@ asked about it; its files are checked before memory is taken for what they descr
 import contextlib
 import json
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_files
 
 from rrhf_fast.data.checks import one_line, show
+from rrhf_fast.stages.run_folder import complete_checkpoints
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -217,12 +219,18 @@ def make_empty(
 def of_checkpoints(folder: Path) -> str | None:
     """What to do with a folder that is a checkpoint of a run, or holds nothing else; None if it is
     another one."""
-    inner = [] if (folder / CONFIG_NAME).exists() else list(folder.glob("checkpoint-[0-9]*"))
-    last = max(inner, key=lambda path: (len(path.name), path.name), default=folder)
+    has_config = (folder / CONFIG_NAME).exists()
+    inner = [] if has_config else [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    last = max(complete_checkpoints(folder)[-1:] or inner, key=_by_number, default=folder)
     if next(last.glob("*.distcp"), None) is not None:
-        export = f"python -m rrhf_fast.export --checkpoint {last} --output_dir FOLDER"
+        name = shlex.quote(str(last))
+        export = f"python -m rrhf_fast.export --checkpoint {name} --output_dir FOLDER"
         return f"no model, but a checkpoint of a run ({export} makes a model of it)"
     return f"no model, but checkpoints (name one of them, as {last})" if inner else None
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name
 
 
 def stored_tensors(name_or_path: str, config: PretrainedConfig) -> dict[str, Stored]:

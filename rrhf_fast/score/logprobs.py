@@ -10,7 +10,13 @@ from rrhf_fast.data.packs import PackPlanner
 from rrhf_fast.data.rows import BadRow, Draft, Row
 from rrhf_fast.data.tokenise import TokenisedQuery, tokenise_rows
 from rrhf_fast.model.config import LossConfig
-from rrhf_fast.model.decoder import inference_dtype, load_model, load_tokenizer, max_positions
+from rrhf_fast.model.decoder import (
+    inference_dtype,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    rope_of_longest,
+)
 from rrhf_fast.model.pretrained import check_forward, check_vocabulary, loading, padding_id
 from rrhf_fast.model.rrhf import RRHFModel
 from rrhf_fast.score.config import ScorerConfig
@@ -24,21 +30,35 @@ DEFAULT_WINDOW = 4096
 class LogProbs:
     """A causal LM that gives the log-probs of the responses of rows."""
 
-    def __init__(self, name: str, config: ScorerConfig, option: str = "model_name_or_path"):
-        """Load the model named by `option`. Raises ValueError if there is no such model or forest
-        packing does not support it."""
+    def __init__(
+        self,
+        name: str,
+        config: ScorerConfig,
+        option: str = "model_name_or_path",
+        *,
+        max_length: int | None = None,
+    ):
+        """Load the model named by `option`, with a window of at most `max_length` tokens. Raises
+        ValueError if there is no such model or forest packing does not support it."""
         code = {"trust_remote_code": config.trust_remote_code, "option": option}
         self.tokenizer = load_tokenizer(name, **code)
         lm = load_model(name, **code).to(local_device())
         with loading(name, option):
             check_forward(lm)
-        self.max_length = max_positions(lm) or DEFAULT_WINDOW
+        window = max_positions(lm) or DEFAULT_WINDOW
+        self.max_length = min(window, max_length or window)
+        self._packing = config.packing
+        match rope_of_longest(lm, self.max_length):
+            case "longrope", _:  # rows, one at a time
+                self._packing = "none"
+            case "dynamic", window:  # beyond it a row's rotation depends on those before
+                self.max_length = window
         self.config, self._name, self._option = config, name, option
         self._has_cut = False
         self.model = RRHFModel(
             lm,
             LossConfig(),
-            packing=config.packing,
+            packing=self._packing,
             max_length=self.max_length,
             compute_dtype=inference_dtype(config.dtype),
         )
@@ -66,7 +86,7 @@ class LogProbs:
             queries = self._tokenise([rows[number].pick(keep) for number, keep in places])
         planner = PackPlanner(
             queries,
-            packing=self.config.packing,
+            packing=self._packing,
             max_tokens_per_pack=self.config.max_tokens_per_pack,
             pad_token_id=padding_id(self.tokenizer, self.model.lm),
             pad_to_multiple_of=self.model.pad_to_multiple_of,

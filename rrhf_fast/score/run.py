@@ -13,11 +13,12 @@ from tqdm import tqdm
 from rrhf_fast.data.checks import one_line
 from rrhf_fast.data.load import load_drafts
 from rrhf_fast.data.rows import Draft
-from rrhf_fast.model.decoder import load_tokenizer
+from rrhf_fast.model.decoder import load_tokenizer, max_positions
 from rrhf_fast.model.generate import batches_by_length
+from rrhf_fast.model.pretrained import loading, read_config
 from rrhf_fast.score.config import ScoreConfig, ScorerConfig
 from rrhf_fast.score.judge import Judge
-from rrhf_fast.score.logprobs import LogProbs, generated
+from rrhf_fast.score.logprobs import DEFAULT_WINDOW, LogProbs, generated
 from rrhf_fast.score.reward_model import Prompt, RewardModel
 from rrhf_fast.stages.cards import without_paths
 from rrhf_fast.stages.dataset_card import push_rows
@@ -237,7 +238,17 @@ def _reward_model(
     counts = _in_batches(journal, "tokens for the reward model", chunks, measure, "response")
     journal.share()
     batches = batches_by_length(journal.ranks.once(counts), config.batch_size)
-    return _in_batches(journal, "reward model", batches, work, "response")
+    scores = _in_batches(journal, "reward model", batches, work, "response")
+
+    def read() -> list[float | str]:
+        """Equal responses tie: their scores differ by rounding where their batches do."""
+        found, first = scores(), {}
+        for i, (row, at) in enumerate(pairs):
+            text = repr(drafts[row].prompt), drafts[row].responses[at]
+            found[i] = found[first.setdefault(text, i)]
+        return found
+
+    return read
 
 
 def _reward_fn(
@@ -287,15 +298,20 @@ def _judge(
 
 
 def _logps(
-    journal: Journal, option: str, drafts: Sequence[Draft], config: ScorerConfig
+    journal: Journal,
+    option: str,
+    drafts: Sequence[Draft],
+    config: ScorerConfig,
+    *,
+    max_length: int | None = None,
 ) -> Read[list[list[list[float] | str]]]:
     """[row][response] -> [p, sum of the log-probs of its own tokens] under the option's model, or
-    the reason why it has none."""
+    the reason why it has none; in a window of at most `max_length` tokens."""
     name, model = getattr(config, option), None
 
     def work(batch: Sequence[int]) -> list:
         nonlocal model
-        model = model or LogProbs(name, config, option)
+        model = model or LogProbs(name, config, option, max_length=max_length)
         by_row = model([drafts[row] for row in batch])
         out = []
         for row, responses in zip(batch, by_row, strict=True):
@@ -309,7 +325,8 @@ def _logps(
         return out
 
     batches = _chunks(len(drafts), config.batch_size)
-    return _in_batches(journal, f"{_LOGPS}{name}", batches, work, "row")
+    title = f"{_LOGPS}{name}" + (f", {max_length} tokens" if max_length else "")
+    return _in_batches(journal, title, batches, work, "row")
 
 
 def _mean_and_sum(logps: np.ndarray, finish_reason: str | None) -> list[float] | str:
@@ -321,9 +338,18 @@ def _log_ratios(
     journal: Journal, drafts: Sequence[Draft], config: ScoreConfig
 ) -> Read[list[list[float | str]]]:
     """[row][response] -> log(policy / reference), or the reason why it has none."""
-    policy = reference = _logps(journal, "model_name_or_path", drafts, config)
+    # Both sums are over the same tokens: a response is cut to the smaller window of the two.
+    options = ("model_name_or_path", "reference_model_name_or_path")
+    windows = {option: _window(option, config) for option in options}
+    least = min(windows.values())
+
+    def logps(option: str) -> Read[list[list[list[float] | str]]]:
+        smaller = least if least < windows[option] else None
+        return _logps(journal, option, drafts, config, max_length=smaller)
+
+    policy = reference = logps("model_name_or_path")
     if config.model_name_or_path != config.reference_model_name_or_path:
-        reference = _logps(journal, "reference_model_name_or_path", drafts, config)
+        reference = logps("reference_model_name_or_path")
     return lambda: [
         [
             next((x for x in (p, r) if isinstance(x, str)), None) or p[1] - r[1]
@@ -331,6 +357,12 @@ def _log_ratios(
         ]
         for of_row in zip(policy(), reference(), strict=True)
     ]
+
+
+def _window(option: str, config: ScorerConfig) -> int:
+    name, code = getattr(config, option), config.trust_remote_code
+    with loading(name, option):
+        return max_positions(read_config(name, trust_remote_code=code)) or DEFAULT_WINDOW
 
 
 def _merged(

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +24,8 @@ from rrhf_fast.evaluate.config import EvaluateConfig
 from rrhf_fast.evaluate.report import write_report
 from rrhf_fast.evaluate.run import FILES as FILES_OF_A_RUN
 from rrhf_fast.evaluate.run import _of_logps, read_side
+from rrhf_fast.iterate.config import IterateConfig
+from rrhf_fast.sample.config import SampleConfig
 from rrhf_fast.stages.ranks import Ranks
 from rrhf_fast.stages.run_folder import claim
 from rrhf_fast.stages.terminal import as_text
@@ -174,10 +176,34 @@ def test_a_model_ties_with_its_own_earlier_evaluation(config):
     assert str(evaluation.model) == str(first.model) == str(evaluation.baseline)
     assert evaluation.comparison["reward_gain"].value == 0
     assert evaluation.comparison["win"].value == evaluation.comparison["lose"].value
+    # Of samples drawn otherwise the report warns, of scores from elsewhere there is none.
+    other = replace(again, output_dir=config.output_dir + "4", num_samples=2)
+    (warning,) = [line for line in evaluate(other).warnings if "otherwise" in line]
+    assert "num_samples 3, here 2" in warning
+    other.reward_fn = f"{__name__}:longest"
+    with pytest.raises(ValueError, match="was scored otherwise .reward_fn .*score.*longest"):
+        evaluate(other)
     other = replace(again, output_dir=config.output_dir + "3")
     other.data = write(Path(config.data), read(config.data)[:-1])
     with pytest.raises(ValueError, match="baseline: .* has other prompts"):
         evaluate(other)
+
+
+def longest(prompts, responses):
+    return list(map(len, responses))
+
+
+def test_samples_end_where_those_for_training_do(config):
+    """`iterate` passes its options on: what cuts the one must cut the other."""
+    config = replace(config, stop_strings=["e"], max_prompt_length=4)
+    evaluate(config)
+    texts = [
+        text for row in read(Path(config.output_dir, "samples.jsonl")) for text in row["responses"]
+    ]
+    assert texts and not any("e" in text for text in texts)
+    drawn = {f.name for f in fields(SampleConfig)} & {f.name for f in fields(IterateConfig)}
+    elsewhere = {"policies", "finished_only"}  # evaluations have a policy, and keep all samples
+    assert drawn - elsewhere <= {f.name for f in fields(EvaluateConfig)}
 
 
 def test_repeated_samples_count(config):

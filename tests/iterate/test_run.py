@@ -283,6 +283,16 @@ def test_rounds_of_adapters_go_on_from_the_merged_model(config):
     assert [record["reward"] for record in iterate(config)] == [r["reward"] for r in records]
 
 
+def test_moments_are_carried_on_with_the_weights_that_they_are_of(config):
+    """Not to other adapters, which each round draws anew."""
+    for use_peft in (False, True):
+        train = replace(config.train, use_peft=use_peft)
+        steps = replace(config, train=train, steps_per_round=1)
+        second = steps.train_config(2, "model", Path("out", "round-2"))
+        assert (second.init_optimizer_from is None) == use_peft
+        assert second.warmup_steps == 0
+
+
 def test_the_demo_keeps_options_that_were_set():
     config = with_demo(IterateConfig(rounds=5, train=TrainConfig(seed=3)))
     assert (config.rounds, config.train.seed, config.train.learning_rate) == (5, 3, 1e-3)

@@ -69,10 +69,16 @@ def test_responses_equal_those_of_generate(family, method):
     assert responses == plain(lm, method, prompts())
 
 
-@pytest.mark.parametrize("family", FAMILIES | BLIND_TO_MASKS)
+# Two rotations, of which the longest row of a batch chooses one.
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+LONG = {"rope_parameters": LONG_ROPE | {"rope_theta": 1e4}, "original_max_position_embeddings": 14}
+ALONE = BLIND_TO_MASKS | {"phi3-long": SIZES | LONG}
+
+
+@pytest.mark.parametrize("family", FAMILIES | ALONE)
 def test_a_response_does_not_depend_on_the_batch(family):
     """Greedily, by transformers alone, one prompt after another, without any padding."""
-    lm = tiny_model(family, (FAMILIES | BLIND_TO_MASKS)[family])
+    lm = tiny_model(family, (FAMILIES | ALONE)[family])
     policy, settings = Decoding(NEW, "greedy"), GenerationConfig(max_new_tokens=NEW)
     batch = generate_batch(lm, prompts(), policy, end_token_ids=[2], pad_token_id=0)
     for prompt, (response,) in zip(prompts(), batch, strict=True):
@@ -92,6 +98,24 @@ def test_prompts_of_unequal_lengths_share_a_batch():
     policy = Decoding(NEW, "greedy")
     generate_batch(lm, prompts(), policy, end_token_ids=[2], pad_token_id=0, **limit)
     assert batches[-1] == len(LENGTHS)
+
+
+def test_a_small_window_is_no_reason_to_trust_a_model():
+    lm = tiny_model("rwkv", BLIND_TO_MASKS["rwkv"])
+    policy, ends = Decoding(2, "greedy"), {"end_token_ids": [2], "pad_token_id": 0}
+    few = [ids[-3:] for ids in prompts()]
+    alone = [generate_batch(lm, [ids], policy, **ends) for ids in few]
+    for window in (6, 64):
+        batch = generate_batch(lm, few, policy, max_length=window, **ends)
+        assert [[many[0].tolist()] for many in batch] == [[a[0][0].tolist()] for a in alone]
+    gpt2 = tiny_model("gpt2", SUPPORTED["gpt2"] | {"n_positions": 4})
+    assert len(generate_batch(gpt2, few, Decoding(1, "greedy"), max_length=4, **ends)) == len(few)
+
+
+def test_beams_of_a_cache_that_cannot_follow_them_are_refused():
+    lm = tiny_model("recurrent_gemma", BLIND_TO_MASKS["recurrent_gemma"])
+    with pytest.raises(ValueError, match="beam: the cache of recurrent_gemma cannot follow"):
+        generate(lm, "beam", prompts())
 
 
 @pytest.mark.parametrize("method", ["sample", "beam"])

@@ -110,9 +110,19 @@ def test_evaluate_names_its_own_options(checkpoints, rows, tmp_path, capsys):
     assert f"error: baseline: {checkpoints}" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_checkpoint_that_is_not_complete_is_not_named(checkpoints, rows, tmp_path, capsys):
+    folder = tmp_path / "a run"
+    shutil.copytree(checkpoints, folder)
+    (folder / "checkpoint-2" / "checksums.json").unlink()
+    (folder / "checkpoint-2" / ".metadata").unlink()
+    assert run("train", *commands(folder, rows, tmp_path / "out")["train"]) == 2
+    assert f"--checkpoint '{folder}/checkpoint-1'" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_checkpoints_of_other_programs_are_named(rows, tmp_path, capsys):
     for step in ("9", "10"):
         shutil.copytree(demo.MODEL_DIR, tmp_path / "run" / f"checkpoint-{step}")
+    (tmp_path / "run" / "checkpoint-10.tar").touch()
     assert run("train", *commands(tmp_path / "run", rows, tmp_path / "out")["train"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"(name one of them, as {tmp_path}/run/checkpoint-10)" in error

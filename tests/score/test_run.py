@@ -461,3 +461,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, tmp_path, monkeypatch, caps
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("rrhf_fast.score: error: ")
     assert problem in lines[0]
+
+
+def test_both_sums_of_a_penalty_are_over_the_same_tokens(tmp_path, config):
+    """Where the window of one of the models is too small for the response."""
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(MODEL),
+        AutoModelForCausalLM.from_pretrained(MODEL),
+    )
+    model.config.max_position_embeddings = 32
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    config.reward_fn, config.kl_coef = f"{__name__}:count_letters", 0.5
+    row = {"prompt": "Why?", "responses": ["Because it is so. " * 10, "No."]}
+    config.data = write(tmp_path / "kl.jsonl", [row])
+    for policy, other in (("small", MODEL), (MODEL, "small")):
+        config.model_name_or_path = str(tmp_path / policy) if policy == "small" else policy
+        config.reference_model_name_or_path = str(tmp_path / other)
+        score(replace(config, overwrite=True))
+        assert read(config.output)[0]["log_ratios"] == pytest.approx([0, 0], abs=1e-4)

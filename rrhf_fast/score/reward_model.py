@@ -64,10 +64,11 @@ class RewardModel:
 
     def _check_forward(self) -> bool:
         """Score any text, to fail early; returns whether padding changes its score."""
-        row = dict(self.tokenizer("The sky is blue.", truncation=True, max_length=self.max_length))
-        length = len(row["input_ids"])
-        width = min(length + 8, self.max_length)
         with loading(self._name, OPTION):
+            text = "The sky is blue."
+            row = dict(self.tokenizer(text, truncation=True, max_length=self.max_length))
+            length = len(row["input_ids"])
+            width = min(length + 8, self.max_length)
             check_vocabulary([row["input_ids"]], self.model, self._name, OPTION)
             try:
                 pads = list(islice(self._paddings([row]), 2))

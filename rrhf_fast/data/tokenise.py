@@ -154,7 +154,8 @@ def tokenise_some(
             queries.append(TokenisedQuery(prompt, response_ids, rewards, row))
             if tokenizer.chat_template and (note := _note(row.prompt, opening)):
                 report.noted[note] += 1
-            if joins_spaces and is_text and row.prompt.endswith(" "):
+            is_rendered = is_text and opening is not None and opening in row.prompt
+            if joins_spaces and is_text and row.prompt.endswith(" ") and not is_rendered:
                 report.noted["ends with a space"] += 1
     return queries, counts
 

@@ -164,7 +164,9 @@ def _generate(lm: PreTrainedModel, **options) -> torch.Tensor | ModelOutput:
     """`lm.generate` as these options say, not the checkpoint (temperature, penalties)."""
     own, lm.generation_config = lm.generation_config, GenerationConfig()
     try:
-        return lm.generate(**options)
+        # Each rank holds whole weights here (`gathered`), and may have more batches than others, or
+        # none: transformers would make it wait for them.
+        return lm.generate(**options, synced_gpus=False)
     finally:
         lm.generation_config = own
 

@@ -24,8 +24,9 @@ from transformers.utils import ModelOutput
 from rrhf_fast.model.decoder import rope_of_longest
 from rrhf_fast.model.diverse_beam import cache_name, diverse_beam_search
 
-# How far rounding may move logits, as a share of their size: 1e-6 in float32 and up to .01 in
-# bfloat16. Padding that counts as text moves them by .1 to 1, rows that change each other by .6.
+# How far rounding may move logits, as a share of their size. In small models it moved them by 1e-6
+# in float32 and 3e-3 in bfloat16, padding that counts as text by .1 to 1, and rows that change each
+# other by .6.
 _BY_PADDING, _BY_ROWS = {torch.float32: 0.01}, 0.3
 _LEFT = 8  # tokens of padding to try
 _batchings: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
@@ -174,7 +175,7 @@ def _generate(lm: PreTrainedModel, **options) -> torch.Tensor | ModelOutput:
 def _batching(lm: PreTrainedModel, max_length: int | None) -> str:
     """What rows of a batch may have without changing each other: any "padding" on the left, "equal"
     lengths, or "nothing". RecurrentGemma and XLNet count padding as text, whatever the attention
-    mask says; the states of RWKV's second row and on are wrong."""
+    mask says; the rows of RWKV change each other."""
     if max_length is not None and max_length < 6:
         return "equal"  # no room to try
     if lm not in _batchings:
